@@ -1,0 +1,226 @@
+// SPDX-License-Identifier: Apache-2.0
+// Every compiled operator: schemas, the checks that memory safety needs, and the bindings to the
+// kernels.
+//
+// These are private operators. The public functions (grng_kernels/<op>/op.py) check their arguments
+// first and say what is wrong in the user's terms; what is checked again here keeps a direct call
+// from reading or writing out of bounds. Only the stable ABI of torch is used: one binary serves
+// torch >= 2.10.
+#include <Python.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/macros/Macros.h>
+
+#include <vector>
+
+#include "kernels.h"
+
+#ifdef GRNG_CUDA
+// A CPU-only torch does not export this: a strong reference would keep the library from loading
+// there.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
+#endif
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+
+const grng::Threads kThreads{
+    [](int64_t begin, int64_t end, int64_t grain, grng::Threads::Body body, void* context) {
+      torch::stable::parallel_for(begin, end, grain,
+                                  [&](int64_t b, int64_t e) { body(b, e, context); });
+    }};
+
+grng::Dtype dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return grng::Dtype::kFloat32;
+    case ScalarType::Double:
+      return grng::Dtype::kFloat64;
+    case ScalarType::BFloat16:
+      return grng::Dtype::kBFloat16;
+    case ScalarType::Half:
+      return grng::Dtype::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, "grng: dtype must be float32, float64, bfloat16 or float16");
+  }
+}
+
+void check_dense(const Tensor& t, ScalarType dtype, std::initializer_list<int64_t> sizes,
+                 const char* name) {
+  bool ok = t.scalar_type() == dtype && t.is_contiguous() &&
+            t.dim() == static_cast<int64_t>(sizes.size());
+  int64_t i = 0;
+  for (int64_t size : sizes) ok = ok && t.size(i++) == size;
+  STD_TORCH_CHECK(ok, "grng: ", name, " has the wrong dtype, shape or layout");
+}
+
+// ---- kron_factor ----
+
+void kron_factor_update(const Tensors factors, const Tensors xs, const Tensor info, bool bias,
+                        double decay, const std::vector<double> scales) {
+  const int64_t count = static_cast<int64_t>(factors.size());
+  STD_TORCH_CHECK(
+      count == static_cast<int64_t>(xs.size()) && count == static_cast<int64_t>(scales.size()),
+      "grng: factors, xs and scales must have the same length");
+  check_dense(info, ScalarType::Int, {count}, "info");
+  int32_t* codes = static_cast<int32_t*>(info.data_ptr());
+  for (int64_t i = 0; i < count; ++i) {
+    const Tensor& x = xs[i];
+    STD_TORCH_CHECK(x.dim() == 2, "grng: x must be a matrix");
+    const grng::ConstMatrix matrix{x.data_ptr(), dtype_of(x), x.size(0),
+                                   x.size(1),    x.stride(0), x.stride(1)};
+    const int64_t n = matrix.cols + bias;
+    const bool wide = matrix.dtype == grng::Dtype::kFloat64;
+    check_dense(factors[i], wide ? ScalarType::Double : ScalarType::Float, {n, n}, "factor");
+    codes[i] = matrix.rows == 0 || n == 0
+                   ? grng::kOk
+                   : grng::kron_factor_update_cpu(factors[i].data_ptr(), matrix, bias, decay,
+                                                  scales[i], kThreads);
+  }
+}
+
+// ---- kalman_update ----
+
+grng::KalmanBlock kalman_block(const Tensor* mean, const Tensor& variance, const Tensor& jacobian,
+                               int64_t outputs) {
+  const int64_t d = variance.numel();
+  check_dense(variance, ScalarType::Float, {d}, "variance");
+  if (mean) check_dense(*mean, ScalarType::Float, {d}, "mean");
+  STD_TORCH_CHECK(jacobian.scalar_type() == ScalarType::Float && jacobian.dim() == 2 &&
+                      jacobian.size(0) == outputs && jacobian.size(1) == d &&
+                      (jacobian.stride(1) == 1 || d <= 1),
+                  "grng: jacobian must be float32 [outputs, d] with unit column stride");
+  return {mean ? static_cast<float*>(mean->data_ptr()) : nullptr,
+          static_cast<float*>(variance.data_ptr()), static_cast<const float*>(jacobian.data_ptr()),
+          d, jacobian.stride(0)};
+}
+
+int64_t check_gram(const Tensor& gram) {
+  const int64_t outputs = gram.size(0);
+  check_dense(gram, ScalarType::Double, {outputs, outputs}, "gram");
+  return outputs;
+}
+
+void kalman_gram(const Tensor gram, const Tensors variances, const Tensors jacobians) {
+  const int64_t outputs = check_gram(gram);
+  STD_TORCH_CHECK(variances.size() == jacobians.size(), "grng: one jacobian per variance");
+  for (size_t i = 0; i < variances.size(); ++i)
+    grng::kalman_gram_cpu(static_cast<double*>(gram.data_ptr()),
+                          kalman_block(nullptr, variances[i], jacobians[i], outputs), outputs,
+                          kThreads);
+}
+
+grng::KalmanGain kalman_gain(const Tensor& direction, const Tensor& whitener, bool variational,
+                             double forgetting, double process_noise) {
+  const int64_t outputs = direction.numel();
+  check_dense(direction, ScalarType::Float, {outputs}, "direction");
+  check_dense(whitener, ScalarType::Float, {outputs, outputs}, "whitener");
+  return {outputs,
+          static_cast<const float*>(direction.data_ptr()),
+          static_cast<const float*>(whitener.data_ptr()),
+          variational,
+          static_cast<float>(forgetting),
+          static_cast<float>(process_noise)};
+}
+
+void kalman_apply(const Tensors means, const Tensors variances, const Tensors jacobians,
+                  const Tensor direction, const Tensor whitener, const Tensor info,
+                  bool variational, double forgetting, double process_noise) {
+  const grng::KalmanGain gain =
+      kalman_gain(direction, whitener, variational, forgetting, process_noise);
+  check_dense(info, ScalarType::Int, {}, "info");
+  STD_TORCH_CHECK(means.size() == variances.size() && means.size() == jacobians.size(),
+                  "grng: one mean, variance and jacobian per block");
+  if (*static_cast<const int32_t*>(info.data_ptr()) != grng::kOk) return;
+  for (size_t i = 0; i < means.size(); ++i)
+    grng::kalman_apply_cpu(kalman_block(&means[i], variances[i], jacobians[i], gain.outputs), gain,
+                           kThreads);
+}
+
+#ifdef GRNG_CUDA
+void* current_stream(const Tensor& t) {
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "grng: this torch has no CUDA");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device(), &stream));
+  return stream;
+}
+
+void check_launch(int error) { STD_TORCH_CHECK(error == 0, "grng: cudaError ", error); }
+
+void kalman_gram_on_cuda(const Tensor gram, const Tensors variances, const Tensors jacobians) {
+  const int64_t outputs = check_gram(gram);
+  STD_TORCH_CHECK(variances.size() == jacobians.size(), "grng: one jacobian per variance");
+  const torch::stable::accelerator::DeviceGuard guard(gram.get_device());
+  if (variances.empty()) return;
+  const Tensor workspace =
+      torch::stable::new_empty(variances[0], {grng::kalman_gram_cuda_workspace(outputs)});
+  for (size_t i = 0; i < variances.size(); ++i)
+    check_launch(grng::kalman_gram_cuda(
+        static_cast<double*>(gram.data_ptr()), static_cast<float*>(workspace.data_ptr()),
+        kalman_block(nullptr, variances[i], jacobians[i], outputs), outputs, current_stream(gram)));
+}
+
+void kalman_apply_on_cuda(const Tensors means, const Tensors variances, const Tensors jacobians,
+                          const Tensor direction, const Tensor whitener, const Tensor info,
+                          bool variational, double forgetting, double process_noise) {
+  const grng::KalmanGain gain =
+      kalman_gain(direction, whitener, variational, forgetting, process_noise);
+  check_dense(info, ScalarType::Int, {}, "info");
+  STD_TORCH_CHECK(means.size() == variances.size() && means.size() == jacobians.size(),
+                  "grng: one mean, variance and jacobian per block");
+  const torch::stable::accelerator::DeviceGuard guard(info.get_device());
+  for (size_t i = 0; i < means.size(); ++i)
+    check_launch(grng::kalman_apply_cuda(
+        kalman_block(&means[i], variances[i], jacobians[i], gain.outputs), gain,
+        static_cast<const int32_t*>(info.data_ptr()), current_stream(info)));
+}
+#endif
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(grng, m) {
+  m.def(
+      "_kron_factor_update_(Tensor(a!)[] factors, Tensor[] xs, Tensor(b!) info, bool bias, float "
+      "decay, "
+      "float[] scales) -> ()");
+  m.def("_kalman_gram_(Tensor(a!) gram, Tensor[] variances, Tensor[] jacobians) -> ()");
+  m.def(
+      "_kalman_apply_(Tensor(a!)[] means, Tensor(b!)[] variances, Tensor[] jacobians, Tensor "
+      "direction, "
+      "Tensor whitener, Tensor info, bool variational, float forgetting, float process_noise) -> "
+      "()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(grng, CPU, m) {
+  m.impl("_kron_factor_update_", TORCH_BOX(&kron_factor_update));
+  m.impl("_kalman_gram_", TORCH_BOX(&kalman_gram));
+  m.impl("_kalman_apply_", TORCH_BOX(&kalman_apply));
+}
+
+#ifdef GRNG_CUDA
+STABLE_TORCH_LIBRARY_IMPL(grng, CUDA, m) {
+  m.impl("_kalman_gram_", TORCH_BOX(&kalman_gram_on_cuda));
+  m.impl("_kalman_apply_", TORCH_BOX(&kalman_apply_on_cuda));
+}
+#endif
+
+#ifdef GRNG_CUDA
+#define GRNG_BUILT_WITH_CUDA 1
+#else
+#define GRNG_BUILT_WITH_CUDA 0
+#endif
+
+// Loading the module registers the operators; the module itself only says how it was built.
+static PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+PyMODINIT_FUNC PyInit__C(void) {
+  PyObject* module = PyModule_Create(&definition);
+  if (module) PyModule_AddIntConstant(module, "built_with_cuda", GRNG_BUILT_WITH_CUDA);
+  return module;
+}

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fused kernels for second-order optimizers: five operations, each with a reference, behind one function."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from grng_kernels._dispatch import BackendStatus, backends, use_backend
+from grng_kernels.damped_inverse.op import damped_inverse
+from grng_kernels.damped_inverse.reference import DampedInverse
+from grng_kernels.info import Info
+from grng_kernels.kalman_update.op import kalman_update_
+from grng_kernels.kron_factor.op import kron_factor_update_
+from grng_kernels.precondition.op import precondition
+from grng_kernels.rank_one.op import rank1_precondition
+
+try:
+    __version__ = version("grng-kernels")
+except PackageNotFoundError:  # run from a source tree that was never installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "BackendStatus",
+    "DampedInverse",
+    "Info",
+    "__version__",
+    "backends",
+    "damped_inverse",
+    "kalman_update_",
+    "kron_factor_update_",
+    "precondition",
+    "rank1_precondition",
+    "use_backend",
+]

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``damped_inverse``: the public function, its checks, and the grouping of equal sizes."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from grng_kernels import _checks, _dispatch
+from grng_kernels.damped_inverse import reference
+from grng_kernels.damped_inverse.reference import DampedInverse
+
+OP = "damped_inverse"
+METHODS = ("auto", "cholesky", "newton_schulz")
+PRECISIONS = ("auto", "fp32")
+
+
+def damped_inverse(
+    factor: Tensor | Sequence[Tensor],
+    *,
+    rho: float | None = None,
+    damping: float | Tensor | Sequence[Tensor] | None = None,
+    method: str = "auto",
+    precision: str = "auto",
+    warm_start: Tensor | Sequence[Tensor] | None = None,
+    spectral_vector: Tensor | Sequence[Tensor] | None = None,
+) -> DampedInverse:
+    """Inverse of damped symmetric PSD matrices: ``X ≈ (factor + damping·I)⁻¹``.
+
+    Torch equivalent: ``torch.cholesky_inverse(torch.linalg.cholesky(factor + damping * I))``.
+
+    Args:
+        factor: Symmetric PSD, ``[N, N]``, ``[L, N, N]``, or a list of ``[N, N]`` of mixed sizes; fp32,
+            bf16, fp16 (both computed in fp32) or fp64; any strides. Asymmetry is averaged away.
+        rho: Relative regulariser, > 0, dimensionless: the damping is ``max(√rho·s, 1e-12)`` with ``s`` the
+            estimate of ``‖factor‖₂``, which bounds the condition number by ``1 + 1/√rho``.
+        damping: Absolute regulariser instead of ``rho``, > 0, in units of ``factor``: a number, a tensor
+            (0-d or ``[L]``) or, for a list of matrices, a list of 0-d tensors.
+        method: ``"cholesky"``, ``"newton_schulz"`` (a number of products fixed by ``rho`` alone; needs
+            ``rho``), or ``"auto"``, today ``"cholesky"`` everywhere.
+        precision: ``"fp32"`` or ``"auto"``, today the same.
+        warm_start: An earlier inverse, same form as ``factor``. Checked and, by today's methods, not used.
+        spectral_vector: ``[N]``, ``[L, N]`` or a list of ``[N]``: state of the norm estimate, updated in
+            place. Start it with zeros; refreshes then need 4 products with a vector instead of 16.
+
+    Returns:
+        :class:`DampedInverse` ``(inverse, damping, spectral_norm, residual, info)``, tensors for a tensor
+        and lists for a list. ``residual`` is measured, not predicted. ``info`` is ``NONFINITE_INPUT`` for
+        a matrix with NaN or infinity, ``NOT_CONVERGED`` where the factorisation failed or the residual
+        exceeds 1e-2, ``OVERFLOW`` where the inverse leaves the range of its dtype; that matrix must not be
+        used, and the others are bitwise what they would be without it. A zero matrix gives ``I/1e-12``.
+
+    Raises:
+        TypeError: A dtype or layout that is not accepted.
+        ValueError: A wrong shape, device, number or name.
+
+    Accuracy: at most twice the error of PyTorch in the same dtype against fp64.
+    Cost: ``N³`` FLOPs for the inverse, ``2N³`` for the residual, ``O(N²)`` for the norm.
+    Source: Dash et al. 2026 (GRNG) for the spectral damping.
+    """
+    factors = _checks.as_list(OP, "factor", factor)
+    single = isinstance(factor, Tensor)
+    for i, f in enumerate(factors):
+        name = "factor" if single else f"factor[{i}]"
+        _checks.check_dtype(OP, name, f)
+        _check_matrices(name, f, batched=single)
+        _checks.check_device(OP, {"factor" if single else "factor[0]": factors[0], name: f})
+    _check_numbers(rho, damping, method, precision)
+    dampings = _per_matrix("damping", damping, factors, single, trailing=0)
+    vectors = _per_matrix("spectral_vector", spectral_vector, factors, single, trailing=1)
+    _per_matrix("warm_start", warm_start, factors, single, trailing=2)
+    if not factors:
+        return DampedInverse([], [], [], [], [])
+    flat = _damped_inverse_op(
+        [_batched(f) for f in factors],
+        None if rho is None else float(rho),
+        [d.detach() for d in dampings],
+        method,
+        [v.detach().view(-1, v.shape[-1]) for v in vectors],
+    )
+    groups = [flat[i : i + 5] for i in range(0, len(flat), 5)]
+    if single:
+        shapes = (factors[0].shape, *[factors[0].shape[:-2]] * 4)
+        return DampedInverse(*[t.view(s) for t, s in zip(groups[0], shapes, strict=True)])
+    columns = [[t[0] for t in column] for column in zip(*groups, strict=True)]
+    return DampedInverse(*columns)
+
+
+def _batched(factor: Tensor) -> Tensor:
+    return factor.detach() if factor.dim() == 3 else factor.detach().unsqueeze(0)
+
+
+def _check_matrices(name: str, factor: Tensor, *, batched: bool) -> None:
+    square = factor.dim() in ((2, 3) if batched else (2,)) and factor.shape[-1] == factor.shape[-2]
+    if not square:
+        form = "[N, N] or [L, N, N]" if batched else "[N, N]"
+        raise ValueError(f"{OP}: {name} must be square, {form}, got shape {list(factor.shape)}")
+
+
+def _check_numbers(rho: float | None, damping: object, method: str, precision: str) -> None:
+    _checks.check_choice(OP, "method", method, METHODS)
+    _checks.check_choice(OP, "precision", precision, PRECISIONS)
+    if (rho is None) == (damping is None):
+        raise ValueError(f"{OP}: give rho (relative) or damping (absolute), and not both")
+    if rho is not None:
+        if isinstance(rho, Tensor):
+            raise TypeError(f"{OP}: rho must be a number: it decides the schedule, got a tensor")
+        _checks.check_scalar(OP, "rho", rho, low=0.0, open_low=True)
+        # Damping below the rounding of the diagonal is no damping at all.
+        smallest = 4 * torch.finfo(torch.float32).eps
+        if math.sqrt(rho) < smallest:
+            raise ValueError(
+                f"{OP}: rho must be at least {smallest**2:.1e}: its root is added relative to the largest "
+                f"eigenvalue and would round away in fp32, got {rho}"
+            )
+    if isinstance(damping, (int, float)):
+        _checks.check_scalar(OP, "damping", damping, low=0.0, open_low=True)
+    if method == "newton_schulz" and rho is None:
+        raise ValueError(
+            f"{OP}: method 'newton_schulz' needs rho, which bounds the condition number"
+        )
+
+
+def _per_matrix(
+    name: str,
+    value: float | Tensor | Sequence[Tensor] | None,
+    factors: Sequence[Tensor],
+    single: bool,
+    *,
+    trailing: int,
+) -> list[Tensor]:
+    """Return one tensor per factor, or none; ``trailing`` is how many dimensions of it are kept."""
+    if value is None:
+        return []
+    if isinstance(value, (int, float)):
+        return [
+            torch.full(f.shape[: f.dim() - 2], float(value), dtype=_state_dtype(f), device=f.device)
+            for f in factors
+        ]
+    if isinstance(value, Tensor) and value.dim() == 0 and trailing == 0:
+        value = [value.expand(f.shape[: f.dim() - 2]) for f in factors]
+    items = _checks.as_list(OP, name, value)
+    _checks.check_lengths(OP, factor=factors, **{name: items})
+    for i, (item, f) in enumerate(zip(items, factors, strict=True)):
+        full = name if single else f"{name}[{i}]"
+        _checks.check_dtype(OP, full, item)
+        _checks.check_shape(OP, full, item, f.shape[: f.dim() - 2 + trailing], "as factor")
+        _checks.check_device(OP, {"factor": f, full: item})
+        if trailing == 1:
+            _checks.check_not_expanded(OP, full, item)
+    return items
+
+
+def _state_dtype(factor: Tensor) -> torch.dtype:
+    return torch.float64 if factor.dtype == torch.float64 else torch.float32
+
+
+@torch.library.custom_op("grng::damped_inverse", mutates_args=("vectors",))
+def _damped_inverse_op(
+    factors: Sequence[Tensor],
+    rho: float | None,
+    damping: Sequence[Tensor],
+    method: str,
+    vectors: Sequence[Tensor],
+) -> list[Tensor]:
+    """Five tensors per entry of ``factors`` ``[L, N, N]``; ``damping`` and ``vectors`` may be empty."""
+    _dispatch.select(OP, factors[0].device)
+    _checks.check_no_overlap(
+        OP,
+        [(f"spectral_vector[{i}]", v) for i, v in enumerate(vectors)],
+        [(f"factor[{i}]", f) for i, f in enumerate(factors)],
+    )
+    results = [_empty_result(f) for f in factors]
+    for indices in _same_size(factors):
+        counts = [factors[i].shape[0] for i in indices]
+        batch = torch.cat([factors[i].to(_state_dtype(factors[i])) for i in indices])
+        *fields, vector = reference.damped_inverse(
+            batch,
+            rho=rho,
+            damping=torch.cat([damping[i].flatten() for i in indices]) if damping else None,
+            method=method,
+            vector=torch.cat([vectors[i] for i in indices]) if vectors else None,
+        )
+        for i, *parts in zip(indices, *(f.split(counts) for f in fields), strict=True):
+            results[i] = [part.clone() for part in parts]
+        if vectors:
+            for i, part in zip(indices, vector.split(counts), strict=True):
+                vectors[i].copy_(part)
+    return [tensor for result in results for tensor in result]
+
+
+@_damped_inverse_op.register_fake
+def _(
+    factors: Sequence[Tensor],
+    rho: float | None,
+    damping: Sequence[Tensor],
+    method: str,
+    vectors: Sequence[Tensor],
+) -> list[Tensor]:
+    return [tensor for f in factors for tensor in _empty_result(f)]
+
+
+def _empty_result(factor: Tensor) -> list[Tensor]:
+    dtype, length = _state_dtype(factor), factor.shape[0]
+    inverse = torch.empty(factor.shape, dtype=dtype, device=factor.device)
+    scalars = [torch.empty(length, dtype=dtype, device=factor.device) for _ in range(3)]
+    return [inverse, *scalars, torch.zeros(length, dtype=torch.int32, device=factor.device)]
+
+
+def _same_size(factors: Sequence[Tensor]) -> list[list[int]]:
+    """Indices of the non-empty factors, grouped by order and dtype."""
+    groups: dict[tuple[int, torch.dtype], list[int]] = {}
+    for i, f in enumerate(factors):
+        if f.numel():
+            groups.setdefault((f.shape[-1], _state_dtype(f)), []).append(i)
+    return list(groups.values())

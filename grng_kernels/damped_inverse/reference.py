@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The damped inverse in plain PyTorch: Cholesky, and Newton-Schulz as the readable second method."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from grng_kernels._precision import matmul
+from grng_kernels.damped_inverse.schedule import newton_schulz_schedule
+from grng_kernels.damped_inverse.spectral_norm import spectral_norm
+from grng_kernels.info import Info
+
+# The damping of a zero matrix, whose relative damping would be zero: its inverse is I/FLOOR.
+FLOOR = 1e-12
+# A result whose measured residual ‖I − M X‖_F/√N is larger is reported as NOT_CONVERGED.
+RESIDUAL_LIMIT = 1e-2
+
+
+class DampedInverse(NamedTuple):
+    """The result of :func:`grng_kernels.damped_inverse`; for a list argument every field is a list.
+
+    Attributes:
+        inverse: ``(factor + damping·I)⁻¹``, shape of ``factor``, fp32 (fp64 for fp64).
+        damping: What was added to the diagonal, ``[]`` or ``[L]``.
+        spectral_norm: Estimate of ``‖factor‖₂``, at most a few percent high; ``[]`` or ``[L]``.
+        residual: Measured ``‖I − M X‖_F/√N``, ``M`` the damped matrix; ``[]`` or ``[L]``.
+        info: :class:`Info`, int32, ``[]`` or ``[L]``.
+    """
+
+    inverse: Tensor | list[Tensor]
+    damping: Tensor | list[Tensor]
+    spectral_norm: Tensor | list[Tensor]
+    residual: Tensor | list[Tensor]
+    info: Tensor | list[Tensor]
+
+
+def _scale_down(a: Tensor, exponent: Tensor) -> Tensor:
+    # In two halves: 2^-exponent alone can leave the range of fp32 where the product does not.
+    half = torch.div(exponent, 2, rounding_mode="trunc")
+    return torch.ldexp(torch.ldexp(a, -half), half - exponent)
+
+
+def _newton_schulz(damped: Tensor, norm: Tensor, kappa: float) -> Tensor:
+    # R = B X is recomputed from B in every step and never symmetrised: that keeps it self-correcting.
+    schedule = newton_schulz_schedule(kappa, tolerance=1e-5)
+    b = damped / norm[:, None, None]
+    eye = torch.eye(b.shape[-1], dtype=b.dtype, device=b.device)
+    x = schedule.start * eye.expand_as(b)
+    for p, q in schedule.steps:
+        x = matmul(x, p * eye + q * matmul(b, x))
+        x = (x + x.mT) / 2
+    return x / norm[:, None, None]
+
+
+def damped_inverse(
+    factor: Tensor,
+    *,
+    rho: float | None,
+    damping: Tensor | None,
+    method: str,
+    vector: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return ``(inverse, damping, spectral_norm, residual, info, vector)`` for ``factor [L, N, N]``.
+
+    ``M = (factor + factorᵀ)/2 + damping·I`` with ``damping = max(√rho·‖factor‖₂, FLOOR)``, or as given,
+    ``[L]``. Computed in the dtype of ``factor`` (fp32 or fp64). Every matrix is first scaled by a power of
+    two to a largest entry near 1, so the result for ``2^k·A`` under relative damping is exactly ``2^-k``
+    times that for ``A``, and no square leaves the range of the dtype.
+    """
+    n, eye = factor.shape[-1], torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+    amax = factor.abs().amax(dim=(-2, -1))
+    finite = torch.isfinite(amax)
+    # LAPACK may hang or crash on NaN: such a matrix is replaced before the factorisation.
+    factor = torch.where(finite[:, None, None], factor, eye)
+    exponent = torch.frexp(torch.where(finite & (amax > 0), amax, torch.ones_like(amax))).exponent
+    a = _scale_down(factor, exponent[:, None, None])
+    a = (a + a.mT) / 2
+
+    norm, vector = spectral_norm(a, vector)
+    if damping is None:
+        assert rho is not None, "the public function passes rho or damping"
+        # A zero matrix has exponent 1, so the floor is exact there; where 2^-exponent overflows, the
+        # matrix is far below the floor and infinity says so.
+        floor = _scale_down(torch.full_like(norm, FLOOR), exponent)
+        shift = torch.maximum(rho**0.5 * norm, floor)
+    else:
+        shift = _scale_down(damping.to(a.dtype), exponent)
+    damped = a + shift[:, None, None] * eye
+
+    if method == "newton_schulz":
+        assert rho is not None, "the public function asks for rho with newton_schulz"
+        inverse = _newton_schulz(damped, norm + shift, 1 + rho**-0.5)
+        failed = torch.zeros_like(finite)
+    else:
+        lower, status = torch.linalg.cholesky_ex(damped)
+        failed = status != 0
+        inverse = torch.cholesky_inverse(torch.where(failed[:, None, None], eye, lower))
+        inverse = (inverse + inverse.mT) / 2
+    residual = torch.linalg.matrix_norm(eye - matmul(damped, inverse), ord="fro") / n**0.5
+    inverse = _scale_down(inverse, exponent[:, None, None])
+
+    bad = failed | ~(residual <= RESIDUAL_LIMIT)
+    info = torch.where(bad, int(Info.NOT_CONVERGED), int(Info.OK))
+    in_range = torch.isfinite(inverse).all(dim=-1).all(dim=-1)
+    info = torch.where(~bad & ~in_range, int(Info.OVERFLOW), info)
+    info = torch.where(finite, info, int(Info.NONFINITE_INPUT)).to(torch.int32)
+    return (
+        inverse,
+        torch.ldexp(shift, exponent),
+        torch.ldexp(norm, exponent),
+        residual,
+        info,
+        vector,
+    )

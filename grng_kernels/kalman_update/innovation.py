@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The C x C stage between the two streaming passes: from ``H diag(p) Hᵀ`` to what the gain needs.
+
+Both passes and this stage share one form for all variants. The second pass computes, per parameter,
+``mean += p·hᵀ direction`` and ``t = p·‖whitener h‖²``, then ``p·(1 − t)`` (fdekf) or ``p/(1 + t)`` (vdekf).
+"""
+
+import torch
+from torch import Tensor
+
+from grng_kernels.info import Info
+from grng_kernels.kalman_update.reference import all_finite, softmax_root
+
+
+def gain_from_gram(
+    gram: Tensor, innovation: Tensor, noise: Tensor, *, form: str, likelihood: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``(direction [C], whitener [C, C], info)``: fp32, fp32, int32.
+
+    ``gram`` is ``M = H diag(p) Hᵀ`` in fp64, and so is the arithmetic: C is small, and S can be far worse
+    conditioned than fp32 resolves. With ``S = M + R = L Lᵀ`` (Gaussian) ``direction = S⁻¹ e`` and
+    ``whitener = L⁻¹``, or ``L_R⁻¹`` with ``R = L_R L_Rᵀ`` for vdekf; the categorical forms are those of
+    ``reference.py``. No host sync: a failed factorisation is reported through ``info``.
+    """
+    e = innovation.double()
+    eye = torch.eye(len(e), dtype=torch.float64, device=e.device)
+    finite = all_finite([innovation, noise]) & ~gram.isnan().any()
+    noise = noise.double()
+    if likelihood == "gaussian":
+        lower, status = torch.linalg.cholesky_ex(gram + noise)
+        direction = torch.cholesky_solve(e.unsqueeze(-1), lower).squeeze(-1)
+        noise_lower, noise_status = torch.linalg.cholesky_ex(noise)
+        failed = (status != 0) | (noise_status != 0)
+        factor, right = (lower, eye) if form == "fdekf" else (noise_lower, eye)
+    else:
+        root = softmax_root(noise)
+        lower, status = torch.linalg.cholesky_ex(eye + root.mT @ gram @ root)
+        inner = torch.cholesky_solve((root.mT @ (gram @ e)).unsqueeze(-1), lower)
+        direction = e - (root @ inner).squeeze(-1)
+        failed = status != 0
+        factor, right = (lower, root.mT) if form == "fdekf" else (eye, root.mT)
+    whitener = torch.linalg.solve_triangular(factor, right, upper=False).float()
+    direction = direction.float()
+    in_range = all_finite([gram, direction, whitener])
+    info = torch.where(failed, int(Info.NOT_CONVERGED), int(Info.OK))
+    # A gram that overflowed fails the factorisation too, so it is asked for last.
+    info = torch.where(in_range | (failed & all_finite([gram])), info, int(Info.OVERFLOW))
+    info = torch.where(finite, info, int(Info.NONFINITE_INPUT)).to(torch.int32)
+    return direction, whitener.contiguous(), info

@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``kalman_update_``: the public function, its checks, and the choice of a backend."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from grng_kernels import _checks, _dispatch
+from grng_kernels.info import Info
+from grng_kernels.kalman_update import reference
+from grng_kernels.kalman_update.innovation import gain_from_gram
+
+OP = "kalman_update_"
+FORMS = ("fdekf", "vdekf")
+LIKELIHOODS = ("gaussian", "categorical")
+# The largest grid of the CUDA kernel: 65535 tiles of 8 x 8 outputs.
+MAX_CUDA_OUTPUTS = 2880
+
+
+def kalman_update_(
+    mean: Tensor | Sequence[Tensor],
+    variance: Tensor | Sequence[Tensor],
+    jacobian: Tensor | Sequence[Tensor],
+    innovation: Tensor,
+    noise: float | Tensor,
+    *,
+    form: str = "fdekf",
+    likelihood: str = "gaussian",
+    forgetting: float = 1.0,
+    process_noise: float = 0.0,
+) -> Tensor:
+    """Kalman update with a diagonal covariance, in place: ``mean <- mean + diag(p) Hᵀ S⁻¹ e``.
+
+    ``S = H diag(p) Hᵀ + R``, summed over the blocks. Then the variances, with ``h`` a column of ``H``:
+    ``p <- p·(1 − p·hᵀS⁻¹h)`` for ``"fdekf"`` (the diagonal of the full EKF update), or
+    ``1/p <- 1/p + hᵀR⁻¹h`` for ``"vdekf"`` (variational; the smaller of the two). Then the prediction for
+    the next observation, ``p <- p / forgetting + process_noise``. The fast backends store neither the
+    gain nor ``H·p``.
+
+    Args:
+        mean: ``[d]``, fp32 or fp64, or a list of blocks ``[d_i]``: one state, cut in pieces. Mutated.
+        variance: The diagonal ``p`` of the covariance, >= 0, same form. Mutated.
+        jacobian: ``H``, derivative of the outputs by the parameters, ``[C, d]`` or a list of ``[C, d_i]``,
+            same dtype, any strides.
+        innovation: ``e``, target minus prediction, ``[C]``.
+        noise: ``R``, observation noise: ``[C, C]`` symmetric positive definite, or a number > 0 for that
+            times the identity. With ``likelihood="categorical"`` the class probabilities ``[C]`` instead.
+        form: ``"fdekf"`` or ``"vdekf"``.
+        likelihood: ``"gaussian"`` or ``"categorical"``: softmax outputs, ``e`` = one-hot label minus
+            probabilities, ``H`` = derivative of the logits; ``R = diag(q) − q qᵀ`` is never inverted.
+        forgetting: In (0, 1]; 1 forgets nothing.
+        process_noise: >= 0, in units of the variance.
+
+    Returns:
+        :class:`Info`, int32, 0-d, on the device. Where it is not 0, mean and variance are unchanged:
+        ``NONFINITE_INPUT`` (NaN, infinity or a negative variance; on CUDA an infinite Jacobian is reported
+        as ``OVERFLOW``), ``NOT_CONVERGED`` (``S`` or ``R`` not positive definite), ``OVERFLOW``.
+
+    Raises:
+        TypeError: A dtype or layout that is not accepted.
+        ValueError: A wrong shape, device, number or name; a state that is expanded or overlaps another
+            argument in memory.
+
+    Accuracy: at most twice the error of PyTorch in the same dtype against fp64.
+    Cost: two passes over ``H``, ``2·C²·d`` FLOPs each at most.
+    Source: public code of FDEKF and VDEKF (probml/rebayes); Ollivier 2018 for the categorical form.
+    """
+    means = _checks.as_list(OP, "mean", mean)
+    variances = _checks.as_list(OP, "variance", variance)
+    jacobians = _checks.as_list(OP, "jacobian", jacobian)
+    single = isinstance(mean, Tensor)
+    if isinstance(variance, Tensor) != single or isinstance(jacobian, Tensor) != single:
+        raise TypeError(f"{OP}: mean, variance and jacobian must all be tensors or all be lists")
+    _checks.check_lengths(OP, mean=means, variance=variances, jacobian=jacobians)
+    _checks.check_choice(OP, "form", form, FORMS)
+    _checks.check_choice(OP, "likelihood", likelihood, LIKELIHOODS)
+    for name, value in (("forgetting", forgetting), ("process_noise", process_noise)):
+        if isinstance(value, Tensor):
+            raise TypeError(f"{OP}: {name} must be a number, got a tensor")
+    _checks.check_scalar(OP, "forgetting", forgetting, low=0.0, high=1.0, open_low=True)
+    _checks.check_scalar(OP, "process_noise", process_noise, low=0.0)
+    if not means:
+        raise ValueError(f"{OP}: mean must have at least one block, got an empty list")
+    dtype = means[0].dtype
+    _checks.check_dtype(OP, "mean" if single else "mean[0]", means[0], _checks.STATE_DTYPES)
+    _checks.check_dtype(OP, "innovation", innovation, [dtype])
+    _checks.check_rank(OP, "innovation", innovation, 1, "[C]")
+    outputs = innovation.shape[0]
+    noise = _checked_noise(noise, innovation, likelihood)
+    for i, block in enumerate(zip(means, variances, jacobians, strict=True)):
+        at = "" if single else f"[{i}]"
+        names = [f"mean{at}", f"variance{at}", f"jacobian{at}"]
+        for name, tensor in zip(names, block, strict=True):
+            _checks.check_dtype(OP, name, tensor, [dtype])
+        _checks.check_rank(OP, names[0], block[0], 1, "[d]")
+        d = block[0].shape[0]
+        _checks.check_shape(OP, names[1], block[1], [d], "as mean")
+        _checks.check_shape(OP, names[2], block[2], [outputs, d], "outputs C, parameters d")
+        for name, tensor in zip(names[:2], block[:2], strict=True):
+            _checks.check_not_expanded(OP, name, tensor)
+        _checks.check_device(
+            OP, {"innovation": innovation, "noise": noise, **dict(zip(names, block, strict=True))}
+        )
+    return _kalman_update_op(
+        [t.detach() for t in means],
+        [t.detach() for t in variances],
+        [t.detach() for t in jacobians],
+        innovation.detach(),
+        noise.detach(),
+        form,
+        likelihood,
+        float(forgetting),
+        float(process_noise),
+    )
+
+
+def _checked_noise(noise: float | Tensor, innovation: Tensor, likelihood: str) -> Tensor:
+    outputs = innovation.shape[0]
+    if not isinstance(noise, Tensor):
+        if likelihood == "categorical":
+            raise TypeError(
+                f"{OP}: noise must be the probabilities [C] with likelihood='categorical', "
+                f"got {type(noise).__name__}"
+            )
+        _checks.check_scalar(OP, "noise", noise, low=0.0, open_low=True)
+        return noise * torch.eye(outputs, dtype=innovation.dtype, device=innovation.device)
+    _checks.check_dtype(OP, "noise", noise, [innovation.dtype])
+    if likelihood == "categorical":
+        _checks.check_shape(OP, "noise", noise, [outputs], "class probabilities")
+    else:
+        _checks.check_shape(OP, "noise", noise, [outputs, outputs], "as innovation [C]")
+    return noise
+
+
+@torch.library.custom_op("grng::kalman_update_", mutates_args=("means", "variances"))
+def _kalman_update_op(
+    means: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    jacobians: Sequence[Tensor],
+    innovation: Tensor,
+    noise: Tensor,
+    form: str,
+    likelihood: str,
+    forgetting: float,
+    process_noise: float,
+) -> Tensor:
+    blocks = range(len(means))
+    _checks.check_no_overlap(
+        OP,
+        [(f"mean[{i}]", means[i]) for i in blocks]
+        + [(f"variance[{i}]", variances[i]) for i in blocks],
+        [(f"jacobian[{i}]", jacobians[i]) for i in blocks]
+        + [("innovation", innovation), ("noise", noise)],
+    )
+    outputs = innovation.shape[0]
+    if outputs == 0 or all(m.numel() == 0 for m in means):
+        return torch.zeros((), dtype=torch.int32, device=innovation.device)
+    problem = _streaming_unsupported(means, variances, innovation)
+    too_wide = (
+        f"it serves at most {MAX_CUDA_OUTPUTS} outputs" if outputs > MAX_CUDA_OUTPUTS else None
+    )
+    backend = _dispatch.select(OP, innovation.device, cpu=problem, cuda=problem or too_wide)
+    if backend == "reference":
+        return _run_reference(
+            means,
+            variances,
+            jacobians,
+            innovation,
+            noise,
+            form=form,
+            likelihood=likelihood,
+            forgetting=forgetting,
+            process_noise=process_noise,
+        )
+    jacobians = [h if h.stride(1) == 1 else h.contiguous() for h in jacobians]
+    gram = torch.zeros(outputs, outputs, dtype=torch.float64, device=innovation.device)
+    torch.ops.grng._kalman_gram_(gram, variances, jacobians)
+    direction, whitener, info = gain_from_gram(
+        gram, innovation, noise, form=form, likelihood=likelihood
+    )
+    if (
+        backend == "cpu"
+        and info == int(Info.OVERFLOW)
+        and not reference.all_finite(list(jacobians))
+    ):
+        info.fill_(int(Info.NONFINITE_INPUT))
+    torch.ops.grng._kalman_apply_(
+        means,
+        variances,
+        jacobians,
+        direction,
+        whitener,
+        info,
+        form == "vdekf",
+        forgetting,
+        process_noise,
+    )
+    return info
+
+
+@_kalman_update_op.register_fake
+def _(
+    means: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    jacobians: Sequence[Tensor],
+    innovation: Tensor,
+    noise: Tensor,
+    form: str,
+    likelihood: str,
+    forgetting: float,
+    process_noise: float,
+) -> Tensor:
+    return innovation.new_empty((), dtype=torch.int32)
+
+
+def _streaming_unsupported(
+    means: Sequence[Tensor], variances: Sequence[Tensor], innovation: Tensor
+) -> str | None:
+    if innovation.dtype != torch.float32:
+        return "it computes in fp32 only"
+    if not all(t.is_contiguous() for t in (*means, *variances)):
+        return "it needs contiguous mean and variance"
+    return None
+
+
+def _run_reference(
+    means: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    jacobians: Sequence[Tensor],
+    innovation: Tensor,
+    noise: Tensor,
+    *,
+    form: str,
+    likelihood: str,
+    forgetting: float,
+    process_noise: float,
+) -> Tensor:
+    sizes = [m.shape[0] for m in means]
+    mean, variance, info = reference.kalman_update(
+        torch.cat(list(means)),
+        torch.cat(list(variances)),
+        torch.cat(list(jacobians), dim=1),
+        innovation,
+        noise,
+        form=form,
+        likelihood=likelihood,
+        forgetting=forgetting,
+        process_noise=process_noise,
+    )
+    for target, source in zip(means, mean.split(sizes), strict=True):
+        target.copy_(source)
+    for target, source in zip(variances, variance.split(sizes), strict=True):
+        target.copy_(source)
+    return info

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The equations of the factor update in plain PyTorch; fp64 in, fp64 math."""
+
+import torch
+from torch import Tensor
+
+from grng_kernels._precision import matmul
+from grng_kernels.info import Info
+
+
+def mirror_lower(matrix: Tensor) -> Tensor:
+    """Return the symmetric matrix whose lower triangle is that of ``matrix``."""
+    lower = matrix.tril()
+    return lower + lower.tril(-1).mT
+
+
+def batch_info(
+    x: Tensor, *, decay: float | Tensor, scale: float | Tensor, bias: bool, dtype: torch.dtype
+) -> Tensor:
+    """Return :class:`Info` (int32, 0-d) of one batch, from its largest magnitude alone.
+
+    ``amax² · rows · max(1, |scale|)`` bounds every partial sum of ``scale·xᵀx``. Below the largest number
+    of ``dtype`` it excludes NaN, infinity and overflow at once, before anything is written.
+    """
+    if x.numel() == 0:
+        amax = torch.zeros((), dtype=torch.float64, device=x.device)
+    else:
+        # The infinity norm needs no temporary and propagates NaN.
+        amax = torch.linalg.vector_norm(x, ord=torch.inf).double()
+    if bias:
+        # Not clamp(min=1): that would turn a NaN into a number on some devices.
+        amax = torch.where(amax < 1, torch.ones_like(amax), amax)
+    scale = torch.as_tensor(scale, dtype=torch.float64, device=x.device)
+    decay = torch.as_tensor(decay, dtype=torch.float64, device=x.device)
+    bound = amax * amax * x.shape[0] * scale.abs().clamp(min=1)
+    finite = torch.isfinite(amax) & torch.isfinite(scale) & torch.isfinite(decay)
+    info = torch.where(bound <= torch.finfo(dtype).max, int(Info.OK), int(Info.OVERFLOW))
+    return torch.where(finite, info, int(Info.NONFINITE_INPUT)).to(torch.int32)
+
+
+def kron_factor_update(
+    factor: Tensor, x: Tensor, *, decay: float | Tensor, scale: float | Tensor, bias: bool
+) -> tuple[Tensor, Tensor]:
+    """Return ``(decay·factor + scale·xᵀx, info)``, computed in the dtype of ``factor``.
+
+    ``factor`` is ``[N, N]``, ``x`` is ``[rows, N]`` or, with ``bias``, ``[rows, N-1]`` and is given a last
+    column of ones. As in BLAS, ``decay == 0`` ignores the old content, and only the lower triangle of
+    ``factor`` is read. Where ``info != 0`` the returned factor is the given one.
+    """
+    info = batch_info(x, decay=decay, scale=scale, bias=bias, dtype=factor.dtype)
+    x = x.to(factor.dtype)
+    if bias:
+        x = torch.cat([x, x.new_ones(x.shape[0], 1)], dim=1)
+    decay = torch.as_tensor(decay, dtype=factor.dtype, device=factor.device)
+    old = torch.where(decay == 0, torch.zeros_like(factor), decay * factor)
+    new = mirror_lower(old + matmul(x.mT, x) * scale)
+    return torch.where(info == int(Info.OK), new, factor), info

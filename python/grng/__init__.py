@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Natural-gradient optimizers that replace AdamW in one line, on the fused kernels of grng_kernels."""
+
+from grng.optim.base import PreconditionerError
+from grng.optim.ring import RING
+from grng_kernels import __version__
+
+__all__ = ["RING", "PreconditionerError", "__version__"]

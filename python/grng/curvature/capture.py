@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Module hooks that record the inputs and output gradients of layers, on the steps that need them.
+
+The only place with hooks. A record belongs to one forward pass of one layer: a module that is used twice,
+or several micro-batches before one step, give several records.
+"""
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from grng.curvature.layers import KroneckerLayer
+
+
+@dataclass
+class Record:
+    """Input and output gradient of one forward pass of one layer."""
+
+    layer_input: Tensor  # [rows, d_in]
+    edge: (
+        GradientEdge | None
+    )  # where the gradient of the output can be asked for, until the backward
+    output_grad: Tensor | None = None  # [rows, d_out]
+    sampled: bool = False  # gradient of a sampled label (per term) or of the loss (of the mean)
+
+
+class Capture:
+    """Records of all layers since the last :meth:`clear`."""
+
+    def __init__(self, layers: list[KroneckerLayer], wanted: Callable[[], bool]) -> None:
+        self.records: dict[KroneckerLayer, list[Record]] = {layer: [] for layer in layers}
+        self._wanted = wanted
+        self._observing = False
+        # The hooks live as long as the model, but must not keep a discarded optimizer alive.
+        this = weakref.ref(self)
+        for layer in layers:
+            layer.module.register_forward_hook(_forward_hook(this, layer))
+
+    def start_record(self, layer: KroneckerLayer, layer_input: Tensor, output: Tensor) -> None:
+        """Record one forward pass, if this step needs it and a gradient can come."""
+        if not (torch.is_grad_enabled() and output.requires_grad and self._wanted()):
+            return
+        # The edge, not the tensor: an in-place activation may overwrite the output.
+        record = Record(layer.input_rows(layer_input), get_gradient_edge(output))
+        self.records[layer].append(record)
+
+        def on_grad(grad: Tensor) -> None:
+            # The gradient of the loss: used where no labels were sampled (empirical Fisher).
+            if not self._observing and record.output_grad is None:
+                record.output_grad = layer.output_rows(grad)
+
+        output.register_hook(on_grad)
+
+    def observe(self, loss: Tensor) -> None:
+        """Take the output gradients of ``loss``; no parameter's ``.grad`` is touched.
+
+        Raises:
+            RuntimeError: The graph is gone: the loss was already differentiated.
+        """
+        waiting = [
+            (layer, record)
+            for layer, records in self.records.items()
+            for record in records
+            if record.edge is not None and record.output_grad is None
+        ]
+        if not waiting:
+            return
+        self._observing = True
+        try:
+            grads = torch.autograd.grad(
+                loss,
+                [record.edge for _, record in waiting if record.edge is not None],
+                retain_graph=True,
+                allow_unused=True,
+            )
+        except RuntimeError as error:
+            if "second time" in str(error):
+                raise RuntimeError(
+                    "observe: call it before loss.backward(), which frees the graph it needs"
+                ) from error
+            raise
+        finally:
+            self._observing = False
+        for (layer, record), grad in zip(waiting, grads, strict=True):
+            # None: a forward pass that these outputs do not depend on (another micro-batch).
+            if grad is not None:
+                record.output_grad, record.sampled = layer.output_rows(grad), True
+                record.edge = None
+
+    def complete(self, layer: KroneckerLayer) -> list[Record]:
+        """Return the records of a layer that have both parts."""
+        return [r for r in self.records[layer] if r.output_grad is not None]
+
+    def clear(self) -> None:
+        """Forget everything recorded."""
+        for records in self.records.values():
+            records.clear()
+
+
+def _forward_hook(
+    capture: "weakref.ref[Capture]", layer: KroneckerLayer
+) -> Callable[[nn.Module, Any, Any], None]:
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        alive = capture()
+        if alive is not None:
+            alive.start_record(layer, args[0], output)
+
+    return hook
