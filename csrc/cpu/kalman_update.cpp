@@ -102,7 +102,7 @@ GRNG_INLINE void add_squares(float* t, const float* s, const float* whitener, in
       for (int v = 0; v < kVecs; ++v) b[v] = S::load(s + c * kChunk + k + v * S::kLanes);
 #pragma GCC unroll 4
       for (int r = 0; r < kRowTile; ++r) {
-        const typename S::Vec a = S::broadcast(w[r][c]);
+        const typename S::Vec a = S::broadcast(w[r] + c);
 #pragma GCC unroll 2
         for (int v = 0; v < kVecs; ++v) acc[r][v] += a * b[v];
       }

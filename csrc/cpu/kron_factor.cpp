@@ -18,8 +18,8 @@
 namespace grng {
 namespace {
 
-// A panel of 256 rows is 32 KiB: one fits in L1 while the other streams from L2.
-constexpr int64_t kRowsPerBlock = 256;
+// A panel of 128 rows is 16 KiB: the two that are multiplied fit in L1 together.
+constexpr int64_t kRowsPerBlock = 128;
 
 template <class T>
 constexpr int64_t kPanel = kPanelBytes / sizeof(T);
@@ -157,7 +157,7 @@ GRNG_INLINE void add_product(T* sum, const T* left, const T* right, int64_t rows
       for (int v = 0; v < kVecs; ++v) b[v] = S::load(right + r * kWidth + v * S::kLanes);
 #pragma GCC unroll 8
       for (int t = 0; t < kTile; ++t) {
-        const Vec a = S::broadcast(left[r * kWidth + i + t]);
+        const Vec a = S::broadcast(left + r * kWidth + i + t);
 #pragma GCC unroll 8
         for (int v = 0; v < kVecs; ++v) acc[t][v] += a * b[v];
       }

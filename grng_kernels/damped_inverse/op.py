@@ -42,7 +42,7 @@ def damped_inverse(
         precision: ``"fp32"`` or ``"auto"``, today the same.
         warm_start: An earlier inverse, same form as ``factor``. Checked and, by today's methods, not used.
         spectral_vector: ``[N]``, ``[L, N]`` or a list of ``[N]``: state of the norm estimate, updated in
-            place. Start it with zeros; refreshes then need 4 products with a vector instead of 16.
+            place. Start it with zeros; the estimate then sharpens from refresh to refresh.
 
     Returns:
         :class:`DampedInverse` ``(inverse, damping, spectral_norm, residual, info)``, tensors for a tensor

@@ -9,7 +9,9 @@ from grng_kernels._precision import matmul
 # A power iteration approaches the norm from below. An estimate that is too high only damps a little
 # more; one that is too low by a relative 1/kappa would let Newton-Schulz diverge. Hence the factor.
 SAFETY = 1.02
-COLD_STEPS, WARM_STEPS = 16, 4
+# Products with a vector: little beside the N³ of an inverse, and enough from a cold start. Whether a
+# given vector is warm is known on the device only, so the number does not depend on it.
+STEPS = 16
 
 
 def start_vector(matrix: Tensor) -> Tensor:
@@ -29,7 +31,7 @@ def spectral_norm(matrix: Tensor, vector: Tensor | None = None) -> tuple[Tensor,
     Args:
         matrix: ``[L, N, N]``, fp32 or fp64, N >= 1.
         vector: ``[L, N]``, the vector returned by an earlier call for nearly the same matrices. All zero
-            counts as none. 4 steps are taken then, 16 otherwise.
+            counts as none.
 
     Returns:
         ``estimate`` ``[L]``: at least the largest diagonal entry, at most the smaller of the infinity and
@@ -37,16 +39,14 @@ def spectral_norm(matrix: Tensor, vector: Tensor | None = None) -> tuple[Tensor,
         quotient. ``vector`` ``[L, N]`` of unit length, or zero for a zero matrix.
     """
     start = start_vector(matrix)
-    steps = COLD_STEPS
     if vector is not None:
         known = (vector != 0).any(dim=-1, keepdim=True) & torch.isfinite(vector).all(
             dim=-1, keepdim=True
         )
         # A little of the cold start lets a vector that became orthogonal to the new leading one recover.
         start = torch.where(known, vector.to(matrix.dtype) + 1e-3 * _unit(start), start)
-        steps = WARM_STEPS
     v = _unit(start)
-    for _ in range(steps):
+    for _ in range(STEPS):
         v = _unit(matmul(matrix, v.unsqueeze(-1)).squeeze(-1))
     rayleigh = (v * matmul(matrix, v.unsqueeze(-1)).squeeze(-1)).sum(dim=-1)
     upper = torch.minimum(

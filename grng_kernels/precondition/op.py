@@ -75,7 +75,12 @@ def precondition(
         _checks.check_shape(OP, f"right{at}", hi, [n, n], f"grad is [{m}, {n}]")
         _checks.check_device(
             OP,
-            {"grad[0]": lists["grad"][0], f"grad{at}": g, f"left{at}": lo, f"right{at}": hi},
+            {
+                "grad" if single else "grad[0]": lists["grad"][0],
+                f"grad{at}": g,
+                f"left{at}": lo,
+                f"right{at}": hi,
+            },
         )
         dtype = torch.promote_types(torch.promote_types(g.dtype, lo.dtype), hi.dtype)
         if out is None:

@@ -70,7 +70,12 @@ def rank1_precondition(
             _checks.check_dtype(OP, f"{name}{at}", tensors[i], [g.dtype])
             _checks.check_shape(OP, f"{name}{at}", tensors[i], g.shape, "as grad")
             _checks.check_device(
-                OP, {"grad[0]": grads[0], f"{name}{at}": tensors[i], "damping": tensor}
+                OP,
+                {
+                    "grad" if single else "grad[0]": grads[0],
+                    f"{name}{at}": tensors[i],
+                    "damping": tensor,
+                },
             )
         if outs is not None:
             _checks.check_not_expanded(OP, f"out{at}", outs[i])

@@ -26,12 +26,15 @@ def sampled_loss(outputs: Tensor, likelihood: str, generator: torch.Generator) -
         raise ValueError(
             f"observe: likelihood must be one of {', '.join(LIKELIHOODS)}, got {likelihood!r}"
         )
+    if outputs.dtype != torch.float64:
+        outputs = outputs.float()
     if likelihood == "gaussian":
         # −log p of ŷ = outputs + noise has the gradient −noise.
         noise = torch.randn(
-            outputs.shape, generator=generator, device=outputs.device, dtype=torch.float32
+            outputs.shape, generator=generator, device=outputs.device, dtype=outputs.dtype
         )
-        return -(outputs.float() * noise).sum()
-    logits = outputs.float().reshape(-1, outputs.shape[-1])
-    labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(1)
+        return -(outputs * noise).sum()
+    logits = outputs.reshape(-1, outputs.shape[-1])
+    probabilities = logits.detach().float().softmax(-1)
+    labels = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
     return F.cross_entropy(logits, labels, reduction="sum")

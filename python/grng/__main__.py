@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Command line: ``python -m grng compare | plot | info``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from grng.compare.errors import UsageError
+
+EXIT_USAGE = 2
+_EXTRAS = ("rich", "matplotlib")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong argument as one line; the whole usage is what ``--help`` is for."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def _add_compare(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser(
+        "compare",
+        help="train the same model with several optimizers and compare them",
+        description="Trains the same model from the same weights on the same batches with each "
+        "optimizer; prints a table and writes JSON and plots.",
+        epilog="An optimizer is NAME or NAME:KEY=VALUE:KEY=VALUE, for example adamw:lr=3e-4; "
+        "`python -m grng info` lists names and keys. Exit codes: 0 all runs finished, 1 a run "
+        "diverged or the data is missing, 2 wrong argument, 130 interrupted.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--task", default="fashion-mnist", help="data set and model")
+    add("--optimizers", default="ring,adamw,sgd", metavar="SPECS", help="comma-separated")
+    add("--epochs", type=int, default=10, help="passes over the training set")
+    seeds = parser.add_mutually_exclusive_group()
+    seeds.add_argument("--seed", type=int, default=0, help="weights and order of the batches")
+    seeds.add_argument("--seeds", metavar="S,S,...", help="several seeds: mean and spread")
+    add("--batch-size", type=int, default=256, help="samples per step")
+    add("--hidden", default="256,256", metavar="N,N,...", help="sizes of the hidden layers")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train")
+    add("--threads", type=int, help="CPU threads of torch")
+    add("--warmup-fraction", type=float, default=0.05, help="part of the steps with rising lr")
+    add("--train-limit", type=int, metavar="N", help="use only the first N training samples")
+    add("--data-dir", type=Path, help="folder of the data files, kept there once fetched")
+    add("--out", type=Path, default=Path("results"), help="folder for the results")
+    add("--no-progress", action="store_true", help="print only the table")
+
+
+def _add_plot(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser("plot", help="draw the plots of saved results again")
+    parser.add_argument("results", nargs="+", type=Path, metavar="RESULT.json")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = _Parser(prog="python -m grng", description="Natural-gradient optimizers for PyTorch.")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    _add_compare(commands)
+    _add_plot(commands)
+    commands.add_parser("info", help="versions, devices, kernel backends, optimizers, tasks")
+    return parser
+
+
+def _require_extras() -> None:
+    missing = [name for name in _EXTRAS if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(f'needs {" and ".join(missing)}: pip install "grng-kernels[compare]"')
+
+
+def _dispatch(arguments: argparse.Namespace, argv: list[str]) -> int:
+    if arguments.command == "info":
+        from grng.compare.info import lines
+
+        print("\n".join(lines()))
+        return 0
+    _require_extras()
+    # Only now: importing grng must need neither rich nor matplotlib.
+    from grng.compare import cli
+
+    if arguments.command == "plot":
+        return cli.plot(arguments)
+    return cli.compare(arguments, argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: Arguments without the program's name; those of the process if None.
+
+    Returns:
+        The exit code.
+    """
+    given = list(sys.argv[1:] if argv is None else argv)
+    command = given[0] if given and not given[0].startswith("-") else ""
+    try:
+        return _dispatch(build_parser().parse_args(given), given)
+    except UsageError as error:
+        print(f"grng {command}".rstrip() + f": error: {error}", file=sys.stderr)
+        return EXIT_USAGE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Optimizer specs such as ``adamw:lr=3e-4``: parsing, valid options, construction."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from grng.compare.errors import UsageError
+
+OptionValue = bool | int | float | str | tuple[float, ...] | None
+Factory = Callable[..., torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class OptimizerEntry:
+    """One optimizer that can be compared."""
+
+    description: str
+    factory: Callable[[], Factory]
+    takes_model: bool
+    observes: bool
+    defaults: Mapping[str, OptionValue]
+    # None: every keyword argument of the factory.
+    options: tuple[str, ...] | None = None
+
+
+def _ring() -> Factory:
+    import grng
+
+    ring: Factory | None = getattr(grng, "RING", None)
+    if ring is None:
+        raise UsageError("optimizer 'ring' is not part of this build of grng")
+    return ring
+
+
+def _adamw() -> Factory:
+    return torch.optim.AdamW
+
+
+def _sgd() -> Factory:
+    return torch.optim.SGD
+
+
+OPTIMIZERS: dict[str, OptimizerEntry] = {
+    "ring": OptimizerEntry(
+        description="regularised natural gradient, grng.RING",
+        factory=_ring,
+        takes_model=True,
+        observes=True,
+        defaults={},
+    ),
+    "adamw": OptimizerEntry(
+        description="torch.optim.AdamW",
+        factory=_adamw,
+        takes_model=False,
+        observes=False,
+        defaults={"lr": 1e-3, "weight_decay": 0.0},
+        options=("lr", "betas", "eps", "weight_decay", "amsgrad", "foreach", "fused"),
+    ),
+    "sgd": OptimizerEntry(
+        description="torch.optim.SGD with momentum 0.9",
+        factory=_sgd,
+        takes_model=False,
+        observes=False,
+        defaults={"lr": 0.1, "momentum": 0.9},
+        options=("lr", "momentum", "dampening", "weight_decay", "nesterov", "foreach", "fused"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """One column of the comparison: an optimizer and the options given for it."""
+
+    label: str
+    name: str
+    options: dict[str, OptionValue]
+
+    @property
+    def entry(self) -> OptimizerEntry:
+        """The registry entry of this optimizer."""
+        return OPTIMIZERS[self.name]
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer for this model.
+
+        Args:
+            model: The model whose parameters it will update.
+
+        Returns:
+            The optimizer.
+
+        Raises:
+            UsageError: The optimizer refuses a value.
+        """
+        arguments = {**self.entry.defaults, **self.options}
+        target = model if self.entry.takes_model else model.parameters()
+        try:
+            return self.entry.factory()(target, **arguments)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UsageError(f"optimizer {self.label!r}: {error}") from error
+
+    def hyperparameters(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Every hyper-parameter with the value that is in force, fit for JSON."""
+        resolved: dict[str, Any] = {
+            name: parameter.default
+            for name, parameter in _parameters(self.entry).items()
+            if parameter.default is not inspect.Parameter.empty
+        }
+        resolved |= {**self.entry.defaults, **self.options}
+        resolved |= {key: optimizer.defaults[key] for key in resolved if key in optimizer.defaults}
+        return {key: _plain(value) for key, value in sorted(resolved.items())}
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        return value.item()
+    return type(value).__name__
+
+
+def _parameters(entry: OptimizerEntry) -> dict[str, inspect.Parameter]:
+    """Keyword arguments of the factory; the first argument is the model or its parameters."""
+    named = list(inspect.signature(entry.factory()).parameters.items())[1:]
+    variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return {name: parameter for name, parameter in named if parameter.kind not in variadic}
+
+
+def valid_options(name: str) -> tuple[str, ...]:
+    """Option keys that a spec of this optimizer may use.
+
+    Args:
+        name: A key of ``OPTIMIZERS``.
+
+    Returns:
+        The keys in the order of the signature.
+    """
+    entry = OPTIMIZERS[name]
+    return entry.options if entry.options is not None else tuple(_parameters(entry))
+
+
+def _value(text: str) -> OptionValue:
+    lowered = text.lower()
+    if lowered in ("true", "false", "none"):
+        return {"true": True, "false": False, "none": None}[lowered]
+    try:
+        value: OptionValue = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+    return value
+
+
+def parse_spec(text: str) -> OptimizerSpec:
+    """One optimizer spec, ``name`` or ``name:key=value:key=value``.
+
+    Args:
+        text: The spec.
+
+    Returns:
+        The parsed spec; its label is the spec without spaces.
+
+    Raises:
+        UsageError: Unknown optimizer or option, or an option without a value.
+    """
+    label = text.replace(" ", "")
+    name, *pairs = label.split(":")
+    if name not in OPTIMIZERS:
+        valid = ", ".join(OPTIMIZERS)
+        raise UsageError(f"unknown optimizer {name!r}; valid optimizers: {valid}")
+    keys = valid_options(name)
+    options: dict[str, OptionValue] = {}
+    for pair in pairs:
+        key, has_value, value = pair.partition("=")
+        if key not in keys:
+            valid = ", ".join(keys)
+            raise UsageError(f"unknown option {key!r} of {name!r}; valid options: {valid}")
+        if not has_value or not value:
+            raise UsageError(f"optimizer {label!r}: option {key!r} must be given as {key}=value")
+        if key in options:
+            raise UsageError(f"optimizer {label!r}: option {key!r} is given twice")
+        options[key] = _value(value)
+    return OptimizerSpec(label, name, options)
+
+
+def parse_specs(text: str) -> list[OptimizerSpec]:
+    """Comma-separated optimizer specs; commas inside parentheses belong to a value.
+
+    Args:
+        text: The specs.
+
+    Returns:
+        The parsed specs in the given order.
+
+    Raises:
+        UsageError: A spec is wrong, empty, or given twice.
+    """
+    specs = [parse_spec(part) for part in re.split(r",(?![^()]*\))", text)]
+    labels = [spec.label for spec in specs]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise UsageError(f"optimizer {label!r} is given twice")
+    return specs

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the figures show of each optimizer: curves, style, and a remark where it did not end well."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from grng.compare.curves import Curve, accuracy_curve, loss_curve, shown_runs
+from grng.compare.plot_style import Style, assign_styles
+from grng.compare.records import DIVERGED, INTERRUPTED
+from grng.compare.results import ComparisonResult
+
+
+@dataclass(frozen=True)
+class Series:
+    """One optimizer in the figures."""
+
+    label: str
+    style: Style
+    loss: Curve | None
+    accuracy: Curve | None
+    note: str
+    is_complete: bool
+
+
+def collect_series(result: ComparisonResult) -> list[Series]:
+    """The optimizers that have at least one run, in the order given.
+
+    Args:
+        result: The comparison.
+
+    Returns:
+        Curves, styles and remarks.
+    """
+    styles = assign_styles(result.labels)
+    found = []
+    for label in result.labels:
+        runs = shown_runs([run for run in result.runs if run.optimizer == label])
+        if not runs:
+            continue
+        note = ""
+        if runs[0].status == DIVERGED and runs[0].divergence is not None:
+            note = f"\n(diverged at step {runs[0].divergence.step:,})"
+        elif runs[0].status == INTERRUPTED:
+            note = "\n(interrupted)"
+        found.append(
+            Series(label, styles[label], loss_curve(runs), accuracy_curve(runs), note, not note)
+        )
+    return found

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is kept of each run; these dataclasses are the schema of ``result.json``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+RUNNING = "running"
+FINISHED = "finished"
+INTERRUPTED = "interrupted"
+DIVERGED = "diverged"
+
+
+@dataclass
+class EpochRecord:
+    """State at the end of an epoch; seconds count training steps only."""
+
+    epoch: int
+    step: int
+    train_seconds: float
+    train_loss: float
+    test_loss: float
+    test_accuracy: float
+
+
+@dataclass
+class StepSplit:
+    """Mean milliseconds of one training step; optimizer includes ``observe`` and ``zero_grad``."""
+
+    forward: float = 0.0
+    backward: float = 0.0
+    optimizer: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Milliseconds of a whole step."""
+        return self.forward + self.backward + self.optimizer
+
+
+@dataclass
+class Divergence:
+    """Where a run stopped because its numbers were no longer finite."""
+
+    step: int
+    what: str
+    lr: float
+    last_finite_loss: float | None
+    diagnostics: Any = None
+
+
+@dataclass
+class RunRecord:
+    """One optimizer with one seed; grows while the run goes on."""
+
+    optimizer: str
+    seed: int
+    status: str = RUNNING
+    steps_per_epoch: int = 0
+    initial_weights_sha256: str = ""
+    batch_order_sha256: str = ""
+    ms_per_step: StepSplit = field(default_factory=StepSplit)
+    peak_memory_bytes: int | None = None
+    optimizer_state_bytes: int = 0
+    divergence: Divergence | None = None
+    epochs: list[EpochRecord] = field(default_factory=list)
+    step_loss: list[float] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)
+
+    @property
+    def train_seconds(self) -> float:
+        """Seconds of all steps so far."""
+        return sum(self.step_seconds)
+
+    @property
+    def final_accuracy(self) -> float:
+        """Test accuracy after the last epoch."""
+        return self.epochs[-1].test_accuracy
+
+    @property
+    def best_accuracy(self) -> float:
+        """Highest test accuracy after any epoch."""
+        return max(epoch.test_accuracy for epoch in self.epochs)
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as JSON objects."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> RunRecord:
+        """The record that ``to_json`` wrote; unknown keys are ignored.
+
+        Args:
+            content: The JSON object.
+
+        Returns:
+            The record.
+        """
+        known = {key: content[key] for key in (f.name for f in fields(cls)) if key in content}
+        known["ms_per_step"] = StepSplit(**known["ms_per_step"])
+        known["epochs"] = [EpochRecord(**epoch) for epoch in known["epochs"]]
+        if known.get("divergence") is not None:
+            known["divergence"] = Divergence(**known["divergence"])
+        return cls(**known)

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``result.json``: the content, written whole or not at all, and read back."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from grng.compare.errors import UsageError
+from grng.compare.records import RUNNING, RunRecord
+from grng.compare.summary import Summary, summarise
+from grng.tasks.atomic import replacing
+
+SCHEMA = "grng-compare"
+SCHEMA_VERSION = 1
+FILE_NAME = "result.json"
+
+
+@dataclass
+class ComparisonResult:
+    """Everything that is known about one comparison."""
+
+    command: list[str]
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    data: dict[str, Any]
+    created_utc: str
+    status: str = RUNNING
+    runs: list[RunRecord] = field(default_factory=list)
+
+    @property
+    def labels(self) -> list[str]:
+        """Labels of the optimizers in the order given."""
+        return [optimizer["label"] for optimizer in self.config["optimizers"]]
+
+    def summary(self) -> Summary:
+        """The rows of the table."""
+        return summarise(self.labels, self.runs, seeds=len(self.config["seeds"]))
+
+    def save(self, folder: Path) -> Path:
+        """Writes ``result.json``; a reader sees the old file or the new one, never a part.
+
+        Args:
+            folder: An existing folder.
+
+        Returns:
+            The path of the file.
+        """
+        content = {
+            "schema": SCHEMA,
+            "schema_version": SCHEMA_VERSION,
+            "created_utc": self.created_utc,
+            "status": self.status,
+            "command": self.command,
+            "config": self.config,
+            "environment": self.environment,
+            "data": self.data,
+            "summary": asdict(self.summary()),
+            "runs": [run.to_json() for run in self.runs],
+        }
+        text = json.dumps(content, indent=1, allow_nan=False)
+        # A list of numbers reads better, and takes a quarter of the space, on one line.
+        text = _join_number_lists(text)
+        with replacing(folder / FILE_NAME) as partial:
+            partial.write_text(text + "\n", encoding="utf-8")
+        return folder / FILE_NAME
+
+
+def _join_number_lists(text: str) -> str:
+    lines: list[str] = []
+    for line in text.split("\n"):
+        stripped = line.strip()
+        is_number = stripped[:1].isdigit() or (stripped[:1] == "-" and stripped[1:2].isdigit())
+        if is_number and lines:
+            separator = "" if lines[-1].endswith("[") else " "
+            lines[-1] += separator + stripped
+        elif stripped in ("]", "],") and lines and lines[-1][-1:].isdigit():
+            lines[-1] += stripped
+        else:
+            lines.append(line)
+    return "\n".join(lines)
+
+
+def create_folder(root: Path, task: str) -> tuple[Path, str]:
+    """A new folder ``<task>-<UTC time>`` below ``root``.
+
+    Args:
+        root: Made if missing.
+        task: Name of the task.
+
+    Returns:
+        The folder, and the time as ISO 8601.
+
+    Raises:
+        UsageError: The folder cannot be made.
+    """
+    now = datetime.now(timezone.utc)
+    stem = f"{task}-{now:%Y%m%dT%H%M%SZ}"
+    names = [stem, *(f"{stem}-{copy}" for copy in range(2, 1000))]
+    for name in names:
+        try:
+            (root / name).mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UsageError(f"--out {root}: {error.strerror}") from error
+        return root / name, now.isoformat(timespec="seconds")
+    raise UsageError(f"--out {root}: too many results named {stem}")
+
+
+def load(path: Path) -> ComparisonResult:
+    """Reads a saved result.
+
+    Args:
+        path: ``result.json`` or the folder that holds it.
+
+    Returns:
+        The result.
+
+    Raises:
+        UsageError: Not a result of this schema version.
+    """
+    file = path / FILE_NAME if path.is_dir() else path
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{file}: {error.strerror}") from error
+    except ValueError as error:
+        raise UsageError(f"{file}: not JSON: {error}") from error
+    is_object = isinstance(content, dict)
+    found = (content.get("schema"), content.get("schema_version")) if is_object else None
+    if found != (SCHEMA, SCHEMA_VERSION):
+        raise UsageError(f"{file}: must be a {SCHEMA} result of version {SCHEMA_VERSION}")
+    keys = ("command", "config", "environment", "data", "created_utc", "status")
+    try:
+        runs = [RunRecord.from_json(run) for run in content["runs"]]
+        return ComparisonResult(**{key: content[key] for key in keys}, runs=runs)
+    except (KeyError, TypeError) as error:
+        raise UsageError(f"{file}: incomplete result: {error}") from error

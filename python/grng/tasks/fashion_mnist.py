@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fashion-MNIST as tensors on a device, and the MLP trained on it (784-hidden-10)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from grng.tasks import fashion_mnist_files as files
+from grng.tasks.data import ClassificationData, DataError, LoadRequest
+from grng.tasks.idx import parse_idx
+from grng.tasks.mlp import build_mlp
+
+_PIXELS = 28 * 28
+_CLASSES = 10
+# Mean and standard deviation of all training pixels, scaled to [0, 1].
+_PIXEL_MEAN = 0.2860
+_PIXEL_STD = 0.3530
+
+
+def build_model(hidden: Sequence[int]) -> nn.Module:
+    """ReLU MLP from 784 pixels to 10 classes.
+
+    Args:
+        hidden: Sizes of the hidden layers.
+
+    Returns:
+        The model, on the CPU; its weights are drawn from torch's global generator.
+    """
+    return build_mlp([_PIXELS, *hidden, _CLASSES])
+
+
+def _inputs(images: npt.NDArray[np.uint8], device: torch.device) -> Tensor:
+    pixels = torch.from_numpy(images.reshape(len(images), _PIXELS).copy()).to(device)
+    return pixels.to(torch.float32).div_(255.0).sub_(_PIXEL_MEAN).div_(_PIXEL_STD)
+
+
+def _labels(labels: npt.NDArray[np.uint8], device: torch.device) -> Tensor:
+    if labels.size and int(labels.max()) >= _CLASSES:
+        raise DataError(f"Fashion-MNIST labels must be below {_CLASSES}, got {int(labels.max())}")
+    return torch.from_numpy(labels.astype(np.int64)).to(device)
+
+
+def load(request: LoadRequest) -> ClassificationData:
+    """The data set, found or fetched, verified, normalised and moved to the device.
+
+    Args:
+        request: Device, folder and number of training samples.
+
+    Returns:
+        Flattened images ``[n, 784]`` fp32 and labels ``[n]`` int64.
+    """
+    found = files.obtain(request.data_dir, request.report)
+    arrays = {
+        name: parse_idx(found.contents[name], name=name, shape=expected.shape)
+        for name, expected in files.FILES.items()
+    }
+    limit = request.train_limit
+    return ClassificationData(
+        train_inputs=_inputs(arrays[files.TRAIN_IMAGES][:limit], request.device),
+        train_labels=_labels(arrays[files.TRAIN_LABELS][:limit], request.device),
+        test_inputs=_inputs(arrays[files.TEST_IMAGES], request.device),
+        test_labels=_labels(arrays[files.TEST_LABELS], request.device),
+        source=found.source,
+        checksums={name: expected.sha256 for name, expected in files.FILES.items()},
+    )
