@@ -33,7 +33,7 @@ def damped_inverse(
     Args:
         factor: Symmetric PSD, ``[N, N]``, ``[L, N, N]``, or a list of ``[N, N]`` of mixed sizes; fp32,
             bf16, fp16 (both computed in fp32) or fp64; any strides. Asymmetry is averaged away.
-        rho: Relative regulariser, > 0, dimensionless: the damping is ``max(√rho·s, 1e-12)`` with ``s`` the
+        rho: Relative regulariser, > 0, dimensionless: the damping is ``max(√rho·s, 1e-36)`` with ``s`` the
             estimate of ``‖factor‖₂``, which bounds the condition number by ``1 + 1/√rho``.
         damping: Absolute regulariser instead of ``rho``, > 0, in units of ``factor``: a number, a tensor
             (0-d or ``[L]``) or, for a list of matrices, a list of 0-d tensors.
@@ -49,7 +49,7 @@ def damped_inverse(
         and lists for a list. ``residual`` is measured, not predicted. ``info`` is ``NONFINITE_INPUT`` for
         a matrix with NaN or infinity, ``NOT_CONVERGED`` where the factorisation failed or the residual
         exceeds 1e-2, ``OVERFLOW`` where the inverse leaves the range of its dtype; that matrix must not be
-        used, and the others are bitwise what they would be without it. A zero matrix gives ``I/1e-12``.
+        used, and the others are bitwise what they would be without it. A zero matrix gives ``I/1e-36``.
 
     Raises:
         TypeError: A dtype or layout that is not accepted.
@@ -183,7 +183,8 @@ def _damped_inverse_op(
             vector=torch.cat([vectors[i] for i in indices]) if vectors else None,
         )
         for i, *parts in zip(indices, *(f.split(counts) for f in fields), strict=True):
-            results[i] = [part.clone() for part in parts]
+            # A batch of one can come out of the factorisation with its columns contiguous.
+            results[i] = [part.clone(memory_format=torch.contiguous_format) for part in parts]
         if vectors:
             for i, part in zip(indices, vector.split(counts), strict=True):
                 vectors[i].copy_(part)

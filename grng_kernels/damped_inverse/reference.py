@@ -11,8 +11,9 @@ from grng_kernels.damped_inverse.schedule import newton_schulz_schedule
 from grng_kernels.damped_inverse.spectral_norm import spectral_norm
 from grng_kernels.info import Info
 
-# The damping of a zero matrix, whose relative damping would be zero: its inverse is I/FLOOR.
-FLOOR = 1e-12
+# The damping of a zero matrix, whose relative damping would be zero: its inverse is I/FLOOR. Near the end
+# of the range of fp32, so that it decides nothing for a matrix that is merely small.
+FLOOR = 1e-36
 # A result whose measured residual ‖I − M X‖_F/√N is larger is reported as NOT_CONVERGED.
 RESIDUAL_LIMIT = 1e-2
 
@@ -36,9 +37,13 @@ class DampedInverse(NamedTuple):
 
 
 def _scale_down(a: Tensor, exponent: Tensor) -> Tensor:
+    """Return ``a · 2^-exponent``, exact inside the range of the dtype; ``exponent`` is ``[L]``."""
     # In two halves: 2^-exponent alone can leave the range of fp32 where the product does not.
     half = torch.div(exponent, 2, rounding_mode="trunc")
-    return torch.ldexp(torch.ldexp(a, -half), half - exponent)
+    one = torch.ones_like(half, dtype=a.dtype)
+    shape = (-1,) + (1,) * (a.dim() - 1)
+    first, second = torch.ldexp(one, -half), torch.ldexp(one, half - exponent)
+    return a * first.view(shape) * second.view(shape)
 
 
 def _newton_schulz(damped: Tensor, norm: Tensor, kappa: float) -> Tensor:
@@ -74,7 +79,7 @@ def damped_inverse(
     # LAPACK may hang or crash on NaN: such a matrix is replaced before the factorisation.
     factor = torch.where(finite[:, None, None], factor, eye)
     exponent = torch.frexp(torch.where(finite & (amax > 0), amax, torch.ones_like(amax))).exponent
-    a = _scale_down(factor, exponent[:, None, None])
+    a = _scale_down(factor, exponent)
     a = (a + a.mT) / 2
 
     norm, vector = spectral_norm(a, vector)
@@ -98,7 +103,7 @@ def damped_inverse(
         inverse = torch.cholesky_inverse(torch.where(failed[:, None, None], eye, lower))
         inverse = (inverse + inverse.mT) / 2
     residual = torch.linalg.matrix_norm(eye - matmul(damped, inverse), ord="fro") / n**0.5
-    inverse = _scale_down(inverse, exponent[:, None, None])
+    inverse = _scale_down(inverse, exponent)
 
     bad = failed | ~(residual <= RESIDUAL_LIMIT)
     info = torch.where(bad, int(Info.NOT_CONVERGED), int(Info.OK))

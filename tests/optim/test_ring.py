@@ -441,3 +441,19 @@ def test_a_discarded_optimizer_leaves_only_idle_hooks():
     opt = RING(net)
     train_step(net, opt, x, y)
     assert opt.diagnostics()["kronecker_layers"] == 2
+
+
+def test_a_layer_without_signal_cannot_poison_the_others():
+    # Inputs near 1e-18 give an input factor near 1e-36, whose inverse overflows beside a real gradient.
+    net = nn.Sequential(nn.Linear(6, 5, bias=False), nn.Linear(5, 3))
+    opt = RING(net)
+    x, y = torch.randn(40, 6) * 1e-20, torch.randint(0, 3, (40,))
+    for _ in range(3):
+        logits = net(x)
+        opt.observe(logits)
+        F.cross_entropy(logits, y).backward()
+        for p in net.parameters():
+            p.grad.add_(1e-3)
+        opt.step()
+        opt.zero_grad()
+    assert all(torch.isfinite(p).all() for p in net.parameters())

@@ -93,15 +93,15 @@ class RING(KroneckerOptimizer):
         directions = kernels.precondition(
             grads, [s["output_inverse"] for s in states], [s["input_inverse"] for s in states]
         )
-        clip = _kl_clip(grads, directions, group["lr"], group["kl_clip"])
+        form = torch.stack([(d * g).sum() for d, g in zip(directions, grads, strict=True)]).sum()
+        length = group["lr"] * _kl_clip(form, group["lr"], group["kl_clip"])
+        # A layer whose factors vanished can have an inverse that overflows: such a step is left out.
+        in_range = torch.isfinite(form)
         for layer, state, direction in zip(layers, states, directions, strict=True):
             # Steps, not directions: clipping bounds lr·D, so a direction that was clipped for one learning
             # rate must not be scaled by a later, larger one (a warm-up would undo the clip).
-            step = (
-                state["momentum_buffer"]
-                .mul_(group["momentum"])
-                .add_(direction * (clip * group["lr"]))
-            )
+            step = state["momentum_buffer"].mul_(group["momentum"])
+            step.add_(torch.where(in_range, direction * length, 0.0))
             layer.apply_step(step, decay=group["lr"] * group["weight_decay"])
 
     def _update_factors(self, group: dict[str, Any], layers: list[KroneckerLayer]) -> None:
@@ -189,13 +189,10 @@ def _corrected_decay(updates: int, decay: float) -> float:
     return decay * (1 - decay**updates) / (1 - decay ** (updates + 1))
 
 
-def _kl_clip(
-    grads: list[Tensor], directions: list[Tensor], lr: float | Tensor, bound: float | None
-) -> float | Tensor:
-    """Return ``min(1, √(bound / (lr² Σ⟨D, G⟩)))`` as a tensor on the device."""
+def _kl_clip(form: Tensor, lr: float | Tensor, bound: float | None) -> float | Tensor:
+    """Return ``min(1, √(bound / (lr² ⟨D, G⟩)))`` as a tensor on the device, ``form`` being ``⟨D, G⟩``."""
     if bound is None:
         return 1.0
-    change = torch.stack([(d * g).sum() for d, g in zip(directions, grads, strict=True)]).sum()
     # ⟨D, G⟩ is positive for positive definite inverses; rounding near zero must not reach the root.
-    smallest = torch.finfo(change.dtype).tiny
-    return (bound / (lr * lr * change).clamp(min=smallest)).sqrt().clamp(max=1.0)
+    smallest = torch.finfo(form.dtype).tiny
+    return (bound / (lr * lr * form).clamp(min=smallest)).sqrt().clamp(max=1.0)
