@@ -62,7 +62,7 @@ def kalman_update_(
         ValueError: A wrong shape, device, number or name; a state that is expanded or overlaps another
             argument in memory.
 
-    Accuracy: at most twice the error of PyTorch in the same dtype against fp64.
+    Accuracy: for ``C <= d`` at most twice the error of PyTorch in the same dtype against fp64.
     Cost: two passes over ``H``, ``2·C²·d`` FLOPs each at most.
     Source: public code of FDEKF and VDEKF (probml/rebayes); Ollivier 2018 for the categorical form.
     """

@@ -29,11 +29,17 @@ def batch_info(
         amax = torch.linalg.vector_norm(x, ord=torch.inf).double()
     if bias:
         # Not clamp(min=1): that would turn a NaN into a number on some devices.
-        amax = torch.where(amax < 1, torch.ones_like(amax), amax)
-    scale = torch.as_tensor(scale, dtype=torch.float64, device=x.device)
-    decay = torch.as_tensor(decay, dtype=torch.float64, device=x.device)
-    bound = amax * amax * x.shape[0] * scale.abs().clamp(min=1)
-    finite = torch.isfinite(amax) & torch.isfinite(scale) & torch.isfinite(decay)
+        amax = torch.where(amax < 1, 1.0, amax)
+    finite = torch.isfinite(amax)
+    # A number stays on the host: copying it to the device would wait for it, and break graph capture.
+    if isinstance(scale, Tensor):
+        finite = finite & torch.isfinite(scale)
+        weight: float | Tensor = scale.double().abs().clamp(min=1)
+    else:
+        weight = max(1.0, abs(scale))
+    if isinstance(decay, Tensor):
+        finite = finite & torch.isfinite(decay)
+    bound = amax * amax * x.shape[0] * weight
     info = torch.where(bound <= torch.finfo(dtype).max, int(Info.OK), int(Info.OVERFLOW))
     return torch.where(finite, info, int(Info.NONFINITE_INPUT)).to(torch.int32)
 
@@ -51,7 +57,9 @@ def kron_factor_update(
     x = x.to(factor.dtype)
     if bias:
         x = torch.cat([x, x.new_ones(x.shape[0], 1)], dim=1)
-    decay = torch.as_tensor(decay, dtype=factor.dtype, device=factor.device)
-    old = torch.where(decay == 0, torch.zeros_like(factor), decay * factor)
+    if isinstance(decay, Tensor):
+        old = torch.where(decay == 0, torch.zeros_like(factor), decay.to(factor.dtype) * factor)
+    else:
+        old = decay * factor if decay != 0 else torch.zeros_like(factor)
     new = mirror_lower(old + matmul(x.mT, x) * scale)
     return torch.where(info == int(Info.OK), new, factor), info

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inverse of spectrally damped factors, against Cholesky in PyTorch with the same damping rule."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from harness import cli
+from harness.case import Bench, Case, Contender, Outputs, Plan, compiled
+from shapes import FACTOR_SIZES, INVERSE_BATCHES, chosen_models
+from torch import Tensor
+
+from grng_kernels import damped_inverse
+
+RHO = 1e-2
+# Residual of an fp32 inverse at condition number 1 + 1/sqrt(RHO) = 11, with room for order 4096.
+LIMIT = 1e-4
+POWER_STEPS = 16
+# The norm by singular values takes seconds from here on and is never the fastest: left out.
+SLOW_SVD = 6e8
+Norm = Callable[[Tensor], Tensor]
+
+
+def _matrices(sizes: Sequence[int], device: torch.device) -> list[Tensor]:
+    generator = torch.Generator(device).manual_seed(0)
+    made = []
+    for n in sizes:
+        # A falling spectrum over two decades, as factors have.
+        scale = torch.logspace(0, -1, n, device=device)
+        y = torch.empty(n, 2 * n, device=device).normal_(generator=generator) * scale[:, None]
+        made.append(y @ y.mT / (2 * n))
+    return made
+
+
+def _residual(matrices: Sequence[Tensor]) -> Callable[[Outputs], float]:
+    """Return a judge of ``inverse, damping`` pairs: ``‖I − (A + damping·I) X‖_F/√N`` in fp64.
+
+    Every contender is judged by its own damping: an estimate of the norm that is a few percent high
+    damps a little more and is no error. A damping more than 10 % from the rule is one.
+    """
+    exact = [float(torch.linalg.eigvalsh(a.double())[-1]) for a in matrices]
+
+    def judge(outputs: Outputs) -> float:
+        worst = 0.0
+        count = len(matrices)
+        for a, x, damping, norm in zip(
+            matrices, outputs[:count], outputs[count:], exact, strict=True
+        ):
+            if abs(float(damping) / (RHO**0.5 * norm) - 1) > 0.1:
+                return math.inf
+            eye = torch.eye(a.shape[0], dtype=torch.float64, device=a.device)
+            product = (a.double() + damping.double() * eye) @ x.double()
+            residual = float(torch.linalg.matrix_norm(eye - product)) / a.shape[0] ** 0.5
+            worst = max(worst, residual if math.isfinite(residual) else math.inf)
+        return worst
+
+    return judge
+
+
+def _exact_norm(a: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.matrix_norm(a, ord=2)
+    return norm
+
+
+def _power_norm(a: Tensor) -> Tensor:
+    v = a.sum(dim=-1, keepdim=True)
+    for _ in range(POWER_STEPS):
+        v = a @ (v / torch.linalg.vector_norm(v, dim=-2, keepdim=True))
+    norm: Tensor = torch.linalg.vector_norm(v, dim=(-2, -1))
+    return norm
+
+
+def _cholesky(a: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+    damping = RHO**0.5 * norm(a)
+    eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+    lower, _ = torch.linalg.cholesky_ex(a + damping[..., None, None] * eye)
+    return torch.cholesky_inverse(lower), damping
+
+
+def _loop(matrices: Sequence[Tensor], norm: Norm) -> Callable[[], Outputs]:
+    def call() -> Outputs:
+        pairs = [_cholesky(a, norm) for a in matrices]
+        return [x for x, _ in pairs] + [damping for _, damping in pairs]
+
+    return call
+
+
+def _by_size(matrices: Sequence[Tensor], norm: Norm) -> Callable[[], Outputs]:
+    sizes = dict.fromkeys(a.shape[0] for a in matrices)
+    groups = [[i for i, a in enumerate(matrices) if a.shape[0] == n] for n in sizes]
+
+    def call() -> Outputs:
+        inverses: list[Tensor] = list(matrices)
+        dampings: list[Tensor] = list(matrices)
+        for group in groups:
+            x, damping = _cholesky(torch.stack([matrices[i] for i in group]), norm)
+            for i, one, d in zip(group, x.unbind(), damping.unbind(), strict=True):
+                inverses[i], dampings[i] = one, d
+        return inverses + dampings
+
+    return call
+
+
+def _ours(matrices: Sequence[Tensor], method: str) -> Callable[[], Outputs]:
+    def call() -> Outputs:
+        result = damped_inverse(list(matrices), rho=RHO, method=method)
+        return [*result.inverse, *result.damping]
+
+    return call
+
+
+def _case(plan: Plan, shape: str, sizes: Sequence[int]) -> Case:
+    matrices = _matrices(sizes, plan.device)
+    note = ("grng also measures the residual, 2N³ FLOPs on top of N³",)
+    contenders = [
+        Contender("grng", "reference", "ours", _ours(matrices, "auto"), notes=note),
+        Contender("grng newton_schulz", "reference", "variant", _ours(matrices, "newton_schulz")),
+    ]
+    for norm, called in ((_power_norm, "power iteration"), (_exact_norm, "matrix_norm")):
+        if norm is _exact_norm and sum(n**3 for n in sizes) > SLOW_SVD:
+            continue
+        for way, make in (("loop", _loop), ("by size", _by_size)):
+            name = f"cholesky {way}, {called}"
+            contenders.append(Contender(name, "torch", "rival", make(matrices, norm)))
+    if plan.compile:
+        call = compiled(_by_size(matrices, _power_norm))
+        contenders.append(
+            Contender("by size, power iteration, compiled", "inductor", "rival", call)
+        )
+    return Case(
+        op="damped_inverse",
+        shape=shape,
+        dims={"matrices": len(sizes), "sizes": sorted(set(sizes)), "rho": RHO},
+        dtype="float32",
+        bytes=sum(8.0 * n**2 for n in sizes),
+        flops=sum(float(n) ** 3 for n in sizes),
+        error=_residual(matrices),
+        limit=LIMIT,
+        contenders=contenders,
+    )
+
+
+def cases(plan: Plan) -> Iterator[Case]:
+    """Yield every case of the plan."""
+    models = ("mlp-fashion",) if plan.quick else ("mlp-fashion", "minilm-lora", "vit-b16-lora-r16")
+    for model in chosen_models(plan.shapes, () if plan.quick else models):
+        yield _case(plan, model.name, [f.n for f in model.factors])
+    if not plan.sizes:
+        for count, n in ((4, 32),) if plan.quick else INVERSE_BATCHES:
+            yield _case(plan, f"{count} of {n}", [n] * count)
+    for n in plan.sizes or ((64, 128) if plan.quick else FACTOR_SIZES[:-1]):
+        yield _case(plan, str(n), [n])
+
+
+BENCH = Bench(
+    "damped_inverse", "damped_inverse: inverse of a factor plus sqrt(rho) of its norm", cases
+)
+
+if __name__ == "__main__":
+    sys.exit(cli.main(BENCH))

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every GPU kernel once, on small odd shapes: what compute-sanitizer is to watch.
+
+Run it as ``PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer python benchmarks/sanitize_subset.py``:
+without the caching allocator every tensor is an allocation of its own, and a read past it is seen.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor
+
+import grng_kernels
+from grng_kernels import kalman_update_, kron_factor_update_, use_backend
+
+# One order per tile size of the Triton kernel, none a multiple of it; the last takes several tiles.
+ORDERS = (7, 23, 61, 131)
+# Around the tile of 8 outputs, and on both sides of the 16 that are held in registers.
+OUTPUTS = (3, 11, 19)
+ROWS, PARAMETERS = 37, 1003
+
+
+def kron_factor() -> int:
+    """Launch every tile size for every input type, with and without bias; return how many."""
+    calls = 0
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for n in ORDERS:
+            for bias in (False, True):
+                x = torch.ones(ROWS, n - bias, device="cuda", dtype=dtype)
+                kron_factor_update_(torch.eye(n, device="cuda"), x, decay=0.9, bias=bias)
+                calls += 1
+    return calls
+
+
+def kalman_update() -> int:
+    """Launch both passes in every form; return how many calls that were."""
+    calls = 0
+    for outputs in OUTPUTS:
+        for form in ("fdekf", "vdekf"):
+            blocks: list[list[Tensor]] = [
+                [torch.zeros(d, device="cuda"), torch.ones(d, device="cuda")]
+                for d in (PARAMETERS, 1)
+            ]
+            mean, variance = ([b[i] for b in blocks] for i in (0, 1))
+            jacobian = [torch.ones(outputs, len(m), device="cuda") for m in mean]
+            kalman_update_(
+                mean, variance, jacobian, torch.ones(outputs, device="cuda"), 0.5, form=form
+            )
+            calls += 1
+    return calls
+
+
+def main() -> int:
+    """Run what is there; the last line counts it."""
+    done = []
+    for backend, work in (("triton", kron_factor), ("cuda", kalman_update)):
+        status = grng_kernels.backends()[backend]
+        if not status.available:
+            done.append(f"{work.__name__} left out: {status.reason}")
+            continue
+        with use_backend(backend):
+            done.append(f"{work.__name__} {work()} calls")
+    torch.cuda.synchronize()
+    print("; ".join(done))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
