@@ -39,8 +39,9 @@ struct Simd {
   static GRNG_INLINE void store(T* p, Vec v) { std::memcpy(p, &v, sizeof(v)); }
   static GRNG_INLINE Vec broadcast(const T* p) {
 #if defined(__x86_64__)
-    // gcc 12 broadcasts in two halves, and the insert that joins them takes the port of the second FMA
-    // unit: a third of the speed of a matrix kernel. Broadcasting from memory takes a load port only.
+    // gcc 12 broadcasts in two halves, and the insert that joins them takes the port of the second
+    // FMA unit: a third of the speed of a matrix kernel. Broadcasting from memory takes a load port
+    // only.
     if constexpr (Isa::kVectorBytes == 64) {
       Vec v;
       if constexpr (sizeof(T) == 4) {
