@@ -35,6 +35,23 @@ def as_list(op: str, name: str, value: Tensor | Sequence[Tensor]) -> list[Tensor
     return list(value)
 
 
+def check_same_form(op: str, **arguments: Tensor | Sequence[Tensor]) -> None:
+    """Check that the arguments are all tensors or all lists.
+
+    Raises:
+        TypeError: Some are tensors and some are not; the message says which.
+    """
+    if len({isinstance(value, Tensor) for value in arguments.values()}) > 1:
+        got = ", ".join(
+            f"{name}: {'a tensor' if isinstance(value, Tensor) else 'a list'}"
+            for name, value in arguments.items()
+        )
+        *names, last = arguments
+        raise TypeError(
+            f"{op}: {', '.join(names)} and {last} must all be tensors or all be lists, got {got}"
+        )
+
+
 def check_lengths(op: str, **lists: Sequence[Tensor]) -> None:
     """Check that the lists of a grouped call have one entry per item.
 
@@ -66,7 +83,7 @@ def check_dtype(
 
 
 def check_shape(op: str, name: str, tensor: Tensor, shape: Sequence[int], why: str = "") -> None:
-    """Check the exact shape of a tensor.
+    """Check the exact shape of a tensor; ``why`` holds no size, which the compiler would take as fixed.
 
     Raises:
         ValueError: Any other shape.
@@ -144,7 +161,8 @@ def check_scalar(
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
     low_ok = value > low if open_low else value >= low
-    if not (math.isfinite(value) and low_ok and value <= high):
+    # Comparisons, not math.isfinite: the compiler cannot trace that on a symbolic number.
+    if not (low_ok and value <= high and -math.inf < value < math.inf):
         left = "(" if open_low or low == -math.inf else "["
         right = ")" if high == math.inf else "]"
         raise ValueError(
@@ -162,18 +180,23 @@ def check_choice(op: str, name: str, value: str, choices: Sequence[str]) -> None
         raise ValueError(f"{op}: {name} must be one of {', '.join(choices)}, got {value!r}")
 
 
-def check_not_expanded(op: str, name: str, tensor: Tensor) -> None:
+def check_no_self_overlap(op: str, name: str, tensor: Tensor) -> None:
     """Check that no two elements of an output share memory.
 
     Raises:
-        ValueError: The tensor is expanded (a stride of 0).
+        ValueError: Two may: the tensor is expanded, or a view with strides that interleave.
     """
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        if size > 1 and stride == 0:
+    if tensor.is_contiguous():
+        return
+    reach = 1
+    dims = zip(tensor.stride(), tensor.shape, strict=True)
+    for stride, size in sorted(d for d in dims if d[1] > 1):
+        if stride < reach:
             raise ValueError(
-                f"{op}: {name} is written in place and must not be expanded, got strides "
+                f"{op}: {name} is written in place and must not overlap itself, got strides "
                 f"{list(tensor.stride())} for shape {list(tensor.shape)}"
             )
+        reach += (size - 1) * stride
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:

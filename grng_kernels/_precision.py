@@ -5,15 +5,27 @@ import torch
 from torch import Tensor
 
 
+def _reduced(device_type: str) -> bool:
+    """Return whether the user allows fp32 products to be computed in TF32 or bf16 on such a device."""
+    backend = torch.backends.cuda if device_type == "cuda" else torch.backends.mkldnn
+    precision = getattr(getattr(backend, "matmul", None), "fp32_precision", None)
+    if precision is None:  # torch < 2.9
+        return torch.get_float32_matmul_precision() != "highest"
+    # Not get_float32_matmul_precision(): it raises after a switch was set through the newer interface.
+    return precision not in ("none", "ieee")
+
+
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Return ``a @ b`` in the dtype of ``a``, never through TF32 or bf16.
+    """Return ``a @ b`` in the dtype of ``a``, never through TF32, bf16 or fp16.
 
     torch's switches for reduced precision are global. They are neither obeyed here nor touched, since
-    other threads may read them: where one is on, the product is taken in fp64.
+    other threads may read them: where one is on, the product is taken in fp64. Autocast is per thread
+    and is turned off.
     """
-    if a.dtype != torch.float32:
-        return a @ b
-    reduced = torch.get_float32_matmul_precision() != "highest" or (
-        a.is_cuda and torch.backends.cuda.matmul.allow_tf32
-    )
-    return (a.double() @ b.double()).float() if reduced else a @ b
+    device_type = a.device.type
+    if torch.is_autocast_enabled(device_type):
+        with torch.autocast(device_type, enabled=False):
+            return matmul(a, b)
+    if a.dtype == torch.float32 and _reduced(device_type):
+        return (a.double() @ b.double()).float()
+    return a @ b

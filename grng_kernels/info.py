@@ -13,7 +13,7 @@ class Info(IntEnum):
 
     OK = 0
     NONFINITE_INPUT = 1
-    """An input holds NaN or infinity, or a variance is negative."""
+    """An input holds NaN or infinity, or one that was not read on the host is out of its range."""
     NOT_CONVERGED = 2
     """A factorisation met a matrix that is not positive definite, or the residual is too large."""
     OVERFLOW = 3

@@ -77,7 +77,22 @@ GRNG_INLINE double magnitude(const ConstMatrix& x, int64_t begin, int64_t end) {
   return 0;
 }
 
-Info check(const ConstMatrix& x, bool bias, double scale, double limit, const Threads& threads) {
+// The largest magnitude that the diagonal keeps: it bounds every entry of a PSD matrix.
+template <class T>
+double held(const T* factor, int64_t n, double decay) {
+  if (decay == 0) return 0;
+  double largest = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const double value = std::abs(static_cast<double>(factor[i * n + i]));
+    if (!std::isfinite(value)) return value;
+    largest = std::max(largest, value);
+  }
+  return decay * largest;
+}
+
+Info check(const ConstMatrix& x, bool bias, double scale, double held, double limit,
+           const Threads& threads) {
+  if (!std::isfinite(held)) return kNonfiniteInput;
   constexpr int64_t kSlice = 64;
   const int64_t slices = (x.rows + kSlice - 1) / kSlice;
   std::vector<double> largest(slices);
@@ -94,7 +109,7 @@ Info check(const ConstMatrix& x, bool bias, double scale, double limit, const Th
   }
   // No sum of products of this batch, scaled or not, can exceed this bound.
   const double bound = amax * amax * static_cast<double>(x.rows) * std::max(1.0, std::abs(scale));
-  return bound <= limit ? kOk : kOverflow;
+  return bound + held <= limit ? kOk : kOverflow;
 }
 
 // ---- packing: rows [begin, end) of x as panels [panel][row][kPanel] ----
@@ -268,8 +283,11 @@ Info kron_factor_update_cpu(void* factor, const ConstMatrix& x, bool bias, doubl
   const bool wide = x.dtype == Dtype::kFloat64;
   const double limit =
       wide ? std::numeric_limits<double>::max() : std::numeric_limits<float>::max();
-  if (!std::isfinite(decay) || !std::isfinite(scale)) return kNonfiniteInput;
-  const Info info = check(x, bias, scale, limit, threads);
+  if (!(decay >= 0 && decay <= 1) || !std::isfinite(scale)) return kNonfiniteInput;
+  const int64_t n = x.cols + bias;
+  const double old = wide ? held(static_cast<const double*>(factor), n, decay)
+                          : held(static_cast<const float*>(factor), n, decay);
+  const Info info = check(x, bias, scale, old, limit, threads);
   if (info != kOk) return info;
   if (wide) {
     update_factor(static_cast<double*>(factor), x, bias, decay, scale, threads);

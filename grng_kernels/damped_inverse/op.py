@@ -14,6 +14,7 @@ from grng_kernels.damped_inverse.reference import DampedInverse
 OP = "damped_inverse"
 METHODS = ("auto", "cholesky", "newton_schulz")
 PRECISIONS = ("auto", "fp32")
+FIELDS = len(DampedInverse._fields)
 
 
 def damped_inverse(
@@ -47,9 +48,10 @@ def damped_inverse(
     Returns:
         :class:`DampedInverse` ``(inverse, damping, spectral_norm, residual, info)``, tensors for a tensor
         and lists for a list. ``residual`` is measured, not predicted. ``info`` is ``NONFINITE_INPUT`` for
-        a matrix with NaN or infinity, ``NOT_CONVERGED`` where the factorisation failed or the residual
-        exceeds 1e-2, ``OVERFLOW`` where the inverse leaves the range of its dtype; that matrix must not be
-        used, and the others are bitwise what they would be without it. A zero matrix gives ``I/1e-36``.
+        a matrix with NaN or infinity, or a damping on the device that is not positive; ``NOT_CONVERGED``
+        where the factorisation failed or the residual exceeds 1e-2; ``OVERFLOW`` where the inverse leaves
+        the range of its dtype. That matrix must not be used, and the others are bitwise what they would be
+        without the fault. A zero matrix gives ``I/1e-36``.
 
     Raises:
         TypeError: A dtype or layout that is not accepted.
@@ -77,9 +79,11 @@ def damped_inverse(
         None if rho is None else float(rho),
         [d.detach() for d in dampings],
         method,
-        [v.detach().view(-1, v.shape[-1]) for v in vectors],
+        [v.detach() if v.dim() == 2 else v.detach().unsqueeze(0) for v in vectors],
     )
-    groups = [flat[i : i + 5] for i in range(0, len(flat), 5)]
+    groups = [flat[i : i + FIELDS] for i in range(0, FIELDS * len(factors), FIELDS)]
+    for vector, new in zip(vectors, flat[FIELDS * len(factors) :], strict=True):
+        vector.detach().copy_(new.view(vector.shape))
     if single:
         shapes = (factors[0].shape, *[factors[0].shape[:-2]] * 4)
         return DampedInverse(*[t.view(s) for t, s in zip(groups[0], shapes, strict=True)])
@@ -134,6 +138,8 @@ def _per_matrix(
     if value is None:
         return []
     if isinstance(value, (int, float)):
+        if trailing:
+            raise TypeError(f"{OP}: {name} must be a tensor or a list of tensors, got a number")
         return [
             torch.full(f.shape[: f.dim() - 2], float(value), dtype=_state_dtype(f), device=f.device)
             for f in factors
@@ -148,7 +154,7 @@ def _per_matrix(
         _checks.check_shape(OP, full, item, f.shape[: f.dim() - 2 + trailing], "as factor")
         _checks.check_device(OP, {"factor": f, full: item})
         if trailing == 1:
-            _checks.check_not_expanded(OP, full, item)
+            _checks.check_no_self_overlap(OP, full, item)
     return items
 
 
@@ -156,7 +162,7 @@ def _state_dtype(factor: Tensor) -> torch.dtype:
     return torch.float64 if factor.dtype == torch.float64 else torch.float32
 
 
-@torch.library.custom_op("grng::damped_inverse", mutates_args=("vectors",))
+@torch.library.custom_op("grng::damped_inverse", mutates_args=())
 def _damped_inverse_op(
     factors: Sequence[Tensor],
     rho: float | None,
@@ -164,7 +170,11 @@ def _damped_inverse_op(
     method: str,
     vectors: Sequence[Tensor],
 ) -> list[Tensor]:
-    """Five tensors per entry of ``factors`` ``[L, N, N]``; ``damping`` and ``vectors`` may be empty."""
+    """Five tensors per entry of ``factors`` ``[L, N, N]``, then the new ``vectors``.
+
+    ``damping`` and ``vectors`` may be empty. The vectors are not mutated here: the compiler accepts no
+    operator that does so and returns a list.
+    """
     _dispatch.select(OP, factors[0].device)
     _checks.check_no_overlap(
         OP,
@@ -172,6 +182,7 @@ def _damped_inverse_op(
         [(f"factor[{i}]", f) for i, f in enumerate(factors)],
     )
     results = [_empty_result(f) for f in factors]
+    new_vectors = [v.clone() for v in vectors]
     for indices in _same_size(factors):
         counts = [factors[i].shape[0] for i in indices]
         batch = torch.cat([factors[i].to(_state_dtype(factors[i])) for i in indices])
@@ -187,8 +198,8 @@ def _damped_inverse_op(
             results[i] = [part.clone(memory_format=torch.contiguous_format) for part in parts]
         if vectors:
             for i, part in zip(indices, vector.split(counts), strict=True):
-                vectors[i].copy_(part)
-    return [tensor for result in results for tensor in result]
+                new_vectors[i] = part.to(vectors[i].dtype, copy=True)
+    return [*(tensor for result in results for tensor in result), *new_vectors]
 
 
 @_damped_inverse_op.register_fake
@@ -199,13 +210,16 @@ def _(
     method: str,
     vectors: Sequence[Tensor],
 ) -> list[Tensor]:
-    return [tensor for f in factors for tensor in _empty_result(f)]
+    return [
+        *(tensor for f in factors for tensor in _empty_result(f)),
+        *(torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in vectors),
+    ]
 
 
 def _empty_result(factor: Tensor) -> list[Tensor]:
     dtype, length = _state_dtype(factor), factor.shape[0]
     inverse = torch.empty(factor.shape, dtype=dtype, device=factor.device)
-    scalars = [torch.empty(length, dtype=dtype, device=factor.device) for _ in range(3)]
+    scalars = [torch.zeros(length, dtype=dtype, device=factor.device) for _ in range(3)]
     return [inverse, *scalars, torch.zeros(length, dtype=torch.int32, device=factor.device)]
 
 

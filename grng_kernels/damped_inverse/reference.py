@@ -16,6 +16,8 @@ from grng_kernels.info import Info
 FLOOR = 1e-36
 # A result whose measured residual ‖I − M X‖_F/√N is larger is reported as NOT_CONVERGED.
 RESIDUAL_LIMIT = 1e-2
+# Newton-Schulz diverges on eigenvalues above its interval, and the norm is an estimate.
+MARGIN = 1.05
 
 
 class DampedInverse(NamedTuple):
@@ -90,12 +92,14 @@ def damped_inverse(
         floor = _scale_down(torch.full_like(norm, FLOOR), exponent)
         shift = torch.maximum(rho**0.5 * norm, floor)
     else:
-        shift = _scale_down(damping.to(a.dtype), exponent)
+        damping = damping.to(a.dtype)
+        finite = finite & torch.isfinite(damping) & (damping > 0)
+        shift = _scale_down(torch.where(finite, damping, torch.ones_like(damping)), exponent)
     damped = a + shift[:, None, None] * eye
 
     if method == "newton_schulz":
         assert rho is not None, "the public function asks for rho with newton_schulz"
-        inverse = _newton_schulz(damped, norm + shift, 1 + rho**-0.5)
+        inverse = _newton_schulz(damped, MARGIN * norm + shift, 1 + MARGIN * rho**-0.5)
         failed = torch.zeros_like(finite)
     else:
         lower, status = torch.linalg.cholesky_ex(damped)

@@ -5,6 +5,8 @@ Both passes and this stage share one form for all variants. The second pass comp
 ``mean += p·hᵀ direction`` and ``t = p·‖whitener h‖²``, then ``p·(1 − t)`` (fdekf) or ``p/(1 + t)`` (vdekf).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -12,8 +14,22 @@ from grng_kernels.info import Info
 from grng_kernels.kalman_update.reference import all_finite, softmax_root
 
 
+def largest_magnitude(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the largest absolute value in all tensors (fp64, 0-d), NaN where one is NaN."""
+    # The infinity norm needs no temporary and propagates NaN.
+    largest = [torch.linalg.vector_norm(t, ord=torch.inf) for t in tensors if t.numel()]
+    return torch.stack(largest).amax().double()
+
+
 def gain_from_gram(
-    gram: Tensor, innovation: Tensor, noise: Tensor, *, form: str, likelihood: str
+    gram: Tensor,
+    innovation: Tensor,
+    noise: Tensor,
+    *,
+    form: str,
+    likelihood: str,
+    mean_max: Tensor,
+    variance_max: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``(direction [C], whitener [C, C], info)``: fp32, fp32, int32.
 
@@ -21,10 +37,14 @@ def gain_from_gram(
     conditioned than fp32 resolves. With ``S = M + R = L Lᵀ`` (Gaussian) ``direction = S⁻¹ e`` and
     ``whitener = L⁻¹``, or ``L_R⁻¹`` with ``R = L_R L_Rᵀ`` for vdekf; the categorical forms are those of
     ``reference.py``. No host sync: a failed factorisation is reported through ``info``.
+
+    The second pass writes as it goes, so whether its results stay finite is decided here, from the largest
+    magnitudes of the state (fp64, 0-d). As ``p_i h_i h_iᵀ <= S``, Cauchy-Schwarz in ``S⁻¹`` bounds every
+    step: ``|p_i h_iᵀ S⁻¹ e| <= √(p_i · eᵀS⁻¹e)``. Variances saturate.
     """
     e = innovation.double()
     eye = torch.eye(len(e), dtype=torch.float64, device=e.device)
-    finite = all_finite([innovation, noise]) & ~gram.isnan().any()
+    finite = all_finite([innovation, noise, mean_max, variance_max]) & ~gram.isnan().any()
     noise = noise.double()
     if likelihood == "gaussian":
         lower, status = torch.linalg.cholesky_ex(gram + noise)
@@ -40,8 +60,12 @@ def gain_from_gram(
         failed = status != 0
         factor, right = (lower, root.mT) if form == "fdekf" else (eye, root.mT)
     whitener = torch.linalg.solve_triangular(factor, right, upper=False).float()
+    # Rounding can leave this below zero where it is nearly nothing.
+    step = (variance_max * (e @ direction).clamp(min=0)).sqrt()
     direction = direction.float()
-    in_range = all_finite([gram, direction, whitener])
+    in_range = all_finite([gram, direction, whitener]) & (
+        mean_max + step <= torch.finfo(torch.float32).max
+    )
     info = torch.where(failed, int(Info.NOT_CONVERGED), int(Info.OK))
     # A gram that overflowed fails the factorisation too, so it is asked for last.
     info = torch.where(in_range | (failed & all_finite([gram])), info, int(Info.OVERFLOW))

@@ -9,7 +9,7 @@ from torch import Tensor
 from grng_kernels import _checks, _dispatch
 from grng_kernels.info import Info
 from grng_kernels.kalman_update import reference
-from grng_kernels.kalman_update.innovation import gain_from_gram
+from grng_kernels.kalman_update.innovation import gain_from_gram, largest_magnitude
 
 OP = "kalman_update_"
 FORMS = ("fdekf", "vdekf")
@@ -70,8 +70,7 @@ def kalman_update_(
     variances = _checks.as_list(OP, "variance", variance)
     jacobians = _checks.as_list(OP, "jacobian", jacobian)
     single = isinstance(mean, Tensor)
-    if isinstance(variance, Tensor) != single or isinstance(jacobian, Tensor) != single:
-        raise TypeError(f"{OP}: mean, variance and jacobian must all be tensors or all be lists")
+    _checks.check_same_form(OP, mean=mean, variance=variance, jacobian=jacobian)
     _checks.check_lengths(OP, mean=means, variance=variances, jacobian=jacobians)
     _checks.check_choice(OP, "form", form, FORMS)
     _checks.check_choice(OP, "likelihood", likelihood, LIKELIHOODS)
@@ -98,7 +97,7 @@ def kalman_update_(
         _checks.check_shape(OP, names[1], block[1], [d], "as mean")
         _checks.check_shape(OP, names[2], block[2], [outputs, d], "outputs C, parameters d")
         for name, tensor in zip(names[:2], block[:2], strict=True):
-            _checks.check_not_expanded(OP, name, tensor)
+            _checks.check_no_self_overlap(OP, name, tensor)
         _checks.check_device(
             OP, {"innovation": innovation, "noise": noise, **dict(zip(names, block, strict=True))}
         )
@@ -177,7 +176,13 @@ def _kalman_update_op(
     gram = torch.zeros(outputs, outputs, dtype=torch.float64, device=innovation.device)
     torch.ops.grng._kalman_gram_(gram, variances, jacobians)
     direction, whitener, info = gain_from_gram(
-        gram, innovation, noise, form=form, likelihood=likelihood
+        gram,
+        innovation,
+        noise,
+        form=form,
+        likelihood=likelihood,
+        mean_max=largest_magnitude(means),
+        variance_max=largest_magnitude(variances),
     )
     if (
         backend == "cpu"

@@ -71,10 +71,11 @@ def kalman_update(
     # A variance that would overflow saturates: less is known than the dtype can say.
     new_variance = (posterior / forgetting + process_noise).clamp(max=torch.finfo(p.dtype).max)
 
-    finite = all_finite([p, h, e, noise]) & (p >= 0).all()
-    in_range = all_finite([new_mean, new_variance])
+    finite = all_finite([mean, p, h, e, noise]) & (p >= 0).all()
+    in_range = all_finite([gram, new_mean, new_variance])
     info = torch.where(failed, int(Info.NOT_CONVERGED), int(Info.OK))
-    info = torch.where(in_range, info, int(Info.OVERFLOW))
+    # An S that overflowed fails the factorisation too: then overflow is the cause.
+    info = torch.where(in_range | (failed & all_finite([gram])), info, int(Info.OVERFLOW))
     info = torch.where(finite, info, int(Info.NONFINITE_INPUT)).to(torch.int32)
     ok = info == int(Info.OK)
     return torch.where(ok, new_mean, mean), torch.where(ok, new_variance, variance), info

@@ -31,16 +31,18 @@ def kron_factor_update_(
         x: Activations or output gradients, one sample per row: ``[rows, N]``, or ``[rows, N-1]`` with
             ``bias``; fp32, bf16, fp16 or fp64, any strides; a list for a list. Products are accumulated
             in the dtype of ``factor``. With no rows the factor is left as it is.
-        decay: EMA decay in [0, 1], number or 0-d tensor. 0 ignores the old content, as BLAS does.
+        decay: EMA decay in [0, 1], number or 0-d tensor. 0 ignores the old content, as BLAS does. Where
+            ``torch.compile`` is used and it changes from call to call, a tensor saves compiling again.
         scale: Weight of ``xᵀx``, number or 0-d tensor; None means ``(1 - decay) / rows``.
         bias: Treat ``x`` as if it had a last column of ones. The column is never built.
 
     Returns:
         :class:`Info`, int32, on the device of ``factor``: 0-d for a tensor, ``[items]`` for a list.
-        ``NONFINITE_INPUT`` where ``x`` holds NaN or infinity; ``OVERFLOW`` where
-        ``max|x|² · rows · max(1, |scale|)`` exceeds the range of the factor. There the factor is
-        unchanged, bitwise; the other factors of the call are updated. Squares that underflow count as
-        zero, without an error.
+        ``NONFINITE_INPUT`` where ``x`` or the diagonal of ``factor`` holds NaN or infinity, or a tensor
+        ``decay`` is not in [0, 1]; ``OVERFLOW`` where
+        ``decay·max|diag(factor)| + max|x|² · rows · max(1, |scale|)`` exceeds the range of the factor.
+        There the factor is unchanged, bitwise; the other factors of the call are updated. Squares that
+        underflow count as zero, without an error.
 
     Raises:
         TypeError: A dtype or layout that is not accepted.
@@ -53,8 +55,7 @@ def kron_factor_update_(
     """
     single = isinstance(factor, Tensor)
     factors, xs = _checks.as_list(OP, "factor", factor), _checks.as_list(OP, "x", x)
-    if single != isinstance(x, Tensor):
-        raise TypeError(f"{OP}: factor and x must both be tensors or both be lists")
+    _checks.check_same_form(OP, factor=factor, x=x)
     _checks.check_lengths(OP, factor=factors, x=xs)
     _checks.check_scalar(OP, "decay", decay, low=0.0, high=1.0)
     if scale is not None:
@@ -94,12 +95,11 @@ def _check_item(at: str, factor: Tensor, x: Tensor, bias: bool) -> None:
     _checks.check_dtype(OP, f"factor{at}", factor, [torch.float64 if wide else torch.float32])
     _checks.check_square(OP, f"factor{at}", factor)
     n = factor.shape[0]
-    width = n - 1 if bias else n
-    form = f"[rows, N-1] with N = {n} (bias=True)" if bias else f"[rows, N] with N = {n}"
-    _checks.check_rank(OP, f"x{at}", x, 2, form)
-    if x.shape[1] != width:
+    if x.dim() != 2 or x.shape[1] != (n - 1 if bias else n):
+        # Written out only here: a size in a text is a fixed number to the compiler.
+        form = f"[rows, N-1] with N = {n} (bias=True)" if bias else f"[rows, N] with N = {n}"
         raise ValueError(f"{OP}: x{at} must be {form}, got shape {list(x.shape)}")
-    _checks.check_not_expanded(OP, f"factor{at}", factor)
+    _checks.check_no_self_overlap(OP, f"factor{at}", factor)
 
 
 def _split_scalar(value: float | Tensor) -> tuple[float | None, Tensor | None]:

@@ -15,12 +15,13 @@ def mirror_lower(matrix: Tensor) -> Tensor:
 
 
 def batch_info(
-    x: Tensor, *, decay: float | Tensor, scale: float | Tensor, bias: bool, dtype: torch.dtype
+    factor: Tensor, x: Tensor, *, decay: float | Tensor, scale: float | Tensor, bias: bool
 ) -> Tensor:
-    """Return :class:`Info` (int32, 0-d) of one batch, from its largest magnitude alone.
+    """Return :class:`Info` (int32, 0-d) of one batch, from largest magnitudes alone.
 
-    ``amax² · rows · max(1, |scale|)`` bounds every partial sum of ``scale·xᵀx``. Below the largest number
-    of ``dtype`` it excludes NaN, infinity and overflow at once, before anything is written.
+    ``amax² · rows · max(1, |scale|)`` bounds every partial sum of ``scale·xᵀx``, and the diagonal what a PSD
+    ``factor`` already holds. Together below the largest number of its dtype they exclude NaN, infinity and
+    overflow at once, before anything is written.
     """
     if x.numel() == 0:
         amax = torch.zeros((), dtype=torch.float64, device=x.device)
@@ -37,10 +38,17 @@ def batch_info(
         weight: float | Tensor = scale.double().abs().clamp(min=1)
     else:
         weight = max(1.0, abs(scale))
-    if isinstance(decay, Tensor):
-        finite = finite & torch.isfinite(decay)
     bound = amax * amax * x.shape[0] * weight
-    info = torch.where(bound <= torch.finfo(dtype).max, int(Info.OK), int(Info.OVERFLOW))
+    # The diagonal bounds the magnitudes of a PSD matrix.
+    held = torch.linalg.vector_norm(factor.diagonal(), ord=torch.inf).double()
+    if isinstance(decay, Tensor):
+        finite = finite & (decay >= 0) & (decay <= 1)
+        held = torch.where(decay == 0, 0.0, decay * held)
+    else:
+        held = decay * held if decay != 0 else torch.zeros_like(held)
+    finite = finite & torch.isfinite(held)
+    bound = bound + held
+    info = torch.where(bound <= torch.finfo(factor.dtype).max, int(Info.OK), int(Info.OVERFLOW))
     return torch.where(finite, info, int(Info.NONFINITE_INPUT)).to(torch.int32)
 
 
@@ -53,7 +61,7 @@ def kron_factor_update(
     column of ones. As in BLAS, ``decay == 0`` ignores the old content, and only the lower triangle of
     ``factor`` is read. Where ``info != 0`` the returned factor is the given one.
     """
-    info = batch_info(x, decay=decay, scale=scale, bias=bias, dtype=factor.dtype)
+    info = batch_info(factor, x, decay=decay, scale=scale, bias=bias)
     x = x.to(factor.dtype)
     if bias:
         x = torch.cat([x, x.new_ones(x.shape[0], 1)], dim=1)

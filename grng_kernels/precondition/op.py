@@ -59,8 +59,11 @@ def precondition(
         name: _checks.as_list(OP, name, value)
         for name, value in (("grad", grad), ("left", left), ("right", right))
     }
+    given = {"grad": grad, "left": left, "right": right}
     if out is not None:
         lists["out"] = _checks.as_list(OP, "out", out)
+        given["out"] = out
+    _checks.check_same_form(OP, **given)
     _checks.check_lengths(OP, **lists)
     outputs = lists.get("out", [])
     results = []
@@ -71,8 +74,8 @@ def precondition(
         _checks.check_dtype(OP, f"right{at}", hi, _checks.STATE_DTYPES)
         _checks.check_rank(OP, f"grad{at}", g, 2, "[m, n]")
         m, n = g.shape
-        _checks.check_shape(OP, f"left{at}", lo, [m, m], f"grad is [{m}, {n}]")
-        _checks.check_shape(OP, f"right{at}", hi, [n, n], f"grad is [{m}, {n}]")
+        _checks.check_shape(OP, f"left{at}", lo, [m, m], "grad is [m, n]")
+        _checks.check_shape(OP, f"right{at}", hi, [n, n], "grad is [m, n]")
         _checks.check_device(
             OP,
             {
@@ -89,7 +92,7 @@ def precondition(
             name = f"out{at}"
             _checks.check_dtype(OP, name, outputs[i], [dtype])
             _checks.check_shape(OP, name, outputs[i], [m, n], "as grad")
-            _checks.check_not_expanded(OP, name, outputs[i])
+            _checks.check_no_self_overlap(OP, name, outputs[i])
             _checks.check_device(OP, {f"grad{at}": g, name: outputs[i]})
             results.append(outputs[i])
     if results:

@@ -58,6 +58,8 @@ def rank1_precondition(
     grads, scores = _checks.as_list(OP, "grad", grad), _checks.as_list(OP, "score", score)
     outs = None if out is None else _checks.as_list(OP, "out", out)
     lists = {"grad": grads, "score": scores} | ({} if outs is None else {"out": outs})
+    given = {"grad": grad, "score": score} | ({} if out is None else {"out": out})
+    _checks.check_same_form(OP, **given)
     _checks.check_lengths(OP, **lists)
     _checks.check_scalar(OP, "damping", damping, low=0.0, open_low=True)
     number, tensor = (
@@ -78,7 +80,7 @@ def rank1_precondition(
                 },
             )
         if outs is not None:
-            _checks.check_not_expanded(OP, f"out{at}", outs[i])
+            _checks.check_no_self_overlap(OP, f"out{at}", outs[i])
     results = outs if outs is not None else [torch.empty_like(g).detach() for g in grads]
     if results:
         _rank1_precondition_op(

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a GPU kernel takes: registers, shared memory, spills, tensor-core instructions. Needs no GPU.
+
+Triton kernels are compiled for a named architecture, CUDA files by nvcc; both are read with the tools
+that come with Triton. Run as a script, this prints the table.
+"""
+
+import json
+import pathlib
+import re
+import shutil
+import subprocess
+import tempfile
+from dataclasses import asdict, dataclass
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+CUDA_SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+TRITON_ARCHS = (80, 90, 100)
+CUDA_ARCHS = ("80", "90a", "100")
+# Shared memory that one block may have, in bytes.
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+TENSOR_INSTRUCTIONS = ("HMMA", "DMMA", "HGMMA", "UTCHMMA", "UTCQMMA")
+
+
+@dataclass(frozen=True)
+class Report:
+    """One compiled kernel."""
+
+    name: str
+    arch: str
+    registers: int
+    stack: int
+    spills: int  # instructions that read or write local memory
+    shared: int  # bytes
+    tensor: int  # tensor-core instructions
+
+
+def _triton_tool(name, *arguments):
+    import triton
+
+    tool = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    done = subprocess.run([tool, *map(str, arguments)], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def _count(sass, *operations):
+    return sum(len(re.findall(rf"\b{op}\b[. ]", sass)) for op in operations)
+
+
+def read_cubin(cubin):
+    """Return ``{kernel: (registers, stack, shared)}`` and the instructions of each kernel."""
+    usage = _triton_tool("cuobjdump", "--dump-resource-usage", cubin)
+    found = {
+        name: tuple(map(int, numbers))
+        for name, *numbers in re.findall(
+            r"Function ([^:\s]+):\s*\n?\s*REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage
+        )
+    }
+    sass = _triton_tool("nvdisasm", "-c", cubin)
+    parts = re.split(r"^\.text\.([^\s:]+):", sass, flags=re.M)
+    return found, dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+# ---- Triton ----
+
+
+def compile_triton(kernel, signature, constexprs, aligned, arch, *, num_warps, num_stages):
+    """Compile a ``@triton.jit`` function as a launch would; return Triton's CompiledKernel.
+
+    Args:
+        kernel: The function.
+        signature: ``{argument: type}``, such as ``"*bf16"``, ``"i32"`` or ``"constexpr"``, in order.
+        constexprs: ``{argument: value}``.
+        aligned: Arguments that are multiples of 16, as the launcher finds out by itself.
+        arch: 80, 90 or 100.
+        num_warps: Warps of a block.
+        num_stages: Depth of the pipeline.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = list(signature)
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs=constexprs,
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def report_triton(compiled, name, arch):
+    """Return the :class:`Report` of a CompiledKernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, sass = read_cubin(file.name)
+    [(registers, stack, _)] = usage.values()
+    [code] = sass.values()
+    return Report(
+        name=name,
+        arch=f"sm_{arch}",
+        registers=registers,
+        stack=stack,
+        spills=_count(code, "LDL", "STL"),
+        shared=compiled.metadata.shared,
+        tensor=_count(code, *TENSOR_INSTRUCTIONS),
+    )
+
+
+DTYPES = {"bf16": "CONFIGS_16BIT", "fp16": "CONFIGS_16BIT", "fp32": "CONFIGS_FP32"}
+
+
+def kron_factor_variants():
+    """Yield ``(dtype, tile, config)`` for every config of every input dtype of the factor update."""
+    from grng_kernels.kron_factor import triton_kernel
+
+    for dtype, table in DTYPES.items():
+        for tile, config in getattr(triton_kernel, table).items():
+            yield dtype, tile, config
+
+
+# What a launch knows of its arguments: which are multiples of 16, which are 1.
+LAYOUTS = {
+    # Contiguous tensors, sizes divisible by 16.
+    "aligned": (("n", "width", "rows", "stride_fm", "stride_xk"), ("stride_fn", "stride_xn")),
+    # The same with a bias: the factor has one row more.
+    "bias": (("width", "rows", "stride_xk"), ("stride_fn", "stride_xn")),
+    # Contiguous tensors of odd sizes.
+    "odd": ((), ("stride_fn", "stride_xn")),
+    # Any strides, with a bias, on pointers that are not aligned.
+    "any": ((), ()),
+}
+
+
+def compile_kron_factor(dtype, config, arch, layout="aligned"):
+    """Compile one variant of the factor update for one of the entries of ``LAYOUTS``."""
+    from grng_kernels.kron_factor.triton_kernel import _kron_factor_update_kernel as kernel
+
+    signature = {
+        "factor_ptr": "*fp32",
+        "x_ptr": f"*{dtype}",
+        "info_ptr": "*i32",
+        "weights_ptr": "*fp32",
+        **dict.fromkeys(
+            ("n", "width", "rows", "stride_fm", "stride_fn", "stride_xk", "stride_xn"), "i32"
+        ),
+        **dict.fromkeys(("BIAS", "PRECISION", "UPCAST", "BLOCK_N", "BLOCK_K"), "constexpr"),
+    }
+    assert list(signature) == kernel.arg_names, "the kernel has other arguments now"
+    constexprs = {
+        "BIAS": layout in ("bias", "any"),
+        "PRECISION": "tf32x3" if dtype == "fp32" else "ieee",
+        "UPCAST": False,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+    }
+    divisible, ones = LAYOUTS[layout]
+    if layout != "any":
+        divisible += ("factor_ptr", "x_ptr", "weights_ptr", "info_ptr")
+    for name in ones:
+        signature[name] = "constexpr"
+        constexprs[name] = 1
+    return compile_triton(
+        kernel,
+        signature,
+        constexprs,
+        divisible,
+        arch,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+
+
+# ---- CUDA ----
+
+
+def find_nvcc():
+    """Return the path of nvcc, or None."""
+    return shutil.which("nvcc")
+
+
+def readable(symbol):
+    """The name of a kernel out of its mangled symbol, with the template arguments that are bool."""
+    found = re.search(r"\d([a-z]\w*?_kernel)((?:I(?:Lb[01]E)+E)?)", symbol)
+    if not found:
+        return symbol
+    flags = [
+        "false" if flag == "0" else "true" for flag in re.findall(r"Lb([01])E", found.group(2))
+    ]
+    return found.group(1) + (f"<{', '.join(flags)}>" if flags else "")
+
+
+def report_cuda(source, arch, folder):
+    """Compile one .cu file for ``"80"``, ``"90a"`` or ``"100"`` and report each of its kernels.
+
+    Returns:
+        A list of :class:`Report`, and what nvcc said (``-Xptxas -v``).
+    """
+    cubin = pathlib.Path(folder) / f"{source.stem}.sm_{arch}.cubin"
+    done = subprocess.run(
+        [
+            *(find_nvcc(), "-O3", "-std=c++20", f"-arch=sm_{arch}", "-Xptxas", "-v,-warn-spills"),
+            *("-cubin", str(source), "-o", str(cubin)),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"nvcc failed on {source.name} for sm_{arch}:\n{done.stderr}")
+    reports = []
+    for part in done.stderr.split("Compiling entry function ")[1:]:
+        name = readable(re.match(r"'(\w+)'", part).group(1))
+        registers, stack, stores, loads, shared = (
+            int(found.group(1)) if (found := re.search(pattern, part)) else 0
+            for pattern in (
+                r"Used (\d+) registers",
+                r"(\d+) bytes stack frame",
+                r"(\d+) bytes spill stores",
+                r"(\d+) bytes spill loads",
+                r"(\d+) bytes smem",
+            )
+        )
+        reports.append(Report(name, f"sm_{arch}", registers, stack, stores + loads, shared, 0))
+    return reports, done.stderr
+
+
+def all_reports(layouts=("aligned",)):
+    """Yield the report of every Triton variant, in the given ``LAYOUTS``, and of every CUDA kernel."""
+    for dtype, tile, config in kron_factor_variants():
+        for arch in TRITON_ARCHS:
+            for layout in layouts:
+                compiled = compile_kron_factor(dtype, config, arch, layout)
+                yield report_triton(compiled, f"kron_factor-{dtype}-{tile}-{layout}", arch)
+    if find_nvcc():
+        with tempfile.TemporaryDirectory() as folder:
+            for source in CUDA_SOURCES:
+                for arch in CUDA_ARCHS:
+                    yield from report_cuda(source, arch, folder)[0]
+
+
+if __name__ == "__main__":
+    for report in all_reports():
+        print(json.dumps(asdict(report)))

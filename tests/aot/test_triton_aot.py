@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every Triton kernel and every config compiles for every architecture: no spills, tensor cores used."""
+
+import importlib.util
+import os
+import re
+
+import pytest
+
+pytestmark = [
+    pytest.mark.aot,
+    pytest.mark.skipif(
+        importlib.util.find_spec("triton") is None, reason="triton is not installed"
+    ),
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"
+    ),
+]
+
+if importlib.util.find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") != "1":
+    import triton
+    import triton.language as tl
+
+    from tests.aot import resources
+
+    VARIANTS = [
+        pytest.param(dtype, config, arch, id=f"{dtype}-{tile}-sm_{arch}")
+        for dtype, tile, config in resources.kron_factor_variants()
+        for arch in resources.TRITON_ARCHS
+    ]
+
+    @triton.jit
+    def _old_offsets(x_ptr, rows, stride, BLOCK: tl.constexpr):
+        offsets = tl.arange(0, BLOCK)
+        tl.store(x_ptr + offsets * stride, rows, mask=offsets < rows)
+
+else:
+    VARIANTS = []
+
+
+def assert_fits(report, arch):
+    assert report.stack == 0, report
+    assert report.spills == 0, report
+    assert report.shared <= resources.SHARED_LIMIT[arch], report
+    assert 0 < report.registers <= 255, report
+
+
+@pytest.mark.parametrize("layout", ["aligned", "bias"])
+@pytest.mark.parametrize(("dtype", "config", "arch"), VARIANTS)
+def test_kron_factor_fits_and_uses_tensor_cores(dtype, config, arch, layout):
+    compiled = resources.compile_kron_factor(dtype, config, arch, layout)
+    report = resources.report_triton(compiled, dtype, arch)
+    assert report.tensor > 0, report
+    assert_fits(report, arch)
+
+
+@pytest.mark.parametrize("layout", ["odd", "any"])
+@pytest.mark.parametrize(("dtype", "config", "arch"), [v for v in VARIANTS if v.values[2] == 90])
+def test_kron_factor_fits_for_any_tensors(dtype, config, arch, layout):
+    """What a launch compiles for odd sizes, and for unaligned pointers with any strides."""
+    compiled = resources.compile_kron_factor(dtype, config, arch, layout)
+    report = resources.report_triton(compiled, dtype, arch)
+    assert report.tensor > 0, report
+    assert_fits(report, arch)
+
+
+def assert_offsets_are_64_bit(ttir):
+    """Every tensor of offsets that is added to a pointer comes from 64-bit products."""
+    offsets = re.findall(
+        r"tt\.addptr .*?: tensor<[\dx]*!tt\.ptr<\w+>>, tensor<[\dx]*x?(i\d+)>", ttir
+    )
+    assert offsets, "no tensor of pointers found: has the text form changed?"
+    assert set(offsets) == {"i64"}, f"offsets of type {sorted(set(offsets))}"
+    assert re.search(r"arith\.muli .*: tensor<[\dx]*i64>", ttir), "no 64-bit product"
+    # Products of tensors are offsets, all of them.
+    assert not re.search(r"arith\.muli .*: tensor<[\dx]*i32>", ttir), "a 32-bit product of tensors"
+
+
+@pytest.mark.parametrize("layout", ["aligned", "any"])
+def test_kron_factor_offsets_are_64_bit(layout):
+    dtype, _, config = next(resources.kron_factor_variants())
+    compiled = resources.compile_kron_factor(dtype, config, 90, layout)
+    assert_offsets_are_64_bit(compiled.asm["ttir"])
+
+
+def test_the_check_of_offsets_has_teeth():
+    compiled = resources.compile_triton(
+        _old_offsets,
+        {"x_ptr": "*i32", "rows": "i32", "stride": "i32", "BLOCK": "constexpr"},
+        {"BLOCK": 64},
+        [],
+        90,
+        num_warps=4,
+        num_stages=1,
+    )
+    with pytest.raises(AssertionError, match="offsets of type"):
+        assert_offsets_are_64_bit(compiled.asm["ttir"])
+
+
+def test_the_check_of_spills_has_teeth():
+    """A tile far too large for its warps: what the tables must not hold."""
+    from grng_kernels.kron_factor.triton_kernel import Config
+
+    compiled = resources.compile_kron_factor("bf16", Config(128, 32, 2, 1), 80)
+    report = resources.report_triton(compiled, "bf16", 80)
+    assert report.spills > 0
+    with pytest.raises(AssertionError):
+        assert_fits(report, 80)

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One ordinary call of every op, for the promises that all ops make alike."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+import grng_kernels as gk
+from tests.cases import spd
+
+
+class Op(NamedTuple):
+    backends: tuple[str, ...]
+    make: Callable[[], dict[str, torch.Tensor]]  # fresh inputs, fp32
+    run: Callable[[dict[str, torch.Tensor]], list[torch.Tensor]]  # every output and every state
+
+
+def _kron(t):
+    factor = t["factor"].clone()
+    info = gk.kron_factor_update_(factor, t["x"], decay=0.9)
+    return [factor, info]
+
+
+def _inverse(method):
+    def run(t):
+        return list(gk.damped_inverse(t["factor"], rho=1e-2, method=method))
+
+    return run
+
+
+def _kalman(likelihood, form):
+    def run(t):
+        mean, variance = t["mean"].clone(), t["variance"].clone()
+        noise = t["noise"] if likelihood == "gaussian" else t["probabilities"]
+        info = gk.kalman_update_(
+            mean, variance, t["jacobian"], t["innovation"], noise, form=form, likelihood=likelihood
+        )
+        return [mean, variance, info]
+
+    return run
+
+
+def _kalman_inputs():
+    return {
+        "mean": torch.randn(700),
+        "variance": torch.rand(700) + 0.1,
+        "jacobian": torch.randn(10, 700),
+        "innovation": torch.randn(10),
+        "noise": spd(10) + torch.eye(10),
+        "probabilities": torch.randn(10).softmax(0),
+    }
+
+
+OPS = {
+    "kron_factor_update_": Op(
+        ("reference", "cpu"),
+        lambda: {"factor": spd(65), "x": torch.randn(130, 65)},
+        _kron,
+    ),
+    "damped_inverse-cholesky": Op(("auto",), lambda: {"factor": spd(65)}, _inverse("cholesky")),
+    "damped_inverse-newton_schulz": Op(
+        ("auto",), lambda: {"factor": spd(65)}, _inverse("newton_schulz")
+    ),
+    "precondition": Op(
+        ("auto",),
+        lambda: {"grad": torch.randn(65, 33), "left": spd(65), "right": spd(33)},
+        lambda t: [gk.precondition(t["grad"], t["left"], t["right"])],
+    ),
+    "rank1_precondition": Op(
+        ("auto",),
+        lambda: {"grad": torch.randn(700), "score": torch.randn(700)},
+        lambda t: [gk.rank1_precondition(t["grad"], t["score"], damping=0.1)],
+    ),
+} | {
+    f"kalman_update_-{likelihood}-{form}": Op(
+        ("reference", "cpu"), _kalman_inputs, _kalman(likelihood, form)
+    )
+    for likelihood in ("gaussian", "categorical")
+    for form in ("fdekf", "vdekf")
+}
+
+# (op, backend), for parametrisation.
+OP_BACKENDS = [(name, backend) for name, op in OPS.items() for backend in op.backends]
+OP_BACKEND_IDS = [f"{name}-{backend}" for name, backend in OP_BACKENDS]
+
+
+def bitwise(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))

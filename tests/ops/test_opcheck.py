@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``torch.library.opcheck`` on every registered operator: schema, fake tensors, dynamic shapes."""
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from grng_kernels import backends
+from tests.cases import spd
+
+
+def mats(*sizes):
+    return [spd(n) for n in sizes]
+
+
+def kron_samples():
+    half, one = torch.tensor(0.5), torch.tensor(1.0)
+    yield "single", (mats(9), [torch.randn(5, 9)], False, 0.9, None, None, None)
+    yield "bias", (mats(9), [torch.randn(5, 8)], True, 0.9, None, 0.1, None)
+    yield (
+        "list",
+        (
+            mats(9, 3, 1),
+            [torch.randn(5, 9), torch.randn(2, 3), torch.randn(7, 1)],
+            False,
+            0.9,
+            None,
+            None,
+            None,
+        ),
+    )
+    yield "strided", ([spd(18)[::2, ::2]], [torch.randn(9, 5).mT], False, 0.9, None, None, None)
+    yield "bf16", (mats(9), [torch.randn(5, 9).bfloat16()], False, 0.9, None, None, None)
+    yield "fp64", ([spd(9).double()], [torch.randn(5, 9).double()], False, 0.9, None, None, None)
+    yield "tensors", (mats(9), [torch.randn(5, 9)], False, None, half, None, one)
+    yield "empty", (mats(9), [torch.randn(0, 9)], False, 0.9, None, None, None)
+
+
+def inverse_samples():
+    batch = torch.stack(mats(5, 5))
+    yield "single", ([batch[:1]], 0.01, [], "cholesky", [])
+    yield "newton_schulz", ([batch], 0.01, [], "newton_schulz", [])
+    yield "damping", ([batch, spd(3)[None]], None, [torch.ones(2), torch.ones(1)], "auto", [])
+    yield (
+        "vectors",
+        ([batch, spd(3)[None]], 0.01, [], "auto", [torch.zeros(2, 5), torch.zeros(1, 3)]),
+    )
+    yield "strided", ([batch.mT], 0.01, [], "auto", [])
+    yield "bf16", ([batch.bfloat16()], 0.01, [], "auto", [])
+    yield "empty", ([torch.empty(0, 4, 4)], 0.01, [], "auto", [])
+
+
+def kalman_samples():
+    def state(*sizes):
+        return (
+            [torch.randn(d) for d in sizes],
+            [torch.rand(d) + 0.1 for d in sizes],
+            [torch.randn(2, d) for d in sizes],
+        )
+
+    tail = (torch.randn(2), torch.eye(2), "fdekf", "gaussian", 0.9, 0.1)
+    yield "single", (*state(9), *tail)
+    yield "blocks", (*state(9, 3, 1), *tail)
+    yield "vdekf", (*state(9), torch.randn(2), torch.eye(2), "vdekf", "gaussian", 1.0, 0.0)
+    classes = (
+        torch.tensor([0.5, -0.5]),
+        torch.tensor([0.5, 0.5]),
+        "fdekf",
+        "categorical",
+        1.0,
+        0.0,
+    )
+    yield "categorical", (*state(9), *classes)
+    mean, variance, _ = state(9)
+    yield "strided", (mean, variance, [torch.randn(9, 2).mT], *tail)
+    yield "strided_state", ([torch.randn(18)[::2]], variance, [torch.randn(2, 9)], *tail)
+    yield (
+        "fp64",
+        tuple(
+            [t.double() for t in v]
+            if isinstance(v, list)
+            else v.double()
+            if isinstance(v, torch.Tensor)
+            else v
+            for v in (*state(9), *tail)
+        ),
+    )
+
+
+def precondition_samples():
+    yield "single", ([torch.empty(3, 5)], [torch.randn(3, 5)], mats(3), mats(5))
+    yield (
+        "list",
+        (
+            [torch.empty(3, 5), torch.empty(2, 2)],
+            [torch.randn(3, 5), torch.randn(2, 2)],
+            mats(3, 2),
+            mats(5, 2),
+        ),
+    )
+    yield "strided", ([torch.empty(5, 3).mT], [torch.randn(6, 5)[::2]], mats(3), mats(5))
+    yield "bf16", ([torch.empty(3, 5)], [torch.randn(3, 5).bfloat16()], mats(3), mats(5))
+
+
+def rank1_samples():
+    yield "single", ([torch.empty(9)], [torch.randn(9)], [torch.randn(9)], 0.1, None)
+    yield "tensor", ([torch.empty(9)], [torch.randn(9)], [torch.randn(9)], None, torch.tensor(0.1))
+    yield (
+        "list",
+        (
+            [torch.empty(9), torch.empty(2, 3)],
+            [torch.randn(9), torch.randn(2, 3)],
+            [torch.randn(9), torch.randn(2, 3)],
+            0.1,
+            None,
+        ),
+    )
+    yield "strided", ([torch.empty(18)[::2]], [torch.randn(18)[::2]], [torch.randn(9)], 0.1, None)
+    yield (
+        "bf16",
+        (
+            [torch.empty(9).bfloat16()],
+            [torch.randn(9).bfloat16()],
+            [torch.randn(9).bfloat16()],
+            0.1,
+            None,
+        ),
+    )
+
+
+SAMPLES = [
+    pytest.param(op, arguments, id=f"{op}-{name}")
+    for op, samples in {
+        "kron_factor_update_": kron_samples,
+        "damped_inverse": inverse_samples,
+        "kalman_update_": kalman_samples,
+        "precondition": precondition_samples,
+        "rank1_precondition": rank1_samples,
+    }.items()
+    for name, arguments in samples()
+]
+
+
+@pytest.mark.parametrize(("op", "arguments"), SAMPLES)
+def test_public_operator(op, arguments):
+    opcheck(getattr(torch.ops.grng, op).default, arguments)
+
+
+def private_samples():
+    gram = torch.zeros(2, 2, dtype=torch.float64)
+    yield (
+        "_kron_factor_update_",
+        (mats(9), [torch.randn(5, 9)], torch.zeros(1, dtype=torch.int32), False, 0.9, [0.1]),
+    )
+    yield "_kalman_gram_", (gram, [torch.rand(9)], [torch.randn(2, 9)])
+    yield "_kalman_apply_", (
+        [torch.randn(9)], [torch.rand(9)], [torch.randn(2, 9)], torch.randn(2), torch.eye(2) / 9,
+        torch.zeros((), dtype=torch.int32), False, 1.0, 0.0,
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(not backends()["cpu"].available, reason=backends()["cpu"].reason)
+@pytest.mark.parametrize(
+    ("op", "arguments"), [pytest.param(*s, id=s[0]) for s in private_samples()]
+)
+def test_private_operator_mutates_what_its_schema_says(op, arguments):
+    opcheck(getattr(torch.ops.grng, op).default, arguments, test_utils="test_schema")
+
+
+BAD = torch.zeros(3)
+
+
+@pytest.mark.skipif(not backends()["cpu"].available, reason=backends()["cpu"].reason)
+@pytest.mark.parametrize(
+    ("op", "position", "value", "text"),
+    [
+        ("_kron_factor_update_", 0, [BAD], "factor has the wrong dtype, shape or layout"),
+        ("_kron_factor_update_", 0, mats(8), "factor has the wrong dtype, shape or layout"),
+        ("_kron_factor_update_", 0, [spd(18)[::2, ::2]], "factor has the wrong dtype, shape or layout"),
+        ("_kron_factor_update_", 0, [spd(9).double()], "factor has the wrong dtype, shape or layout"),
+        ("_kron_factor_update_", 1, [], "factors, xs and scales must have the same length"),
+        ("_kron_factor_update_", 1, [BAD], "x must be a matrix"),
+        ("_kron_factor_update_", 1, [torch.zeros(5, 9, dtype=torch.int32)], "dtype must be float32"),
+        ("_kron_factor_update_", 2, torch.zeros(1), "info has the wrong dtype, shape or layout"),
+        ("_kron_factor_update_", 5, [0.1, 0.1], "factors, xs and scales must have the same length"),
+        ("_kalman_gram_", 0, torch.zeros(2, 2), "gram has the wrong dtype, shape or layout"),
+        ("_kalman_gram_", 0, torch.zeros(2, 3).double(), "gram has the wrong dtype, shape or layout"),
+        ("_kalman_gram_", 1, [], "one jacobian per variance"),
+        ("_kalman_gram_", 1, [torch.ones(8)], "jacobian must be float32 [outputs, d]"),
+        ("_kalman_gram_", 1, [torch.ones(18)[::2]], "variance has the wrong dtype, shape or layout"),
+        ("_kalman_gram_", 2, [torch.ones(9, 2).mT], "jacobian must be float32 [outputs, d]"),
+        ("_kalman_gram_", 2, [torch.ones(3, 9)], "jacobian must be float32 [outputs, d]"),
+        ("_kalman_apply_", 0, [torch.ones(8)], "mean has the wrong dtype, shape or layout"),
+        ("_kalman_apply_", 0, [], "one mean, variance and jacobian per block"),
+        ("_kalman_apply_", 3, torch.ones(3), "whitener has the wrong dtype, shape or layout"),
+        ("_kalman_apply_", 4, torch.eye(2).double(), "whitener has the wrong dtype, shape or layout"),
+        ("_kalman_apply_", 5, torch.zeros(1, dtype=torch.int32), "info has the wrong dtype, shape or layout"),
+    ],
+)  # fmt: skip
+def test_private_operator_refuses_what_would_leave_memory(op, position, value, text):
+    arguments = list(dict(private_samples())[op])
+    arguments[position] = value
+    with pytest.raises(RuntimeError) as caught:
+        getattr(torch.ops.grng, op)(*arguments)
+    assert text in str(caught.value)
+
+
+@pytest.mark.parametrize("position", [0], ids=["gram"])
+def test_private_operator_survives_a_scalar(position):
+    """A tensor with no dimensions has no size(0) to read."""
+    with pytest.raises((RuntimeError, IndexError)):
+        torch.ops.grng._kalman_gram_(
+            torch.tensor(0.0).double(), [torch.ones(3)], [torch.ones(1, 3)]
+        )
