@@ -134,7 +134,11 @@ def _per_matrix(
     *,
     trailing: int,
 ) -> list[Tensor]:
-    """Return one tensor per factor, or none; ``trailing`` is how many dimensions of it are kept."""
+    """Return one tensor per factor, or none; ``trailing`` is how many dimensions of it are kept.
+
+    Raises:
+        TypeError: A number where only tensors make sense.
+    """
     if value is None:
         return []
     if isinstance(value, (int, float)):

@@ -96,7 +96,7 @@ def make_copy(net):
 
 def test_kl_clip_bounds_the_quadratic_form():
     net, (x, y) = make_net(), batch()
-    opt = RING(net, lr=3.0, momentum=0.0, kl_clip=1e-3)
+    opt = RING(net, lr=3.0, momentum=0.0, kl_clip=1e-3, weight_decay=0.0)
     logits = net(x)
     opt.observe(logits)
     F.cross_entropy(logits, y).backward()
@@ -110,7 +110,7 @@ def test_kl_clip_bounds_the_quadratic_form():
     with torch.no_grad():
         for p, b in zip(unclipped.parameters(), before, strict=True):
             p.copy_(b)
-    free = RING(unclipped, lr=3.0, momentum=0.0, kl_clip=None)
+    free = RING(unclipped, lr=3.0, momentum=0.0, kl_clip=None, weight_decay=0.0)
     train_step(unclipped, free, x, y)
     full = [b - p.detach() for b, p in zip(before, unclipped.parameters(), strict=True)]
     form = 3.0 * sum((s * g).sum() for s, g in zip(full, grads, strict=True))  # lr² ⟨D, G⟩
@@ -125,7 +125,7 @@ def test_scaling_the_loss_divides_the_direction():
         torch.manual_seed(0)
         net, (x, y) = make_net(), batch()
         before = net[2].weight.detach().clone()
-        opt = RING(net, kl_clip=None)
+        opt = RING(net, kl_clip=None, weight_decay=0.0)
         (F.cross_entropy(net(x), y) * scale).backward()
         opt.step()
         moves.append(before - net[2].weight.detach())
@@ -347,7 +347,7 @@ def test_scheduler_closure_and_frozen_layers():
 def test_warm_up_does_not_undo_the_kl_clip():
     # The step of a tiny learning rate is tiny, and stays so in the momentum when the rate rises.
     net, (x, y) = make_net(), batch()
-    opt = RING(net, lr=1e-6, kl_clip=1e-3, refresh_every=1)
+    opt = RING(net, lr=1e-6, kl_clip=1e-3, refresh_every=1, weight_decay=0.0)
     for _ in range(3):
         train_step(net, opt, x, y)
     stored = opt.state[net[2].weight]["momentum_buffer"].norm().item()

@@ -62,7 +62,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
         factory=_adamw,
         takes_model=False,
         observes=False,
-        defaults={"lr": 1e-3, "weight_decay": 0.0},
+        defaults={"lr": 1e-3, "weight_decay": 1e-2},
         options=("lr", "betas", "eps", "weight_decay", "amsgrad", "foreach", "fused"),
     ),
     "sgd": OptimizerEntry(

@@ -37,7 +37,7 @@ class RING(KroneckerOptimizer):
         refresh_every: S of Lazy Fisher: steps between refreshes (more often in the first S steps).
         factor_decay: EMA decay of the factors per refresh.
         momentum: Decay of the momentum, applied after preconditioning.
-        weight_decay: Decoupled, multiplied by the learning rate.
+        weight_decay: Decoupled, multiplied by the learning rate; not zero by default, as in torch's AdamW.
         kl_clip: Bound of the predicted KL change of one step, on the device; None switches it off.
         adamw_lr: Learning rate of the parameters trained by AdamW.
         max_factor_dim: Layers with a larger factor are trained by AdamW.
@@ -58,7 +58,7 @@ class RING(KroneckerOptimizer):
         refresh_every: int = 10,
         factor_decay: float = 0.95,
         momentum: float = 0.9,
-        weight_decay: float = 0.0,
+        weight_decay: float = 0.03,
         kl_clip: float | None = 1e-3,
         adamw_lr: float = 1e-3,
         max_factor_dim: int = 8192,
