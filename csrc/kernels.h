@@ -35,10 +35,17 @@ struct Threads {
 // ---- kron_factor (csrc/cpu/kron_factor.cpp) ----
 
 // factor [n, n] (row-major, n = x.cols + bias) <- decay * factor + scale * x^T x, both triangles
-// from one value. The dtype of factor is fp64 for fp64 x and fp32 otherwise. Leaves factor
-// unchanged unless it returns kOk.
-Info kron_factor_update_cpu(void* factor, const ConstMatrix& x, bool bias, double decay,
-                            double scale, const Threads& threads);
+// from one value. The dtype of factor is fp64 for fp64 x and fp32 otherwise.
+struct FactorUpdate {
+  void* factor;
+  ConstMatrix x;
+  bool bias;
+  double decay, scale;
+  Info info;
+};
+
+// Performs every update and sets its info; where that is not kOk, the factor is unchanged.
+void kron_factor_update_cpu(FactorUpdate* items, int64_t count, const Threads& threads);
 
 // ---- kalman_update (csrc/cpu/kalman_update.cpp, csrc/cuda/kalman_update.cu) ----
 

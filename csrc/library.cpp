@@ -69,7 +69,7 @@ void kron_factor_update(const Tensors factors, const Tensors xs, const Tensor in
       count == static_cast<int64_t>(xs.size()) && count == static_cast<int64_t>(scales.size()),
       "grng: factors, xs and scales must have the same length");
   check_dense(info, ScalarType::Int, {count}, "info");
-  int32_t* codes = static_cast<int32_t*>(info.data_ptr());
+  std::vector<grng::FactorUpdate> items;
   for (int64_t i = 0; i < count; ++i) {
     const Tensor& x = xs[i];
     STD_TORCH_CHECK(x.dim() == 2, "grng: x must be a matrix");
@@ -78,11 +78,11 @@ void kron_factor_update(const Tensors factors, const Tensors xs, const Tensor in
     const int64_t n = matrix.cols + bias;
     const bool wide = matrix.dtype == grng::Dtype::kFloat64;
     check_dense(factors[i], wide ? ScalarType::Double : ScalarType::Float, {n, n}, "factor");
-    codes[i] = matrix.rows == 0 || n == 0
-                   ? grng::kOk
-                   : grng::kron_factor_update_cpu(factors[i].data_ptr(), matrix, bias, decay,
-                                                  scales[i], kThreads);
+    items.push_back({factors[i].data_ptr(), matrix, bias, decay, scales[i], grng::kOk});
   }
+  grng::kron_factor_update_cpu(items.data(), count, kThreads);
+  int32_t* codes = static_cast<int32_t*>(info.data_ptr());
+  for (int64_t i = 0; i < count; ++i) codes[i] = items[i].info;
 }
 
 // ---- kalman_update ----

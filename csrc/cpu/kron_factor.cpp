@@ -3,8 +3,14 @@
 //
 // Only tiles of the lower triangle are computed, half the work of a GEMM; each is stored to both
 // triangles, so the factor is bitwise symmetric. Layout, dtype and the bias column are dealt with
-// once, when rows of x are packed; the arithmetic sees contiguous panels only.
+// once, when rows of x are packed; the arithmetic sees contiguous panels only. The largest |x| is
+// found on the way, and the factor is written only after the whole batch has been checked.
+//
+// Two ways to share the work, chosen by the shape alone so that the number of threads cannot change
+// a result: small factors split the rows into chunks with sums of their own, added in a fixed order
+// at the end; large ones split the tiles.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <limits>
@@ -18,11 +24,45 @@
 namespace grng {
 namespace {
 
-// A panel of 128 rows is 16 KiB: the two that are multiplied fit in L1 together.
-constexpr int64_t kRowsPerBlock = 128;
+// Two panels of 96 rows and a tile of sums fit in L1 together.
+constexpr int64_t kRowsPerBlock = 96;
+// Rows packed at a time for a large factor: the sums of all tiles pass through the caches once for
+// each, so more is better, until the packed rows leave the last cache.
+constexpr int64_t kRowsPerPhase = 5 * kRowsPerBlock;
+// Tiles of 4 x 4 panels are one piece of work: their sums and the rows they need share L2, and each
+// packed panel is fetched once for four tiles.
+constexpr int64_t kPanelsPerBlock = 4;
+// The private sums of a chunk of rows must stay in L2: 220 KiB of fp32 for this many columns.
+constexpr int64_t kMaxChunkedColumns = 336;
+constexpr int64_t kMaxChunks = 32;
 
-template <class T>
-constexpr int64_t kPanel = kPanelBytes / sizeof(T);
+// Columns of a panel, in 64-byte vectors. Three make the fastest tiles; fewer waste less on the
+// padding and on the upper triangle of the diagonal tiles.
+template <int kVectors>
+struct Panels {
+  static constexpr int kCount = kVectors;
+};
+template <class T, class P>
+constexpr int64_t kWidthOf = P::kCount * 64 / int64_t{sizeof(T)};
+// Rows of a tile that are summed in registers at a time.
+template <class Isa, class P>
+constexpr int kStripRows = tile_rows<Isa>(P::kCount * 64 / Isa::kVectorBytes);
+template <class T, class P>
+constexpr int64_t kTileSizeOf = kWidthOf<T, P> * kWidthOf<T, P>;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Runs f(i) for i in [0, count), one at a time to whichever thread is free. Workers are started in
+// equal parts, but costs differ.
+template <class F>
+void run_dynamic(const Threads& threads, int64_t count, const F& f) {
+  std::atomic<int64_t> next{0};
+  threads.run(count, 1, [&](int64_t, int64_t) {
+    for_this_cpu([&](auto isa) {
+      for (int64_t i = next++; i < count; i = next++) f(isa, i);
+    });
+  });
+}
 
 struct BFloat16 {
   uint16_t bits;
@@ -34,267 +74,383 @@ struct BFloat16 {
   }
 };
 
-// ---- the largest |x|, found before anything is written ----
+// The larger of two magnitudes, either of which may be inf or NaN.
+double larger(double a, double b) { return std::isfinite(a) && !(b <= a) ? b : a; }
 
-// With the sign bit cleared, the order of the bit patterns is the order of the magnitudes, and
-// every inf and NaN lies above every finite number: one integer maximum finds both.
-template <class Bits>
-GRNG_INLINE Bits max_magnitude(const Bits* x, int64_t rows, int64_t cols, int64_t row_stride,
-                               int64_t col_stride) {
-  constexpr Bits kMask = std::numeric_limits<Bits>::max() >> 1;
-  Bits largest = 0;
-  for (int64_t r = 0; r < rows; ++r) {
-    const Bits* row = x + r * row_stride;
-    if (col_stride == 1) {
-      for (int64_t c = 0; c < cols; ++c) largest = std::max<Bits>(largest, row[c] & kMask);
-    } else {
-      for (int64_t c = 0; c < cols; ++c)
-        largest = std::max<Bits>(largest, row[c * col_stride] & kMask);
-    }
-  }
-  return largest;
-}
-
-GRNG_INLINE double magnitude(const ConstMatrix& x, int64_t begin, int64_t end) {
-  const auto scan = [&](auto zero_bits, auto zero_value) {
-    using Bits = decltype(zero_bits);
-    const Bits bits = max_magnitude(static_cast<const Bits*>(x.data) + begin * x.row_stride,
-                                    end - begin, x.cols, x.row_stride, x.col_stride);
-    auto value = zero_value;
-    std::memcpy(&value, &bits, sizeof(bits));
-    return value;
+// Calls f(Panels{}) for the width that costs least for a factor of order n.
+template <class T, class F>
+GRNG_INLINE void with_panels(int64_t n, const F& f) {
+  // Time for each element of a tile, relative: a narrow tile loads more for each product.
+  const auto cost = [&](auto p, double each) {
+    const double width = static_cast<double>(kWidthOf<T, decltype(p)>);
+    const double panels = std::ceil(static_cast<double>(n) / width);
+    const double diagonal = (p.kCount + 1) / (2.0 * p.kCount);  // see add_product
+    return panels * ((panels - 1) / 2 + diagonal) * width * width * each;
   };
-  switch (x.dtype) {
-    case Dtype::kFloat64:
-      return scan(uint64_t{0}, double{0});
-    case Dtype::kFloat32:
-      return scan(uint32_t{0}, float{0});
-    case Dtype::kBFloat16:
-      return static_cast<float>(scan(uint16_t{0}, BFloat16{0}));
-    case Dtype::kFloat16:
-      return static_cast<float>(scan(uint16_t{0}, _Float16{0}));
-  }
-  return 0;
+  const double one = cost(Panels<1>{}, 1.6), two = cost(Panels<2>{}, 1.25);
+  const double three = cost(Panels<3>{}, 1.0);
+  if (one < two && one < three) return f(Panels<1>{});
+  if (two < three) return f(Panels<2>{});
+  return f(Panels<3>{});
 }
 
-// The largest magnitude that the diagonal keeps: it bounds every entry of a PSD matrix.
-template <class T>
-double held(const T* factor, int64_t n, double decay) {
-  if (decay == 0) return 0;
-  double largest = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const double value = std::abs(static_cast<double>(factor[i * n + i]));
-    if (!std::isfinite(value)) return value;
-    largest = std::max(largest, value);
-  }
-  return decay * largest;
-}
+// ---- packing: rows of x as panels [panel][row][width], `height` rows apart ----
 
-Info check(const ConstMatrix& x, bool bias, double scale, double held, double limit,
-           const Threads& threads) {
-  if (!std::isfinite(held)) return kNonfiniteInput;
-  constexpr int64_t kSlice = 64;
-  const int64_t slices = (x.rows + kSlice - 1) / kSlice;
-  std::vector<double> largest(slices);
-  threads.run(slices, 1, [&](int64_t b, int64_t e) {
-    for_this_cpu([&](auto) {
-      for (int64_t s = b; s < e; ++s)
-        largest[s] = magnitude(x, s * kSlice, std::min(x.rows, (s + 1) * kSlice));
-    });
-  });
-  double amax = bias ? 1 : 0;
-  for (double m : largest) {
-    if (!std::isfinite(m)) return kNonfiniteInput;
-    amax = std::max(amax, m);
-  }
-  // No sum of products of this batch, scaled or not, can exceed this bound.
-  const double bound = amax * amax * static_cast<double>(x.rows) * std::max(1.0, std::abs(scale));
-  return bound + held <= limit ? kOk : kOverflow;
-}
-
-// ---- packing: rows [begin, end) of x as panels [panel][row][kPanel] ----
-
-template <class T, class In>
-GRNG_INLINE void pack_rows(T* packed, const ConstMatrix& x, bool bias, int64_t begin, int64_t rows,
-                           int64_t panel_begin, int64_t panel_end) {
-  constexpr int64_t kWidth = kPanel<T>;
+template <class Isa, class T, class P, class In>
+GRNG_INLINE double pack_rows(T* packed, const ConstMatrix& x, bool bias, int64_t begin,
+                             int64_t rows, int64_t height, int64_t panel_begin, int64_t panel_end) {
+  using S = Simd<Isa, T>;
+  constexpr int64_t kWidth = kWidthOf<T, P>;
+  constexpr int kVecs = P::kCount * 64 / Isa::kVectorBytes;
   const int64_t n = x.cols + bias;
   const In* data = static_cast<const In*>(x.data) + begin * x.row_stride;
+  typename S::Magnitudes largest = {};
   for (int64_t p = panel_begin; p < panel_end; ++p) {
-    T* out = packed + p * kRowsPerBlock * kWidth;
+    T* out = packed + p * height * kWidth;
     const int64_t first = p * kWidth, filled = std::min(kWidth, x.cols - first);
     for (int64_t r = 0; r < rows; ++r, out += kWidth) {
       const In* in = data + r * x.row_stride + first * x.col_stride;
       if (filled == kWidth && x.col_stride == 1) {
         for (int64_t c = 0; c < kWidth; ++c) out[c] = static_cast<T>(in[c]);
       } else {
-        for (int64_t c = 0; c < kWidth; ++c)
-          out[c] = c < filled                   ? static_cast<T>(in[c * x.col_stride])
-                   : bias && first + c == n - 1 ? T{1}
-                                                : T{0};
+        for (int64_t c = 0; c < filled; ++c) out[c] = static_cast<T>(in[c * x.col_stride]);
+        for (int64_t c = filled; c < kWidth; ++c) out[c] = bias && first + c == n - 1 ? T{1} : T{0};
       }
+#pragma GCC unroll 12
+      for (int v = 0; v < kVecs; ++v) largest = S::larger(largest, S::load(out + v * S::kLanes));
     }
   }
+  return S::largest(largest);
 }
 
-template <class T>
-GRNG_INLINE void pack(T* packed, const ConstMatrix& x, bool bias, int64_t begin, int64_t rows,
-                      int64_t panel_begin, int64_t panel_end) {
+// Returns the largest magnitude that was packed, ones of the bias included: inf or NaN where one
+// is.
+template <class Isa, class T, class P>
+GRNG_INLINE double pack(T* packed, const ConstMatrix& x, bool bias, int64_t begin, int64_t rows,
+                        int64_t height, int64_t panel_begin, int64_t panel_end) {
   switch (x.dtype) {
     case Dtype::kFloat64:
-      return pack_rows<T, double>(packed, x, bias, begin, rows, panel_begin, panel_end);
+      if constexpr (sizeof(T) == 8)
+        return pack_rows<Isa, T, P, double>(packed, x, bias, begin, rows, height, panel_begin,
+                                            panel_end);
+      break;
     case Dtype::kFloat32:
-      return pack_rows<T, float>(packed, x, bias, begin, rows, panel_begin, panel_end);
+      if constexpr (sizeof(T) == 4)
+        return pack_rows<Isa, T, P, float>(packed, x, bias, begin, rows, height, panel_begin,
+                                           panel_end);
+      break;
     case Dtype::kBFloat16:
       if constexpr (sizeof(T) == 4)
-        return pack_rows<T, BFloat16>(packed, x, bias, begin, rows, panel_begin, panel_end);
-      return;
+        return pack_rows<Isa, T, P, BFloat16>(packed, x, bias, begin, rows, height, panel_begin,
+                                              panel_end);
+      break;
     case Dtype::kFloat16:
       if constexpr (sizeof(T) == 4)
-        return pack_rows<T, _Float16>(packed, x, bias, begin, rows, panel_begin, panel_end);
-      return;
+        return pack_rows<Isa, T, P, _Float16>(packed, x, bias, begin, rows, height, panel_begin,
+                                              panel_end);
+      break;
   }
+  return std::numeric_limits<double>::quiet_NaN();
 }
 
-// ---- one tile: sum [kPanel, kPanel] += left^T right, over the rows of a block ----
+// ---- the check that comes before the commit ----
 
-template <class Isa, class T>
-GRNG_INLINE void add_product(T* sum, const T* left, const T* right, int64_t rows) {
+// The largest magnitude that the diagonal keeps: it bounds every entry of a PSD matrix.
+template <class T>
+double held(const T* factor, int64_t n, double decay) {
+  if (decay == 0) return 0;
+  double largest = 0;
+  for (int64_t i = 0; i < n; ++i)
+    largest = larger(largest, std::abs(static_cast<double>(factor[i * n + i])));
+  return decay * largest;
+}
+
+template <class T>
+Info verdict(const FactorUpdate& item, double amax) {
+  const int64_t n = item.x.cols + item.bias;
+  const double old = held(static_cast<const T*>(item.factor), n, item.decay);
+  if (!std::isfinite(amax) || !std::isfinite(old)) return kNonfiniteInput;
+  // No sum of products of this batch, scaled or not, can exceed this bound.
+  const double bound =
+      amax * amax * static_cast<double>(item.x.rows) * std::max(1.0, std::abs(item.scale));
+  return bound + old <= std::numeric_limits<T>::max() ? kOk : kOverflow;
+}
+
+// ---- one tile: sum [width, width] += left^T right, over the rows of a block ----
+
+// Rows [i, i + tile_rows) of the tile, its first kVecs vectors.
+template <class Isa, class T, class P, int kVecs>
+GRNG_INLINE void add_strip(T* sum, const T* left, const T* right, int64_t rows, int64_t i) {
   using S = Simd<Isa, T>;
   using Vec = typename S::Vec;
-  constexpr int64_t kWidth = kPanel<T>;
-  constexpr int kVecs = kPanelBytes / Isa::kVectorBytes, kTile = Isa::kTileRows;
-  for (int64_t i = 0; i < kWidth; i += kTile) {
-    Vec acc[kTile][kVecs] = {};
-    for (int64_t r = 0; r < rows; ++r) {
-      Vec b[kVecs];
-#pragma GCC unroll 8
-      for (int v = 0; v < kVecs; ++v) b[v] = S::load(right + r * kWidth + v * S::kLanes);
-#pragma GCC unroll 8
-      for (int t = 0; t < kTile; ++t) {
-        const Vec a = S::broadcast(left + r * kWidth + i + t);
-#pragma GCC unroll 8
-        for (int v = 0; v < kVecs; ++v) acc[t][v] += a * b[v];
-      }
+  constexpr int64_t kWidth = kWidthOf<T, P>;
+  constexpr int kTile = kStripRows<Isa, P>;
+  Vec acc[kTile][kVecs] = {};
+  for (int64_t r = 0; r < rows; ++r) {
+    Vec b[kVecs];
+#pragma GCC unroll 12
+    for (int v = 0; v < kVecs; ++v) b[v] = S::load(right + r * kWidth + v * S::kLanes);
+#pragma GCC unroll 12
+    for (int t = 0; t < kTile; ++t) {
+      const Vec a = S::broadcast(left + r * kWidth + i + t);
+#pragma GCC unroll 12
+      for (int v = 0; v < kVecs; ++v) acc[t][v] += a * b[v];
     }
-#pragma GCC unroll 8
-    for (int t = 0; t < kTile; ++t)
-#pragma GCC unroll 8
-      for (int v = 0; v < kVecs; ++v) {
-        T* out = sum + (i + t) * kWidth + v * S::kLanes;
-        S::store(out, S::load(out) + acc[t][v]);
-      }
+  }
+#pragma GCC unroll 12
+  for (int t = 0; t < kTile; ++t)
+#pragma GCC unroll 12
+    for (int v = 0; v < kVecs; ++v) {
+      T* out = sum + (i + t) * kWidth + v * S::kLanes;
+      S::store(out, S::load(out) + acc[t][v]);
+    }
+}
+
+// A tile on the diagonal needs its lower triangle only: `diagonal` leaves out whole 64-byte
+// columns.
+template <class Isa, class T, class P>
+GRNG_INLINE void add_product(T* sum, const T* left, const T* right, int64_t rows, bool diagonal) {
+  constexpr int kStep = kStripRows<Isa, P>, kVecs = 64 / Isa::kVectorBytes;
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t i = 0; i < kWidthOf<T, P>; i += kStep) {
+    const int64_t lines = diagonal ? (i + kStep - 1) / kLine + 1 : P::kCount;
+    if (P::kCount >= 3 && lines == 3) {
+      add_strip<Isa, T, P, kVecs * std::min(3, P::kCount)>(sum, left, right, rows, i);
+    } else if (P::kCount >= 2 && lines == 2) {
+      add_strip<Isa, T, P, kVecs * std::min(2, P::kCount)>(sum, left, right, rows, i);
+    } else {
+      add_strip<Isa, T, P, kVecs>(sum, left, right, rows, i);
+    }
   }
 }
 
-// Where one call keeps things. The products are summed apart from the factor and meet it once:
-// adding each block to a large factor would round as often as there are blocks.
-template <class T>
-struct Update {
-  T* factor;
-  T* packed;  // one block of rows
-  T* sums;    // the tiles of the lower triangle
-  int64_t n;
-  T decay, scale;
+// The tiles of the lower triangle, counted row by row.
+struct TileIndex {
+  int64_t row, col;
+  TileIndex(int64_t i, int64_t j) : row(i), col(j) {}
+  explicit TileIndex(int64_t t)
+      : row(static_cast<int64_t>((std::sqrt(8.0 * static_cast<double>(t) + 1) - 1) / 2)) {
+    while ((row + 1) * (row + 2) / 2 <= t) ++row;
+    while (row * (row + 1) / 2 > t) --row;
+    col = t - row * (row + 1) / 2;
+  }
 };
 
-// Tile <- decay * tile + scale * sum, in both triangles.
-template <class T>
-GRNG_INLINE void commit_tile(const Update<T>& update, T* sum, int64_t tile_row, int64_t tile_col) {
-  constexpr int64_t kWidth = kPanel<T>;
-  const int64_t row0 = tile_row * kWidth, col0 = tile_col * kWidth;
-  const int64_t height = std::min(kWidth, update.n - row0);
+int64_t tile_count(int64_t panels) { return panels * (panels + 1) / 2; }
+
+// Tile <- decay * tile + scale * sum, in both triangles; `sum` is used up. The products were summed
+// apart from the factor and meet it once: adding each block to a large factor would round as often
+// as there are blocks.
+template <class T, class P>
+GRNG_INLINE void commit_tile(const FactorUpdate& item, T* sum, TileIndex tile) {
+  constexpr int64_t kWidth = kWidthOf<T, P>;
+  const int64_t n = item.x.cols + item.bias;
+  const T decay = static_cast<T>(item.decay), scale = static_cast<T>(item.scale);
+  T* factor = static_cast<T*>(item.factor);
+  const int64_t row0 = tile.row * kWidth, col0 = tile.col * kWidth;
+  const int64_t height = std::min(kWidth, n - row0);
   for (int64_t i = 0; i < height; ++i) {
     // The diagonal tile stops at the diagonal: the rest of it is a mirror image.
-    const int64_t width = tile_row == tile_col ? i + 1 : kWidth;
-    T* out = update.factor + (row0 + i) * update.n + col0;
+    const int64_t width = tile.row == tile.col ? i + 1 : kWidth;
+    T* out = factor + (row0 + i) * n + col0;
     T* in = sum + i * kWidth;
-    if (update.decay != 0) {
-      for (int64_t j = 0; j < width; ++j) in[j] = update.decay * out[j] + update.scale * in[j];
+    if (decay != 0) {
+      for (int64_t j = 0; j < width; ++j) in[j] = decay * out[j] + scale * in[j];
     } else {
-      for (int64_t j = 0; j < width; ++j) in[j] = update.scale * in[j];
+      for (int64_t j = 0; j < width; ++j) in[j] = scale * in[j];
     }
     std::memcpy(out, in, width * sizeof(T));
   }
-  for (int64_t j = 0; j < std::min(kWidth, update.n - col0); ++j) {
-    T* out = update.factor + (col0 + j) * update.n + row0;
-    for (int64_t i = tile_row == tile_col ? j + 1 : 0; i < height; ++i)
+  for (int64_t j = 0; j < std::min(kWidth, n - col0); ++j) {
+    T* out = factor + (col0 + j) * n + row0;
+    for (int64_t i = tile.row == tile.col ? j + 1 : 0; i < height; ++i)
       out[i] = sum[i * kWidth + j];
-  }
-}
-
-// Tile number t of the lower triangle, counted row by row.
-template <class Isa, class T>
-GRNG_INLINE void update_tiles(const Update<T>& update, int64_t rows, bool last, int64_t begin,
-                              int64_t end) {
-  constexpr int64_t kWidth = kPanel<T>;
-  int64_t row = static_cast<int64_t>((std::sqrt(8.0 * static_cast<double>(begin) + 1) - 1) / 2);
-  while ((row + 1) * (row + 2) / 2 <= begin) ++row;
-  while (row * (row + 1) / 2 > begin) --row;
-  int64_t col = begin - row * (row + 1) / 2;
-  for (int64_t t = begin; t < end; ++t) {
-    T* sum = update.sums + t * kWidth * kWidth;
-    add_product<Isa, T>(sum, update.packed + row * kRowsPerBlock * kWidth,
-                        update.packed + col * kRowsPerBlock * kWidth, rows);
-    if (last) commit_tile(update, sum, row, col);
-    if (++col > row) {
-      ++row;
-      col = 0;
-    }
   }
 }
 
 template <class T>
 using Buffer = std::unique_ptr<T, decltype(&std::free)>;
 
-// Aligned to a cache line; `count` is a multiple of a panel's width.
+constexpr int64_t kCacheLine = 64;
+
+// `count` is a multiple of a panel's width, so the size is one of the alignment.
 template <class T>
 Buffer<T> allocate(int64_t count) {
-  Buffer<T> buffer(static_cast<T*>(std::aligned_alloc(kPanelBytes, count * sizeof(T))), std::free);
+  Buffer<T> buffer(static_cast<T*>(std::aligned_alloc(kCacheLine, count * sizeof(T))), std::free);
   if (!buffer) throw std::bad_alloc();
   return buffer;
 }
 
-template <class T>
-void update_factor(T* factor, const ConstMatrix& x, bool bias, double decay, double scale,
-                   const Threads& threads) {
-  const int64_t n = x.cols + bias, panels = (n + kPanel<T> - 1) / kPanel<T>;
-  const int64_t tiles = panels * (panels + 1) / 2, tile_size = kPanel<T> * kPanel<T>;
-  const Buffer<T> packed = allocate<T>(panels * kRowsPerBlock * kPanel<T>);
-  const Buffer<T> sums = allocate<T>(tiles * tile_size);
-  std::memset(sums.get(), 0, tiles * tile_size * sizeof(T));
-  const Update<T> update{factor, packed.get(), sums.get(), n, T(decay), T(scale)};
-  for (int64_t row = 0; row < x.rows; row += kRowsPerBlock) {
-    const int64_t rows = std::min(kRowsPerBlock, x.rows - row);
-    const bool last = row + rows == x.rows;
-    threads.run(panels, 1, [&](int64_t b, int64_t e) {
-      for_this_cpu([&](auto) { pack(packed.get(), x, bias, row, rows, b, e); });
+// ---- large factors: the tiles are shared out ----
+
+template <class T, class P>
+Info update_by_tiles(const FactorUpdate& item, const Threads& threads) {
+  constexpr int64_t kWidth = kWidthOf<T, P>;
+  const ConstMatrix& x = item.x;
+  const int64_t panels = ceil_div(x.cols + item.bias, kWidth);
+  const int64_t blocks = ceil_div(panels, kPanelsPerBlock);
+  const int64_t height = std::min(kRowsPerPhase, x.rows);
+  const Buffer<T> packed = allocate<T>(panels * height * kWidth);
+  const Buffer<T> sums = allocate<T>(tile_count(panels) * kTileSizeOf<T, P>);
+  std::vector<double> largest(panels);
+  double amax = 0;
+  for (int64_t row = 0; row < x.rows; row += height) {
+    const int64_t rows = std::min(height, x.rows - row);
+    run_dynamic(threads, panels, [&](auto isa, int64_t p) {
+      largest[p] =
+          pack<decltype(isa), T, P>(packed.get(), x, item.bias, row, rows, height, p, p + 1);
     });
-    threads.run(tiles, 1, [&](int64_t b, int64_t e) {
-      for_this_cpu([&](auto isa) { update_tiles<decltype(isa)>(update, rows, last, b, e); });
+    for (double m : largest) amax = larger(amax, m);
+    if (!std::isfinite(amax)) return kNonfiniteInput;
+    const bool first = row == 0, last = row + rows == x.rows;
+    if (last) {
+      const Info info = verdict<T>(item, amax);
+      if (info != kOk) return info;
+    }
+    run_dynamic(threads, tile_count(blocks), [&](auto isa, int64_t b) {
+      const TileIndex block(b);
+      const int64_t row_end = std::min(panels, (block.row + 1) * kPanelsPerBlock);
+      const int64_t col_end = std::min(panels, (block.col + 1) * kPanelsPerBlock);
+      const auto for_each_tile = [&](const auto& f) {
+        for (int64_t i = block.row * kPanelsPerBlock; i < row_end; ++i)
+          for (int64_t j = block.col * kPanelsPerBlock; j < std::min(col_end, i + 1); ++j)
+            f(TileIndex(i, j), sums.get() + (tile_count(i) + j) * kTileSizeOf<T, P>);
+      };
+      if (first)
+        for_each_tile(
+            [](TileIndex, T* sum) { std::memset(sum, 0, kTileSizeOf<T, P> * sizeof(T)); });
+      for (int64_t r = 0; r < rows; r += kRowsPerBlock)
+        for_each_tile([&](TileIndex tile, T* sum) {
+          add_product<decltype(isa), T, P>(sum, packed.get() + (tile.row * height + r) * kWidth,
+                                           packed.get() + (tile.col * height + r) * kWidth,
+                                           std::min(kRowsPerBlock, rows - r), tile.row == tile.col);
+        });
+      if (last) for_each_tile([&](TileIndex tile, T* sum) { commit_tile<T, P>(item, sum, tile); });
     });
   }
+  return kOk;
+}
+
+// ---- small factors, any number of them: the rows are shared out ----
+
+// Chunks of the rows of one factor: enough for many threads, each long enough that adding up the
+// sums costs little beside making them.
+int64_t chunk_rows(int64_t rows, int64_t n) {
+  const int64_t least = std::max<int64_t>(4 * kRowsPerBlock, 4 * n);
+  const int64_t wanted = std::max(least, ceil_div(rows, kMaxChunks));
+  return ceil_div(wanted, kRowsPerBlock) * kRowsPerBlock;
+}
+
+template <class T, class P>
+int64_t sums_size(int64_t n) {
+  return tile_count(ceil_div(n, kWidthOf<T, P>)) * kTileSizeOf<T, P>;
+}
+
+// Sums of one chunk of rows [begin, end); returns the largest |x|.
+template <class Isa, class T, class P>
+GRNG_INLINE double sum_rows(T* sum, const FactorUpdate& item, int64_t begin, int64_t end) {
+  constexpr int64_t kWidth = kWidthOf<T, P>;
+  const int64_t n = item.x.cols + item.bias, panels = ceil_div(n, kWidth);
+  // On the stack: an allocation that fails in a worker could not be reported.
+  alignas(kCacheLine) T packed[kMaxChunkedColumns * kRowsPerBlock];
+  std::memset(sum, 0, sums_size<T, P>(n) * sizeof(T));
+  double amax = 0;
+  for (int64_t row = begin; row < end; row += kRowsPerBlock) {
+    const int64_t rows = std::min(kRowsPerBlock, end - row);
+    amax = larger(amax,
+                  pack<Isa, T, P>(packed, item.x, item.bias, row, rows, kRowsPerBlock, 0, panels));
+    T* tile = sum;
+    for (int64_t i = 0; i < panels; ++i)
+      for (int64_t j = 0; j <= i; ++j, tile += kWidth * kWidth)
+        add_product<Isa, T, P>(tile, packed + i * kRowsPerBlock * kWidth,
+                               packed + j * kRowsPerBlock * kWidth, rows, i == j);
+  }
+  return amax;
+}
+
+// Adds the sums of `parts` chunks, which lie one after another, and commits them.
+template <class T, class P>
+GRNG_INLINE void commit_rows(const FactorUpdate& item, T* sums, int64_t parts) {
+  constexpr int64_t kTileSize = kTileSizeOf<T, P>;
+  const int64_t n = item.x.cols + item.bias, size = sums_size<T, P>(n);
+  for (int64_t part = 1; part < parts; ++part)
+    for (int64_t k = 0; k < size; ++k) sums[k] += sums[part * size + k];
+  for (int64_t t = 0; t < size / kTileSize; ++t)
+    commit_tile<T, P>(item, sums + t * kTileSize, TileIndex(t));
+}
+
+template <class T>
+void update_by_rows(const std::vector<FactorUpdate*>& items, const Threads& threads) {
+  struct Chunk {
+    int64_t item, begin, end, sums;
+    double amax;
+  };
+  std::vector<Chunk> chunks;
+  std::vector<int64_t> first_chunk{0};
+  int64_t total = 0;
+  for (size_t i = 0; i < items.size(); ++i) {
+    const ConstMatrix& x = items[i]->x;
+    const int64_t n = x.cols + items[i]->bias, step = chunk_rows(x.rows, n);
+    int64_t size = 0;
+    with_panels<T>(n, [&](auto p) { size = sums_size<T, decltype(p)>(n); });
+    for (int64_t row = 0; row < x.rows; row += step, total += size)
+      chunks.push_back({static_cast<int64_t>(i), row, std::min(x.rows, row + step), total, 0.0});
+    first_chunk.push_back(static_cast<int64_t>(chunks.size()));
+  }
+  const Buffer<T> sums = allocate<T>(total);
+  run_dynamic(threads, static_cast<int64_t>(chunks.size()), [&](auto isa, int64_t c) {
+    Chunk& chunk = chunks[c];
+    const FactorUpdate& item = *items[chunk.item];
+    with_panels<T>(item.x.cols + item.bias, [&](auto p) {
+      chunk.amax = sum_rows<decltype(isa), T, decltype(p)>(sums.get() + chunk.sums, item,
+                                                           chunk.begin, chunk.end);
+    });
+  });
+  run_dynamic(threads, static_cast<int64_t>(items.size()), [&](auto, int64_t i) {
+    FactorUpdate& item = *items[i];
+    double amax = 0;
+    for (int64_t c = first_chunk[i]; c < first_chunk[i + 1]; ++c)
+      amax = larger(amax, chunks[c].amax);
+    item.info = verdict<T>(item, amax);
+    if (item.info != kOk) return;
+    with_panels<T>(item.x.cols + item.bias, [&](auto p) {
+      commit_rows<T, decltype(p)>(item, sums.get() + chunks[first_chunk[i]].sums,
+                                  first_chunk[i + 1] - first_chunk[i]);
+    });
+  });
+}
+
+template <class T>
+void update(const std::vector<FactorUpdate*>& items, const Threads& threads) {
+  std::vector<FactorUpdate*> small;
+  for (FactorUpdate* item : items) {
+    const int64_t n = item->x.cols + item->bias;
+    with_panels<T>(n, [&](auto p) {
+      if (ceil_div(n, kWidthOf<T, decltype(p)>) * kWidthOf<T, decltype(p)> <= kMaxChunkedColumns) {
+        small.push_back(item);
+      } else {
+        item->info = update_by_tiles<T, decltype(p)>(*item, threads);
+      }
+    });
+  }
+  if (!small.empty()) update_by_rows<T>(small, threads);
 }
 
 }  // namespace
 
-Info kron_factor_update_cpu(void* factor, const ConstMatrix& x, bool bias, double decay,
-                            double scale, const Threads& threads) {
-  const bool wide = x.dtype == Dtype::kFloat64;
-  const double limit =
-      wide ? std::numeric_limits<double>::max() : std::numeric_limits<float>::max();
-  if (!(decay >= 0 && decay <= 1) || !std::isfinite(scale)) return kNonfiniteInput;
-  const int64_t n = x.cols + bias;
-  const double old = wide ? held(static_cast<const double*>(factor), n, decay)
-                          : held(static_cast<const float*>(factor), n, decay);
-  const Info info = check(x, bias, scale, old, limit, threads);
-  if (info != kOk) return info;
-  if (wide) {
-    update_factor(static_cast<double*>(factor), x, bias, decay, scale, threads);
-  } else {
-    update_factor(static_cast<float*>(factor), x, bias, decay, scale, threads);
+void kron_factor_update_cpu(FactorUpdate* items, int64_t count, const Threads& threads) {
+  std::vector<FactorUpdate*> narrow, wide;
+  for (FactorUpdate* item = items; item < items + count; ++item) {
+    item->info = kOk;
+    if (item->x.rows == 0 || item->x.cols + item->bias == 0) continue;
+    if (!(item->decay >= 0 && item->decay <= 1) || !std::isfinite(item->scale)) {
+      item->info = kNonfiniteInput;
+      continue;
+    }
+    (item->x.dtype == Dtype::kFloat64 ? wide : narrow).push_back(item);
   }
-  return kOk;
+  update<float>(narrow, threads);
+  update<double>(wide, threads);
 }
 
 }  // namespace grng

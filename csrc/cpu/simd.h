@@ -5,6 +5,8 @@
 
 #include <cstdint>
 #include <cstring>
+#include <limits>
+#include <type_traits>
 
 // Vectors wider than the baseline's never cross a call: every function that takes one is inlined.
 #pragma GCC diagnostic ignored "-Wpsabi"
@@ -13,18 +15,26 @@
 
 namespace grng {
 
-// Matrix kernels work on panels of 128 bytes: 2, 4 or 8 vectors. kTileRows panels of accumulators
-// keep both FMA ports busy without spilling: 16 of 32 registers on AVX-512, 8 of 16 below.
-constexpr int kPanelBytes = 128;
+// Matrix kernels keep a tile of sums in registers: kAccumulators vectors at most, which leaves some
+// for the operands. Eight hide the latency of the FMA units; more save loads.
 struct Baseline {
-  static constexpr int kVectorBytes = 16, kTileRows = 1;
+  static constexpr int kVectorBytes = 16, kAccumulators = 12;
 };
 struct Avx2 {
-  static constexpr int kVectorBytes = 32, kTileRows = 2;
+  static constexpr int kVectorBytes = 32, kAccumulators = 12;
 };
 struct Avx512 {
-  static constexpr int kVectorBytes = 64, kTileRows = 8;
+  static constexpr int kVectorBytes = 64, kAccumulators = 24;
 };
+
+// Rows of a register tile that is `vectors` wide: a power of two up to 8, so that it divides a
+// panel.
+template <class Isa>
+constexpr int tile_rows(int vectors) {
+  int rows = 8;
+  while (rows > 1 && rows * vectors > Isa::kAccumulators) rows /= 2;
+  return rows;
+}
 
 template <class Isa, class T>
 struct Simd {
@@ -53,6 +63,21 @@ struct Simd {
     }
 #endif
     return *p - Vec{};
+  }
+  // With the sign bit cleared, the order of the bit patterns is the order of the magnitudes, and
+  // every inf and NaN lies above every finite number: one integer maximum finds both.
+  using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  typedef Bits Magnitudes __attribute__((vector_size(Isa::kVectorBytes)));
+  static GRNG_INLINE Magnitudes larger(Magnitudes a, Vec v) {
+    const Magnitudes b = reinterpret_cast<Magnitudes>(v) & std::numeric_limits<Bits>::max();
+    return b > a ? b : a;
+  }
+  static GRNG_INLINE double largest(Magnitudes a) {
+    Bits bits = 0;
+    for (int i = 0; i < kLanes; ++i) bits = a[i] > bits ? a[i] : bits;
+    T value;
+    std::memcpy(&value, &bits, sizeof(value));
+    return static_cast<double>(value);
   }
   static GRNG_INLINE double sum(Vec v) {
     double total = 0;

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from grng_kernels import _checks, _dispatch
+from grng_kernels._register import operator
 from grng_kernels.damped_inverse import reference
 from grng_kernels.damped_inverse.reference import DampedInverse
 
@@ -166,7 +167,7 @@ def _state_dtype(factor: Tensor) -> torch.dtype:
     return torch.float64 if factor.dtype == torch.float64 else torch.float32
 
 
-@torch.library.custom_op("grng::damped_inverse", mutates_args=())
+@operator("damped_inverse")
 def _damped_inverse_op(
     factors: Sequence[Tensor],
     rho: float | None,

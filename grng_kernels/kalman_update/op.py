@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from grng_kernels import _checks, _dispatch
+from grng_kernels._register import operator
 from grng_kernels.info import Info
 from grng_kernels.kalman_update import reference
 from grng_kernels.kalman_update.innovation import gain_from_gram, largest_magnitude
@@ -132,7 +133,7 @@ def _checked_noise(noise: float | Tensor, innovation: Tensor, likelihood: str) -
     return noise
 
 
-@torch.library.custom_op("grng::kalman_update_", mutates_args=("means", "variances"))
+@operator("kalman_update_", mutates_args=("means", "variances"))
 def _kalman_update_op(
     means: Sequence[Tensor],
     variances: Sequence[Tensor],

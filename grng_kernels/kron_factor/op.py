@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from grng_kernels import _checks, _dispatch
+from grng_kernels._register import operator
 from grng_kernels.kron_factor import reference
 
 OP = "kron_factor_update_"
@@ -106,7 +107,7 @@ def _split_scalar(value: float | Tensor) -> tuple[float | None, Tensor | None]:
     return (None, value.detach()) if isinstance(value, Tensor) else (float(value), None)
 
 
-@torch.library.custom_op("grng::kron_factor_update_", mutates_args=("factors",))
+@operator("kron_factor_update_", mutates_args=("factors",))
 def _kron_factor_update_op(
     factors: Sequence[Tensor],
     xs: Sequence[Tensor],

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from grng_kernels import _checks, _dispatch
+from grng_kernels._register import operator
 from grng_kernels.precondition import reference
 
 OP = "precondition"
@@ -103,7 +104,7 @@ def precondition(
     return results[0] if single else results
 
 
-@torch.library.custom_op("grng::precondition", mutates_args=("outs",))
+@operator("precondition", mutates_args=("outs",))
 def _precondition_op(
     outs: Sequence[Tensor],
     grads: Sequence[Tensor],

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from grng_kernels import _checks, _dispatch
+from grng_kernels._register import operator
 from grng_kernels.rank_one import reference
 
 OP = "rank1_precondition"
@@ -93,7 +94,7 @@ def rank1_precondition(
     return results[0] if single else results
 
 
-@torch.library.custom_op("grng::rank1_precondition", mutates_args=("outs",))
+@operator("rank1_precondition", mutates_args=("outs",))
 def _rank1_precondition_op(
     outs: Sequence[Tensor],
     grads: Sequence[Tensor],

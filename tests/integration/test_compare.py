@@ -160,7 +160,7 @@ def test_hyperparameters_are_resolved() -> None:
     model = torch.nn.Linear(2, 2)
     spec = parse_spec("adamw:betas=(0.8,0.9)")
     resolved = spec.hyperparameters(spec.build(model))
-    assert (resolved["lr"], resolved["betas"], resolved["weight_decay"]) == (1e-3, [0.8, 0.9], 0.0)
+    assert (resolved["lr"], resolved["betas"], resolved["weight_decay"]) == (1e-3, [0.8, 0.9], 1e-2)
 
 
 def test_schedule_rises_then_falls_to_zero() -> None:
