@@ -101,6 +101,15 @@ grng::KalmanBlock kalman_block(const Tensor* mean, const Tensor& variance, const
           d, jacobian.stride(0)};
 }
 
+// All blocks are checked before any is written.
+std::vector<grng::KalmanBlock> kalman_blocks(const Tensors& means, const Tensors& variances,
+                                             const Tensors& jacobians, int64_t outputs) {
+  std::vector<grng::KalmanBlock> blocks;
+  for (size_t i = 0; i < means.size(); ++i)
+    blocks.push_back(kalman_block(&means[i], variances[i], jacobians[i], outputs));
+  return blocks;
+}
+
 int64_t check_gram(const Tensor& gram) {
   const int64_t outputs = gram.size(0);
   check_dense(gram, ScalarType::Double, {outputs, outputs}, "gram");
@@ -138,9 +147,8 @@ void kalman_apply(const Tensors means, const Tensors variances, const Tensors ja
   STD_TORCH_CHECK(means.size() == variances.size() && means.size() == jacobians.size(),
                   "grng: one mean, variance and jacobian per block");
   if (*static_cast<const int32_t*>(info.data_ptr()) != grng::kOk) return;
-  for (size_t i = 0; i < means.size(); ++i)
-    grng::kalman_apply_cpu(kalman_block(&means[i], variances[i], jacobians[i], gain.outputs), gain,
-                           kThreads);
+  for (const grng::KalmanBlock& block : kalman_blocks(means, variances, jacobians, gain.outputs))
+    grng::kalman_apply_cpu(block, gain, kThreads);
 }
 
 #ifdef GRNG_CUDA
@@ -175,10 +183,9 @@ void kalman_apply_on_cuda(const Tensors means, const Tensors variances, const Te
   STD_TORCH_CHECK(means.size() == variances.size() && means.size() == jacobians.size(),
                   "grng: one mean, variance and jacobian per block");
   const torch::stable::accelerator::DeviceGuard guard(info.get_device());
-  for (size_t i = 0; i < means.size(); ++i)
+  for (const grng::KalmanBlock& block : kalman_blocks(means, variances, jacobians, gain.outputs))
     check_launch(grng::kalman_apply_cuda(
-        kalman_block(&means[i], variances[i], jacobians[i], gain.outputs), gain,
-        static_cast<const int32_t*>(info.data_ptr()), current_stream(info)));
+        block, gain, static_cast<const int32_t*>(info.data_ptr()), current_stream(info)));
 }
 #endif
 

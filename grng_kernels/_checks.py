@@ -70,8 +70,10 @@ def check_dtype(
     """Check that a tensor is dense and of one of the accepted dtypes.
 
     Raises:
-        TypeError: Any other dtype or layout.
+        TypeError: No tensor, or any other dtype or layout.
     """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
     if tensor.layout != torch.strided:
         raise TypeError(
             f"{op}: {name} must be a dense (strided) tensor, got layout {tensor.layout}"
@@ -167,6 +169,11 @@ def check_scalar(
         right = ")" if high == math.inf else "]"
         raise ValueError(
             f"{op}: {name} must be finite and in {left}{low}, {high}{right}, got {value}"
+        )
+    largest, smallest = torch.finfo(torch.float32).max, 2.0**-149
+    if not -largest <= value <= largest or (open_low and value - low < smallest):
+        raise ValueError(
+            f"{op}: {name} must stay finite and in its range when rounded to fp32, got {value}"
         )
 
 

@@ -25,7 +25,9 @@ need_disk() {  # megabytes
 command -v "$PYTHON" >/dev/null || fail "'$PYTHON' was not found; install Python 3.10 or newer, or set PYTHON="
 "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
   || fail "Python 3.10 or newer is needed, '$PYTHON' is $("$PYTHON" -V 2>&1)"
-command -v "${CXX:-g++}" >/dev/null || fail "no C++ compiler: '${CXX:-g++}' was not found; install it (Debian: apt-get install g++)"
+compiler=${CXX:-g++}
+compiler=${compiler%% *}
+command -v "$compiler" >/dev/null || fail "no C++ compiler: '$compiler' was not found; install it (Debian: apt-get install g++)"
 
 # A torch that is there already is used as it is: nothing below may replace it.
 own_torch=$("$PYTHON" - <<'EOF' 2>/dev/null
@@ -83,4 +85,6 @@ say "building the extension"
 index=()
 [ -n "${OFFLINE:-}" ] && index=(--no-index)
 quietly "$python" -m pip install "${index[@]}" --no-build-isolation --no-deps -e .
-say "ready: $("$python" -c 'import torch, grng_kernels as k; print("torch", torch.__version__ + ",", ", ".join(n for n, s in k.backends().items() if s.available))')"
+ready=$("$python" -c 'import torch, grng_kernels as k; print("torch", torch.__version__ + ",", ", ".join(n for n, s in k.backends().items() if s.available))') \
+  || fail "the package was built but does not import; see the error above"
+say "ready: $ready"

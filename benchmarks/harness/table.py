@@ -17,13 +17,20 @@ def _error(value: float | None) -> str:
     return "-" if value is None else f"{value:.0e}"
 
 
+def _times_faster(reference: float | None, ours: float | None) -> str:
+    return "-" if not reference or not ours else f"{reference / ours:.1f}"
+
+
 def _where(row: Row) -> str:
     return f"{row.shape} {row.dtype} {row.state} {row.mode}"
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """Return one line per row of ours, beside its rival."""
+    """Return one line per row of ours, beside its rival; ``x ref``: times faster than the reference."""
     times = {(_where(r), r.provider): r.p50_ms for r in rows}
+    reference = {
+        _where(r): r.p50_ms for r in rows if r.backend == "reference" and r.role == "yardstick"
+    }
     lines = []
     for row in rows:
         if row.role not in ("ours", "variant"):
@@ -37,6 +44,7 @@ def summary(rows: Sequence[Row]) -> str:
                 row.rival or "-",
                 _ms(times.get((_where(row), row.rival or ""))),
                 "-" if row.ratio is None else f"{row.ratio:.2f}",
+                _times_faster(reference.get(_where(row)), row.p50_ms),
                 _error(row.error),
                 _error(row.rival_error),
                 "-" if row.roofline_share is None else f"{row.roofline_share:.0%}",
@@ -44,7 +52,8 @@ def summary(rows: Sequence[Row]) -> str:
             )
         )
     header = (
-        "shape", "ours", "backend", "ms", "rival", "ms", "ratio", "error", "rival's", "roofline", ""
+        "shape", "ours", "backend", "ms", "rival", "ms", "ratio", "x ref", "error", "rival's",
+        "roofline", "",
     )  # fmt: skip
     notes = "".join(f"\n* {note}" for note in _remarks(rows))
     return text_table(header, lines) + notes

@@ -10,15 +10,12 @@
 // a result: small factors split the rows into chunks with sums of their own, added in a fixed order
 // at the end; large ones split the tiles.
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <cstdlib>
 #include <limits>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "../kernels.h"
+#include "parallel.h"
 #include "simd.h"
 
 namespace grng {
@@ -51,18 +48,6 @@ template <class T, class P>
 constexpr int64_t kTileSizeOf = kWidthOf<T, P> * kWidthOf<T, P>;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Runs f(i) for i in [0, count), one at a time to whichever thread is free. Workers are started in
-// equal parts, but costs differ.
-template <class F>
-void run_dynamic(const Threads& threads, int64_t count, const F& f) {
-  std::atomic<int64_t> next{0};
-  threads.run(count, 1, [&](int64_t, int64_t) {
-    for_this_cpu([&](auto isa) {
-      for (int64_t i = next++; i < count; i = next++) f(isa, i);
-    });
-  });
-}
 
 struct BFloat16 {
   uint16_t bits;
@@ -169,7 +154,9 @@ template <class T>
 Info verdict(const FactorUpdate& item, double amax) {
   const int64_t n = item.x.cols + item.bias;
   const double old = held(static_cast<const T*>(item.factor), n, item.decay);
-  if (!std::isfinite(amax) || !std::isfinite(old)) return kNonfiniteInput;
+  // A scale that is finite as a double may be infinite in the dtype of the factor.
+  if (!std::isfinite(amax) || !std::isfinite(old) || !std::isfinite(static_cast<T>(item.scale)))
+    return kNonfiniteInput;
   // No sum of products of this batch, scaled or not, can exceed this bound.
   const double bound =
       amax * amax * static_cast<double>(item.x.rows) * std::max(1.0, std::abs(item.scale));
@@ -266,19 +253,6 @@ GRNG_INLINE void commit_tile(const FactorUpdate& item, T* sum, TileIndex tile) {
     for (int64_t i = tile.row == tile.col ? j + 1 : 0; i < height; ++i)
       out[i] = sum[i * kWidth + j];
   }
-}
-
-template <class T>
-using Buffer = std::unique_ptr<T, decltype(&std::free)>;
-
-constexpr int64_t kCacheLine = 64;
-
-// `count` is a multiple of a panel's width, so the size is one of the alignment.
-template <class T>
-Buffer<T> allocate(int64_t count) {
-  Buffer<T> buffer(static_cast<T*>(std::aligned_alloc(kCacheLine, count * sizeof(T))), std::free);
-  if (!buffer) throw std::bad_alloc();
-  return buffer;
 }
 
 // ---- large factors: the tiles are shared out ----

@@ -11,6 +11,7 @@ from grng_kernels import _checks, _dispatch
 from grng_kernels._register import operator
 from grng_kernels.damped_inverse import reference
 from grng_kernels.damped_inverse.reference import DampedInverse
+from grng_kernels.info import Info
 
 OP = "damped_inverse"
 METHODS = ("auto", "cholesky", "newton_schulz")
@@ -44,7 +45,7 @@ def damped_inverse(
         precision: ``"fp32"`` or ``"auto"``, today the same.
         warm_start: An earlier inverse, same form as ``factor``. Checked and, by today's methods, not used.
         spectral_vector: ``[N]``, ``[L, N]`` or a list of ``[N]``: state of the norm estimate, updated in
-            place. Start it with zeros; the estimate then sharpens from refresh to refresh.
+            place where ``info`` is 0. Start it with zeros: the estimate sharpens from refresh to refresh.
 
     Returns:
         :class:`DampedInverse` ``(inverse, damping, spectral_norm, residual, info)``, tensors for a tensor
@@ -203,7 +204,8 @@ def _damped_inverse_op(
             results[i] = [part.clone(memory_format=torch.contiguous_format) for part in parts]
         if vectors:
             for i, part in zip(indices, vector.split(counts), strict=True):
-                new_vectors[i] = part.to(vectors[i].dtype, copy=True)
+                good = (results[i][4] == int(Info.OK)).unsqueeze(-1)
+                new_vectors[i] = torch.where(good, part.to(vectors[i].dtype), vectors[i])
     return [*(tensor for result in results for tensor in result), *new_vectors]
 
 

@@ -34,7 +34,7 @@ def batch_info(
     finite = torch.isfinite(amax)
     # A number stays on the host: copying it to the device would wait for it, and break graph capture.
     if isinstance(scale, Tensor):
-        finite = finite & torch.isfinite(scale)
+        finite = finite & torch.isfinite(scale.to(factor.dtype))
         weight: float | Tensor = scale.double().abs().clamp(min=1)
     else:
         weight = max(1.0, abs(scale))

@@ -705,3 +705,17 @@ def test_warm_start_is_checked_and_not_used(device):
     factor = spd(9, device=device)
     want = damped_inverse(factor, rho=1e-2)
     assert_fields_equal(damped_inverse(factor, rho=1e-2, warm_start=want.inverse + 1), want)
+
+
+@pytest.mark.parametrize("fault", ["nan", "negative"])
+def test_vector_of_a_failed_matrix_stays_as_it_was(device, fault):
+    factors = torch.stack([torch.eye(4, device=device)] * 2)
+    factors[1] = -factors[1]
+    if fault == "nan":
+        factors[1, 0, 1] = math.nan
+    vectors = torch.randn(2, 4, device=device)
+    before = vectors.clone()
+    result = damped_inverse(factors, rho=1e-2, spectral_vector=vectors)
+    assert [i == Info.OK for i in result.info.tolist()] == [True, False]
+    assert torch.equal(vectors[1], before[1])
+    assert not torch.equal(vectors[0], before[0])

@@ -775,3 +775,28 @@ def test_state_keeps_its_dtype(dtype, device):
     state = State(3, 17, dtype=dtype, device=device)
     mean, variance, _ = state.update()
     assert mean.dtype == variance.dtype == dtype
+
+
+@pytest.mark.parametrize(("name", "value"), [("forgetting", 1e-50), ("process_noise", 1e39)])
+def test_numbers_that_fp32_cannot_hold_are_refused(name, value):
+    state = State(3, 17)
+    with pytest.raises(ValueError, match=f"{name} must stay finite"):
+        state.update(**{name: value})
+
+
+def test_an_innovation_that_is_no_tensor_is_named():
+    state = State(3, 17)
+    with pytest.raises(TypeError, match="innovation must be a tensor, got float"):
+        kalman_update_(state.mean, state.variance, state.jacobian, 0.5, 1.0)
+
+
+def test_a_bad_block_is_found_before_any_block_is_written():
+    if not gk.backends()["cpu"].available:
+        pytest.skip(gk.backends()["cpu"].reason)
+    means, variances = [torch.zeros(3), torch.zeros(3)], [torch.ones(3), torch.ones(3)]
+    with pytest.raises(RuntimeError, match="jacobian"):
+        torch.ops.grng._kalman_apply_(
+            means, variances, [torch.ones(2, 3), torch.ones(2, 4)], torch.ones(2), torch.eye(2),
+            torch.zeros((), dtype=torch.int32), False, 1.0, 0.0,
+        )  # fmt: skip
+    assert all(torch.equal(m, torch.zeros(3)) for m in means)

@@ -651,3 +651,17 @@ def test_named_cpu_backend_refuses_a_strided_factor():
             call,
             factor=torch.eye(8)[::2, ::2],
         )
+
+
+@pytest.mark.parametrize("tensor", [False, True], ids=["number", "tensor"])
+def test_scale_beyond_fp32_never_reaches_an_fp32_factor(backend, tensor):
+    factor = torch.eye(4, device=backend.device)
+    before = factor.clone()
+    x = torch.zeros(3, 4, device=backend.device)
+    if tensor:
+        scale = torch.tensor(1e39, dtype=torch.float64, device=backend.device)
+        assert kron_factor_update_(factor, x, decay=0.5, scale=scale).item() != Info.OK
+    else:
+        with pytest.raises(ValueError, match="scale must stay finite"):
+            kron_factor_update_(factor, x, decay=0.5, scale=1e39)
+    assert torch.equal(factor, before)

@@ -26,9 +26,12 @@ _PREPARATION_LR = 1e-8
 
 
 def _numerical_errors() -> tuple[type[Exception], ...]:
-    """What an optimizer may raise when its numbers fail, besides letting the loss become NaN."""
+    """What an optimizer may raise when its numbers fail, besides letting the loss become NaN.
+
+    torch reports a number that leaves its dtype as a plain RuntimeError.
+    """
     raised_by_grng = getattr(grng, "PreconditionerError", None)
-    common: tuple[type[Exception], ...] = (ArithmeticError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
+    common: tuple[type[Exception], ...] = (ArithmeticError, RuntimeError)
     return common if raised_by_grng is None else (*common, raised_by_grng)
 
 

@@ -32,18 +32,20 @@ class Record:
 class Capture:
     """Records of all layers since the last :meth:`clear`."""
 
-    def __init__(self, layers: list[KroneckerLayer], wanted: Callable[[], bool]) -> None:
+    def __init__(
+        self, layers: list[KroneckerLayer], wanted: Callable[[KroneckerLayer], bool]
+    ) -> None:
         self.records: dict[KroneckerLayer, list[Record]] = {layer: [] for layer in layers}
         self._wanted = wanted
         self._observing = False
         # The hooks live as long as the model, but must not keep a discarded optimizer alive.
         this = weakref.ref(self)
         for layer in layers:
-            layer.module.register_forward_hook(_forward_hook(this, layer))
+            layer.module.register_forward_hook(_ForwardHook(this, layer), with_kwargs=True)
 
     def start_record(self, layer: KroneckerLayer, layer_input: Tensor, output: Tensor) -> None:
         """Record one forward pass, if this step needs it and a gradient can come."""
-        if not (torch.is_grad_enabled() and output.requires_grad and self._wanted()):
+        if not (torch.is_grad_enabled() and output.requires_grad and self._wanted(layer)):
             return
         # The edge, not the tensor: an in-place activation may overwrite the output.
         record = Record(layer.input_rows(layer_input), get_gradient_edge(output))
@@ -56,18 +58,22 @@ class Capture:
 
         output.register_hook(on_grad)
 
+    def waiting(self) -> list[tuple[KroneckerLayer, Record]]:
+        """Return the records whose output gradient has not come yet."""
+        return [
+            (layer, record)
+            for layer, records in self.records.items()
+            for record in records
+            if record.edge is not None and record.output_grad is None
+        ]
+
     def observe(self, loss: Tensor) -> None:
         """Take the output gradients of ``loss``; no parameter's ``.grad`` is touched.
 
         Raises:
             RuntimeError: The graph is gone: the loss was already differentiated.
         """
-        waiting = [
-            (layer, record)
-            for layer, records in self.records.items()
-            for record in records
-            if record.edge is not None and record.output_grad is None
-        ]
+        waiting = self.waiting()
         if not waiting:
             return
         self._observing = True
@@ -93,8 +99,15 @@ class Capture:
                 record.edge = None
 
     def complete(self, layer: KroneckerLayer) -> list[Record]:
-        """Return the records of a layer that have both parts."""
-        return [r for r in self.records[layer] if r.output_grad is not None]
+        """Return the records of a layer that have both parts and any rows."""
+        return [
+            r for r in self.records[layer] if r.output_grad is not None and len(r.layer_input) > 0
+        ]
+
+    def only_empty(self, layer: KroneckerLayer) -> bool:
+        """Return whether a layer was used, but only with empty batches."""
+        records = self.records[layer]
+        return bool(records) and all(len(r.layer_input) == 0 for r in records)
 
     def clear(self) -> None:
         """Forget everything recorded."""
@@ -102,12 +115,24 @@ class Capture:
             records.clear()
 
 
-def _forward_hook(
-    capture: "weakref.ref[Capture]", layer: KroneckerLayer
-) -> Callable[[nn.Module, Any, Any], None]:
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        alive = capture()
-        if alive is not None:
-            alive.start_record(layer, args[0], output)
+class _ForwardHook:
+    """Reports the forward passes of one module, not those of its copies."""
 
-    return hook
+    def __init__(self, capture: "weakref.ref[Capture]", layer: KroneckerLayer) -> None:
+        self._capture, self._layer = capture, layer
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        alive = self._capture()
+        if alive is not None and module is self._layer.module:
+            alive.start_record(self._layer, args[0] if args else kwargs["input"], output)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A model that is copied or saved leaves its optimizer behind.
+        return (_NoHook, ())
+
+
+class _NoHook:
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        return None

@@ -36,5 +36,8 @@ def sampled_loss(outputs: Tensor, likelihood: str, generator: torch.Generator) -
         return -(outputs * noise).sum()
     logits = outputs.reshape(-1, outputs.shape[-1])
     probabilities = logits.detach().float().softmax(-1)
+    # multinomial refuses NaN. Any label will do: the gradients are NaN too, and that is what is counted.
+    finite = torch.isfinite(probabilities).all(-1, keepdim=True)
+    probabilities = torch.where(finite, probabilities, 1 / outputs.shape[-1])
     labels = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
     return F.cross_entropy(logits, labels, reduction="sum")

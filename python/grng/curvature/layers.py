@@ -52,6 +52,8 @@ class KroneckerLayer:
         d_in = self.weight.shape[1]
         parts = (step[:, :d_in], step[:, -1])[: len(self.parameters)]
         for parameter, part in zip(self.parameters, parts, strict=True):
+            if parameter.grad is None:  # frozen after the optimizer was made
+                continue
             if isinstance(decay, Tensor) or decay != 0:
                 parameter.mul_(1 - decay)
             parameter.sub_(part.to(parameter.dtype))

@@ -16,6 +16,7 @@ from grng.curvature.fisher import sampled_loss
 from grng.curvature.layers import KroneckerLayer, find_layers
 
 KRONECKER, ADAMW = "kronecker", "adamw"
+COUNTS = ("refresh_every", "max_factor_dim")
 ADAMW_BETAS, ADAMW_EPS = (0.9, 0.999), 1e-8
 
 
@@ -26,18 +27,23 @@ class PreconditionerError(RuntimeError):
 def check_hyperparameter(
     owner: str, name: str, value: Any, *, low: float = 0.0, high: float = math.inf
 ) -> None:
-    """Check a number in ``[low, high]``; a tensor (a learning rate) is taken as it is.
+    """Check a number in ``[low, high]``; a learning rate may also be a tensor with one element.
 
     Raises:
-        ValueError: Out of range, NaN, or not a number.
+        ValueError: Out of range, NaN, or not a number; not a whole number for a count.
     """
-    if isinstance(value, Tensor):
-        return
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (number and math.isfinite(value) and low <= value <= high):
-        right = ")" if high == math.inf else "]"
+    number = value
+    if isinstance(value, Tensor) and name == "lr" and value.numel() == 1:
+        number = float(value)
+    right = ")" if high == math.inf else "]"
+    known = isinstance(number, (int, float)) and not isinstance(number, bool)
+    if not (known and math.isfinite(number) and low <= number <= high):
         raise ValueError(
             f"{owner}: {name} must be a number in [{low}, {high}{right}, got {value!r}"
+        )
+    if name in COUNTS and not isinstance(value, int):
+        raise ValueError(
+            f"{owner}: {name} must be a whole number in [{low}, {high}{right}, got {value!r}"
         )
 
 
@@ -45,7 +51,9 @@ class KroneckerOptimizer(Optimizer):
     """Base of the optimizers that precondition with Kronecker factors.
 
     A subclass implements :meth:`_update_layers`. Parameters that no supported layer owns form a second
-    parameter group, ``kind="adamw"``, with its own learning rate: learning-rate schedulers scale both.
+    parameter group, ``kind="adamw"``, with its own learning rate: learning-rate schedulers scale both. It is
+    there even when it is empty: layers whose statistics never come are trained with its settings, and stay
+    in their group, so that groups and checkpoints keep their form.
 
     State per parameter, all tensors or numbers: for a layer its factors, inverses and momentum under the
     weight; ``exp_avg``, ``exp_avg_sq``, ``step`` for AdamW. It keeps its dtype through ``load_state_dict``.
@@ -65,6 +73,8 @@ class KroneckerOptimizer(Optimizer):
         check_hyperparameter(owner, "max_factor_dim", max_factor_dim, low=1)
         self._reasons: dict[nn.Parameter, str] = {}
         self._layers: list[KroneckerLayer] = []
+        self._adamw_lr = adamw_lr
+        self._observations = 0
         self._failures, self._max_failures = 0, max_failures
         self._fisher = "not yet"
         self._names: dict[nn.Parameter, str] = {}
@@ -80,7 +90,8 @@ class KroneckerOptimizer(Optimizer):
                 for g in _merge_tensors(model)
             ]
         super().__init__(groups, {"kind": KRONECKER, "step": 0, **defaults})
-        self._capture = Capture(self._layers, self._statistics_due)
+        self._all_layers = tuple(self._layers)
+        self._capture = Capture(self._layers, self._statistics_wanted)
 
     def _groups_of(
         self, model: nn.Module, adamw_defaults: dict[str, Any], max_factor_dim: int
@@ -91,11 +102,17 @@ class KroneckerOptimizer(Optimizer):
         if self._layers:
             owned = [p for layer in self._layers for p in layer.parameters]
             groups.append({"params": owned, "kind": KRONECKER})
-        if self._reasons:
+        if self._layers or self._reasons:
             groups.append({**adamw_defaults, "params": list(self._reasons)})
-        if not groups:
+        else:
             raise ValueError(f"{type(self).__name__}: the model has no trainable parameters")
         return groups
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters: trained by AdamW, as their module is unknown, at ``adamw_lr`` if no lr is given."""
+        if isinstance(param_group, dict) and "kind" not in param_group:
+            param_group = {"kind": ADAMW, "lr": self._adamw_lr, **param_group}
+        super().add_param_group(param_group)
 
     # ---- statistics ----
 
@@ -112,22 +129,28 @@ class KroneckerOptimizer(Optimizer):
         Raises:
             ValueError: Unknown likelihood, or ``outputs`` without a graph on a step that needs it.
         """
-        if not self._statistics_due() or not self._layers:
+        if not self._capture.waiting():
             return
         if not outputs.requires_grad:
             raise ValueError("observe: outputs must be attached to the graph of the forward pass")
         generator = torch.Generator(device=outputs.device)
-        # The step decides the labels: a resumed run draws what the uninterrupted one would.
-        generator.manual_seed(self.param_groups[0]["step"])
+        # The step decides the labels: a resumed run draws what the uninterrupted one would. Micro-batches
+        # of one step draw different ones: far apart, and in the low 32 bits, all that a CPU generator takes.
+        generator.manual_seed(self.param_groups[0]["step"] + self._observations * 0x9E3779B9)
+        self._observations += 1
         with torch.enable_grad():
             self._capture.observe(sampled_loss(outputs, likelihood, generator))
 
-    def _statistics_due(self) -> bool:
-        """Return whether the next step refreshes the curvature."""
+    def _statistics_wanted(self, layer: KroneckerLayer) -> bool:
+        """Return whether the next step refreshes the curvature, or this layer has none yet."""
         group = self.param_groups[0]
-        return group["kind"] == KRONECKER and self._refresh_due(
-            group["step"], group["refresh_every"]
+        return layer in self._layers and (
+            self._refresh_due(group["step"], group["refresh_every"])
+            or not self._has_curvature(layer)
         )
+
+    def _has_curvature(self, layer: KroneckerLayer) -> bool:
+        return "input_factor" in self.state.get(layer.weight, {})
 
     @staticmethod
     def _refresh_due(step: int, refresh_every: int) -> bool:
@@ -154,23 +177,36 @@ class KroneckerOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if not self._gradients_are_finite():
-            self._capture.clear()
+            self._forget()
             return loss
+        curved: set[nn.Parameter] = set()
         for group in self.param_groups:
             if group["kind"] == KRONECKER:
-                mine = set(group["params"])
-                layers = [x for x in self._layers if x.weight in mine and x.weight.grad is not None]
-                self._demote_silent(group, layers)
-                layers = [x for x in layers if x in self._capture.records]
+                self._demote_silent()
+                layers = [x for x in self._layers if x.weight.grad is not None]
+                curved.update(p for x in layers for p in x.parameters)
                 if layers:
                     self._note_fisher(layers)
                     self._update_layers(group, layers)
             group["step"] += 1
+        left = [
+            p
+            for g in self.param_groups
+            if g["kind"] == KRONECKER
+            for p in g["params"]
+            if p not in curved
+        ]
         for group in self.param_groups:
             if group["kind"] == ADAMW:
-                self._adamw_step(group)
-        self._capture.clear()
+                # Layers without statistics share the settings of the first such group.
+                self._adamw_step(group, [*group["params"], *left])
+                left = []
+        self._forget()
         return loss
+
+    def _forget(self) -> None:
+        self._capture.clear()
+        self._observations = 0
 
     def _update_layers(self, group: dict[str, Any], layers: list[KroneckerLayer]) -> None:
         raise AssertionError("implemented by each optimizer")
@@ -192,7 +228,11 @@ class KroneckerOptimizer(Optimizer):
         if not with_grad:
             return True
         norms = torch._foreach_norm([cast(Tensor, p.grad) for p in with_grad])
-        flags = torch.isfinite(torch.stack([n.float().to(norms[0].device) for n in norms]))
+        flags = torch.stack([torch.isfinite(n).to(norms[0].device) for n in norms])
+        if not bool(flags.all()):
+            # A norm can leave the range of its dtype where no element does.
+            exact = [torch.isfinite(cast(Tensor, p.grad)).all() for p in with_grad]
+            flags = torch.stack([f.to(norms[0].device) for f in exact])
         if bool(flags.all()):
             self._failures = 0
             return True
@@ -207,14 +247,17 @@ class KroneckerOptimizer(Optimizer):
             )
         return False
 
-    def _demote_silent(self, group: dict[str, Any], layers: list[KroneckerLayer]) -> None:
-        """Hand layers to AdamW whose module is bypassed: they get gradients, but their hooks never ran."""
+    def _demote_silent(self) -> None:
+        """Leave layers to AdamW whose module is bypassed: they get gradients, but their hooks never ran."""
         silent = [
             x
-            for x in layers
-            if "input_factor" not in self.state[x.weight] and not self._capture.complete(x)
+            for x in self._layers
+            if x.weight.grad is not None
+            and not self._has_curvature(x)
+            and not self._capture.complete(x)
+            and not self._capture.only_empty(x)
         ]
-        if not silent or not self._refresh_due(group["step"], group["refresh_every"]):
+        if not silent:
             return
         names = ", ".join(x.name for x in silent)
         warnings.warn(
@@ -223,21 +266,15 @@ class KroneckerOptimizer(Optimizer):
             RuntimeWarning,
             stacklevel=3,
         )
-        moved = {p for x in silent for p in x.parameters}
-        self._layers = [x for x in self._layers if x not in silent]
-        for x in silent:
-            del self._capture.records[x]
-            self._reasons.update({p: "its module's hooks never ran" for p in x.parameters})
-        group["params"] = [p for p in group["params"] if p not in moved]
-        target = next((g for g in self.param_groups if g["kind"] == ADAMW), None)
-        if target is None:
-            lr = self.defaults.get("adamw_lr", 1e-3)
-            self.add_param_group({"params": list(moved), "kind": ADAMW, "lr": lr})
-        else:
-            target["params"].extend(moved)
+        self._demote(silent)
 
-    def _adamw_step(self, group: dict[str, Any]) -> None:
-        params = [p for p in group["params"] if p.grad is not None]
+    def _demote(self, layers: list[KroneckerLayer]) -> None:
+        self._layers = [x for x in self._layers if x not in layers]
+        for x in layers:
+            self._reasons.update({p: "its module's hooks never ran" for p in x.parameters})
+
+    def _adamw_step(self, group: dict[str, Any], candidates: list[nn.Parameter]) -> None:
+        params: list[Tensor] = [p for p in candidates if p.grad is not None]
         for p in params:
             state = self.state[p]
             if "exp_avg" not in state:
@@ -265,16 +302,48 @@ class KroneckerOptimizer(Optimizer):
     # ---- state and reports ----
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict; unlike the base class, keep the dtype of every tensor (fp32 factors)."""
+        """Load a state dict; unlike the base class, keep the dtype of every tensor (fp32 factors).
+
+        Raises:
+            ValueError: Other parameter groups, or factors of another size than the layers have. Nothing is
+                loaded then.
+        """
         saved = state_dict["state"]
-        super().load_state_dict(state_dict)
         ids = [i for g in state_dict["param_groups"] for i in g["params"]]
+        parameters = [p for g in self.param_groups for p in g["params"]]
+        self._check_sizes(dict(zip(parameters, (saved.get(i, {}) for i in ids), strict=False)))
+        super().load_state_dict(state_dict)
         parameters = [p for g in self.param_groups for p in g["params"]]
         for i, p in zip(ids, parameters, strict=True):
             for key, value in saved.get(i, {}).items():
                 if isinstance(value, Tensor):
                     device = value.device if key == "step" else p.device
                     self.state[p][key] = value.to(device=device, copy=True)
+        # What AdamW has trained so far stays with it, and what has curvature keeps it.
+        self._layers = list(self._all_layers)
+        self._demote([x for x in self._layers if "exp_avg" in self.state.get(x.weight, {})])
+
+    def _check_sizes(self, states: dict[nn.Parameter, dict[str, Any]]) -> None:
+        for layer in self._all_layers:
+            state, (out, inp) = states.get(layer.weight, {}), layer.sizes
+            for key, size in (("output_factor", out), ("input_factor", inp)):
+                if key in state and list(state[key].shape) != [size, size]:
+                    raise ValueError(
+                        f"{type(self).__name__}: {key} of {layer.name} must have shape [{size}, {size}], "
+                        f"the state dict has {list(state[key].shape)}"
+                    )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Refuse to be copied or pickled: the copy would have no model to watch.
+
+        Raises:
+            TypeError: Always.
+        """
+        owner = type(self).__name__
+        raise TypeError(
+            f"{owner}: it watches its model through hooks and cannot be copied or pickled; make a new one "
+            f"for the copy of the model, {owner}(model), and load_state_dict(optimizer.state_dict()) into it"
+        )
 
     def _name_of(self, parameter: nn.Parameter) -> str:
         return self._names.get(parameter, "a parameter")
@@ -287,7 +356,7 @@ class KroneckerOptimizer(Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 shape = "x".join(map(str, p.shape)) or "scalar"
-                if p in layers:
+                if p in layers:  # demoted layers are not among them
                     out, inp = layers[p].sizes
                     rows.append(
                         (self._name_of(p), shape, KRONECKER, f"{out}x{out}, {inp}x{inp}", "Linear")
@@ -298,7 +367,7 @@ class KroneckerOptimizer(Optimizer):
                     )
                 else:
                     why = self._reasons.get(p, "given as a bare parameter, without its module")
-                    rows.append((self._name_of(p), shape, group["kind"], "", why))
+                    rows.append((self._name_of(p), shape, ADAMW, "", why))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = [
             "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows
@@ -307,9 +376,8 @@ class KroneckerOptimizer(Optimizer):
 
 
 def _merge_tensors(params: Iterable[Any]) -> list[Any]:
-    """Put bare tensors into one group; dict groups stay as they are."""
+    """Put bare or named tensors into one group; dict groups stay as they are."""
     items = list(params)
-    bare = [p for p in items if not isinstance(p, dict)]
-    named = [p for p in bare if isinstance(p, tuple)]
+    bare = [p[1] if isinstance(p, tuple) else p for p in items if not isinstance(p, dict)]
     groups: list[Any] = [p for p in items if isinstance(p, dict)]
-    return ([{"params": [p[1] for p in named] if named else bare}] if bare else []) + groups
+    return ([{"params": bare}] if bare else []) + groups

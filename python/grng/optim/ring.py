@@ -83,11 +83,16 @@ class RING(KroneckerOptimizer):
         super().__init__(model, defaults, adamw_lr=adamw_lr, max_factor_dim=max_factor_dim)
 
     def _update_layers(self, group: dict[str, Any], layers: list[KroneckerLayer]) -> None:
-        if self._refresh_due(group["step"], group["refresh_every"]):
-            observed = [x for x in layers if self._capture.complete(x)]
-            if observed:
-                self._update_factors(group, observed)
-                self._refresh_inverses(group, observed)
+        due = self._refresh_due(group["step"], group["refresh_every"])
+        observed = [
+            x for x in layers if self._capture.complete(x) and (due or not self._has_curvature(x))
+        ]
+        if observed:
+            self._update_factors(group, observed)
+            self._refresh_inverses(group, observed)
+        layers = [x for x in layers if self._has_curvature(x)]
+        if not layers:
+            return
         states = [self.state[x.weight] for x in layers]
         grads = [x.joint_grad() for x in layers]
         directions = kernels.precondition(
@@ -118,19 +123,20 @@ class RING(KroneckerOptimizer):
                 assert record.output_grad is not None, "complete() returns no other records"
                 # Sampled labels: rows are per term. A mean loss: each row was divided by their number.
                 terms = 1 if record.sampled else record.layer_input.shape[0] ** 2
-                kernels.kron_factor_update_(
+                info = kernels.kron_factor_update_(
                     state["input_factor"],
                     record.layer_input,
                     decay=weight,
                     scale=(1 - decay) / rows,
                     bias=layer.bias is not None,
                 )
-                kernels.kron_factor_update_(
+                info = info + kernels.kron_factor_update_(
                     state["output_factor"],
                     record.output_grad,
                     decay=weight,
                     scale=(1 - decay) / rows * terms,
                 )
+                state["factor_failures"] += info != 0
             state["updates"] += 1
 
     def _refresh_inverses(self, group: dict[str, Any], layers: list[KroneckerLayer]) -> None:
@@ -162,7 +168,9 @@ class RING(KroneckerOptimizer):
         for layer in self._layers:
             state = self.state[layer.weight]
             if "input_factor" in state:
-                for key in ("input_residual", "output_residual", "inverse_failures"):
+                for key in (
+                    "input_residual", "output_residual", "inverse_failures", "factor_failures",
+                ):  # fmt: skip
                     report[f"{layer.name}/{key}"] = float(state[key])
         return report
 
@@ -180,7 +188,8 @@ def _new_state(layer: KroneckerLayer) -> dict[str, Any]:
         state[f"{side}_inverse"] = zeros(n, n)
         state[f"{side}_vector"] = zeros(n)
         state[f"{side}_residual"] = zeros()
-    state["inverse_failures"] = torch.zeros((), dtype=torch.int32, device=layer.weight.device)
+    for counter in ("inverse_failures", "factor_failures"):
+        state[counter] = torch.zeros((), dtype=torch.int32, device=layer.weight.device)
     return state
 
 

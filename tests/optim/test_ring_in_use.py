@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What happens to RING in real training loops: heads used late, bypassed layers, copies, odd batches."""
+
+import copy
+import io
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from grng import RING
+
+
+def step(model, opt, rows=8, *, width=4, scale=1.0):
+    out = model(torch.randn(rows, width) * scale)
+    opt.observe(out)
+    F.cross_entropy(out, torch.zeros(rows, dtype=torch.long)).backward()
+    opt.step()
+    opt.zero_grad()
+
+
+class Bypassed(nn.Module):
+    """Its first layer is used without its module: no hook ever runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.bypassed, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(F.linear(x, self.bypassed.weight, self.bypassed.bias))
+
+
+@pytest.mark.parametrize("late", range(1, 7))
+def test_a_head_that_is_first_used_late_is_trained(late):
+    heads = nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 3)])
+    opt = RING(heads)
+    for _ in range(late):
+        step(heads[0], opt)
+    before = heads[1].weight.detach().clone()
+    for _ in range(3):
+        step(heads[1], opt)
+    assert not torch.equal(heads[1].weight, before)
+    assert "input_factor" in opt.state[heads[1].weight]
+
+
+def test_a_model_with_a_demoted_layer_resumes_bitwise():
+    torch.manual_seed(0)
+    model = Bypassed()
+    opt = RING(model)
+    with pytest.warns(RuntimeWarning, match="bypassed"):
+        step(model, opt)
+    twin = copy.deepcopy(model)
+    file = io.BytesIO()
+    torch.save(opt.state_dict(), file)
+    file.seek(0)
+    resumed = RING(twin)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for net, o in ((model, opt), (twin, resumed)):
+            torch.manual_seed(1)
+            for _ in range(3):
+                step(net, o)
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_attention_resumes():
+    def net():
+        torch.manual_seed(0)
+        return nn.TransformerEncoderLayer(4, 2, 8, batch_first=True, dropout=0.0)
+
+    def once(model, opt):
+        out = model(torch.randn(2, 3, 4))
+        opt.observe(out, likelihood="gaussian")
+        out.square().mean().backward()
+        opt.step()
+        opt.zero_grad()
+
+    model = net()
+    opt = RING(model)
+    with pytest.warns(RuntimeWarning, match="out_proj"):
+        once(model, opt)
+    assert "adamw" in opt.explain()
+    other = net()
+    RING(other).load_state_dict(opt.state_dict())
+
+
+def test_a_demoted_layer_takes_adamw_lr_and_follows_the_scheduler():
+    model = Bypassed()
+    opt = RING(model, adamw_lr=5e-5)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(opt, lambda k: 1.0 if k < 1 else 0.0)
+    before = model.bypassed.weight.detach().clone()
+    with pytest.warns(RuntimeWarning):
+        step(model, opt)
+    moved = (model.bypassed.weight - before).abs().max().item()
+    assert 0 < moved < 6e-5  # one AdamW step is at most its learning rate
+    scheduler.step()
+    after = model.bypassed.weight.detach().clone()
+    step(model, opt)
+    assert torch.equal(model.bypassed.weight, after)
+
+
+def test_factors_of_another_size_are_refused_and_nothing_is_loaded():
+    small, large = nn.Linear(4, 3), nn.Linear(5, 3)
+    opt, other = RING(small), RING(large)
+    step(small, opt)
+    with pytest.raises(ValueError, match=r"input_factor of model must have shape \[6, 6\]"):
+        other.load_state_dict(opt.state_dict())
+    assert not other.state
+
+
+def test_a_copy_of_the_model_does_not_feed_the_statistics():
+    model = nn.Sequential(nn.Linear(4, 3))
+    opt = RING(model)
+    twin = copy.deepcopy(model)
+    twin(torch.randn(8, 4) * 1e3).sum().backward()
+    step(model, opt)
+    assert opt.state[model[0].weight]["input_factor"].max() < 100
+
+
+def test_a_model_under_ring_can_be_saved_whole(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 3))
+    opt = RING(model)
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(loaded(torch.ones(1, 4)), model(torch.ones(1, 4)))
+    step(model, opt)
+
+
+def test_a_layer_called_with_a_keyword():
+    class Keyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.layer(input=x)
+
+    model = Keyword()
+    opt = RING(model)
+    step(model, opt)
+    assert "input_factor" in opt.state[model.layer.weight]
+
+
+@pytest.mark.parametrize("what", [copy.copy, copy.deepcopy])
+def test_copies_are_refused_with_the_way_out(what):
+    with pytest.raises(TypeError, match="load_state_dict"):
+        what(RING(nn.Linear(4, 3)))
+
+
+def test_added_parameters_are_trained():
+    model, extra = nn.Linear(4, 3), nn.Linear(3, 3)
+    opt = RING(model, adamw_lr=0.01)
+    opt.add_param_group({"params": list(extra.parameters())})
+    before = extra.weight.detach().clone()
+    step(nn.Sequential(model, extra), opt)
+    assert 0 < (extra.weight - before).abs().max() < 0.011
+
+
+def test_a_bias_whose_weight_was_frozen_later_is_trained_and_a_frozen_bias_is_not():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    opt = RING(model)
+    step(model, opt)
+    model[0].weight.requires_grad_(False)
+    model[1].bias.requires_grad_(False)
+    before = [p.detach().clone() for p in model.parameters()]
+    for _ in range(3):
+        step(model, opt)
+    moved = [not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True)]
+    assert moved == [False, True, True, False]
+
+
+def test_named_and_bare_parameters_can_be_mixed():
+    p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    opt = RING([("p", p), q])
+    (p.sum() + q.sum()).backward()
+    opt.step()
+    assert (p < 1).all()
+    assert (q < 1).all()
+
+
+def test_large_finite_gradients_are_not_called_infinite():
+    model = nn.Linear(1000, 1000, dtype=torch.float16)
+    opt = RING(list(model.parameters()))
+    for _ in range(5):
+        model.weight.grad = torch.full_like(model.weight, 100.0)
+        opt.step()
+    assert model.weight.isfinite().all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nonfinite_outputs_are_a_bad_step_and_not_a_crash(value):
+    model = nn.Linear(4, 3)
+    opt = RING(model)
+    before = model.weight.detach().clone()
+    step(model, opt, scale=value)
+    assert torch.equal(model.weight, before)
+    step(model, opt)
+    assert not torch.equal(model.weight, before)
+
+
+def test_micro_batches_draw_different_samples():
+    model = nn.Linear(4, 8)
+    opt = RING(model)
+    for _ in range(4):
+        out = model(torch.randn(2, 4))
+        opt.observe(out, likelihood="gaussian")
+        out.square().mean().backward()
+    opt.step()
+    assert torch.linalg.matrix_rank(opt.state[model.weight]["output_factor"]) == 8
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_an_empty_batch_changes_nothing_but_decay(first):
+    model = nn.Linear(4, 3)
+    opt = RING(model, weight_decay=0.0, momentum=0.0)
+    if not first:
+        step(model, opt)
+    before = model.weight.detach().clone()
+    out = model(torch.randn(0, 4))
+    opt.observe(out)
+    out.sum().backward()
+    opt.step()
+    opt.zero_grad()
+    assert torch.equal(model.weight, before)
+    step(model, opt)
+    assert not torch.equal(model.weight, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("momentum", torch.tensor(0.5)),
+        ("lr", torch.tensor(float("nan"))),
+        ("lr", torch.ones(2)),
+        ("refresh_every", 2.5),
+        ("kl_clip", torch.tensor(-1.0)),
+    ],
+)
+def test_numbers_of_the_wrong_kind_are_named(name, value):
+    with pytest.raises(ValueError, match=f"RING: {name} must be a"):
+        RING(nn.Linear(4, 3), **{name: value})
