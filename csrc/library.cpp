@@ -184,8 +184,8 @@ void kalman_apply_on_cuda(const Tensors means, const Tensors variances, const Te
                   "grng: one mean, variance and jacobian per block");
   const torch::stable::accelerator::DeviceGuard guard(info.get_device());
   for (const grng::KalmanBlock& block : kalman_blocks(means, variances, jacobians, gain.outputs))
-    check_launch(grng::kalman_apply_cuda(
-        block, gain, static_cast<const int32_t*>(info.data_ptr()), current_stream(info)));
+    check_launch(grng::kalman_apply_cuda(block, gain, static_cast<const int32_t*>(info.data_ptr()),
+                                         current_stream(info)));
 }
 #endif
 
