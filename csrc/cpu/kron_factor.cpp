@@ -257,22 +257,28 @@ GRNG_INLINE void commit_tile(const FactorUpdate& item, T* sum, TileIndex tile) {
 
 // ---- large factors: the tiles are shared out ----
 
+// Elements of workspace that update_by_tiles needs: the packed rows of a phase, then the sums.
 template <class T, class P>
-Info update_by_tiles(const FactorUpdate& item, const Threads& threads) {
+int64_t tiles_workspace(const FactorUpdate& item) {
+  const int64_t panels = ceil_div(item.x.cols + item.bias, kWidthOf<T, P>);
+  return panels * std::min(kRowsPerPhase, item.x.rows) * kWidthOf<T, P> +
+         tile_count(panels) * kTileSizeOf<T, P>;
+}
+
+template <class T, class P>
+Info update_by_tiles(const FactorUpdate& item, T* packed, const Threads& threads) {
   constexpr int64_t kWidth = kWidthOf<T, P>;
   const ConstMatrix& x = item.x;
   const int64_t panels = ceil_div(x.cols + item.bias, kWidth);
   const int64_t blocks = ceil_div(panels, kPanelsPerBlock);
   const int64_t height = std::min(kRowsPerPhase, x.rows);
-  const Buffer<T> packed = allocate<T>(panels * height * kWidth);
-  const Buffer<T> sums = allocate<T>(tile_count(panels) * kTileSizeOf<T, P>);
+  T* const sums = packed + panels * height * kWidth;
   std::vector<double> largest(panels);
   double amax = 0;
   for (int64_t row = 0; row < x.rows; row += height) {
     const int64_t rows = std::min(height, x.rows - row);
     run_dynamic(threads, panels, [&](auto isa, int64_t p) {
-      largest[p] =
-          pack<decltype(isa), T, P>(packed.get(), x, item.bias, row, rows, height, p, p + 1);
+      largest[p] = pack<decltype(isa), T, P>(packed, x, item.bias, row, rows, height, p, p + 1);
     });
     for (double m : largest) amax = larger(amax, m);
     if (!std::isfinite(amax)) return kNonfiniteInput;
@@ -288,15 +294,15 @@ Info update_by_tiles(const FactorUpdate& item, const Threads& threads) {
       const auto for_each_tile = [&](const auto& f) {
         for (int64_t i = block.row * kPanelsPerBlock; i < row_end; ++i)
           for (int64_t j = block.col * kPanelsPerBlock; j < std::min(col_end, i + 1); ++j)
-            f(TileIndex(i, j), sums.get() + (tile_count(i) + j) * kTileSizeOf<T, P>);
+            f(TileIndex(i, j), sums + (tile_count(i) + j) * kTileSizeOf<T, P>);
       };
       if (first)
         for_each_tile(
             [](TileIndex, T* sum) { std::memset(sum, 0, kTileSizeOf<T, P> * sizeof(T)); });
       for (int64_t r = 0; r < rows; r += kRowsPerBlock)
         for_each_tile([&](TileIndex tile, T* sum) {
-          add_product<decltype(isa), T, P>(sum, packed.get() + (tile.row * height + r) * kWidth,
-                                           packed.get() + (tile.col * height + r) * kWidth,
+          add_product<decltype(isa), T, P>(sum, packed + (tile.row * height + r) * kWidth,
+                                           packed + (tile.col * height + r) * kWidth,
                                            std::min(kRowsPerBlock, rows - r), tile.row == tile.col);
         });
       if (last) for_each_tile([&](TileIndex tile, T* sum) { commit_tile<T, P>(item, sum, tile); });
@@ -396,18 +402,27 @@ void update_by_rows(const std::vector<FactorUpdate*>& items, const Threads& thre
 
 template <class T>
 void update(const std::vector<FactorUpdate*>& items, const Threads& threads) {
-  std::vector<FactorUpdate*> small;
+  std::vector<FactorUpdate*> small, large;
+  int64_t workspace = 0;
   for (FactorUpdate* item : items) {
     const int64_t n = item->x.cols + item->bias;
     with_panels<T>(n, [&](auto p) {
-      if (ceil_div(n, kWidthOf<T, decltype(p)>) * kWidthOf<T, decltype(p)> <= kMaxChunkedColumns) {
+      const int64_t padded = ceil_div(n, kWidthOf<T, decltype(p)>) * kWidthOf<T, decltype(p)>;
+      if (padded <= kMaxChunkedColumns) {
         small.push_back(item);
       } else {
-        item->info = update_by_tiles<T, decltype(p)>(*item, threads);
+        large.push_back(item);
+        workspace = std::max(workspace, tiles_workspace<T, decltype(p)>(*item));
       }
     });
   }
+  // One piece of memory for all, before anything is written: where there is none, nothing changes.
+  const Buffer<T> work = allocate<T>(workspace);
   if (!small.empty()) update_by_rows<T>(small, threads);
+  for (FactorUpdate* item : large)
+    with_panels<T>(item->x.cols + item->bias, [&](auto p) {
+      item->info = update_by_tiles<T, decltype(p)>(*item, work.get(), threads);
+    });
 }
 
 }  // namespace

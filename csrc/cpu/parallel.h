@@ -29,12 +29,13 @@ using Buffer = std::unique_ptr<T, decltype(&std::free)>;
 
 constexpr int64_t kCacheLine = 64;
 
-// Memory for `count` elements, aligned to a cache line. Not for use in a worker: it throws.
+// Memory for `count` elements (none: a null pointer), aligned to a cache line. Not for use in a
+// worker: it throws.
 template <class T>
 Buffer<T> allocate(int64_t count) {
   const int64_t bytes = (count * int64_t{sizeof(T)} + kCacheLine - 1) / kCacheLine * kCacheLine;
   Buffer<T> buffer(static_cast<T*>(std::aligned_alloc(kCacheLine, bytes)), std::free);
-  if (!buffer) throw std::bad_alloc();
+  if (!buffer && bytes > 0) throw std::bad_alloc();
   return buffer;
 }
 
