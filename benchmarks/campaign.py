@@ -33,7 +33,9 @@ GRACE_S = 6.0
 # A stage that would get less than this is not begun.
 LEAST_S = 5.0
 KERNELS = (
-    "_kron_factor_update_kernel",
+    "_extremes_kernel",
+    "_partial_products_kernel",
+    "_commit_kernel",
     "gram_partial_kernel",
     "gram_reduce_kernel",
     "apply_kernel",

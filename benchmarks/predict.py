@@ -17,7 +17,15 @@ from typing import NamedTuple
 
 from harness.files import write_text
 
-from grng_kernels.kron_factor.triton_kernel import CONFIGS_16BIT, CONFIGS_FP32, Config
+from grng_kernels.kron_factor.triton_kernel import (
+    COMMIT_BLOCK,
+    CONFIGS_16BIT,
+    CONFIGS_FP32,
+    EXTREMES_COLUMNS,
+    EXTREMES_ROWS,
+    Config,
+    rows_per_split,
+)
 
 TARGET = Path(__file__).resolve().parent / "results" / "GPU_DEBT.md"
 MULTIPROCESSORS = 132
@@ -115,32 +123,33 @@ class Work:
 
 
 def kron_factor(n: int, rows: int, config: Config, *, wide: bool) -> Work:
-    """Return one launch of the Triton factor update: ``wide`` for fp32 input, else 16 bit."""
+    """Return the main launch of the Triton factor update: ``wide`` for fp32 input, else 16 bit."""
     side = math.ceil(n / config.block_n)
     tiles = side * (side + 1) // 2
+    split = rows_per_split(tiles, rows, config.block_k)
+    splits = math.ceil(rows / split)
+    programs = tiles * splits
     size, peak = (4, TF32X3) if wide else (2, BF16)
     flops = 2.0 * tiles * config.block_n**2 * rows
     # Tiles fill the machine in whole waves, and a few tiles use a few multiprocessors only.
-    used = tiles / (math.ceil(tiles / MULTIPROCESSORS) * MULTIPROCESSORS)
-    blocks_per_sm = 8 // config.num_warps
-    waves = math.ceil(tiles / (MULTIPROCESSORS * blocks_per_sm))
-    steps = math.ceil(rows / config.block_k)
+    used = programs / (math.ceil(programs / MULTIPROCESSORS) * MULTIPROCESSORS)
+    blocks_per_sm = max(1, 16 // config.num_warps)
+    waves = math.ceil(programs / (MULTIPROCESSORS * blocks_per_sm))
+    steps = math.ceil(split / config.block_k)
     traffic = float(rows) * n * size + 8.0 * n * n
-    first = (
-        "rows are not split: few programs, each waits for memory step by step; split the rows"
-        if tiles < MULTIPROCESSORS
-        else "registers and spills on the device, then the mirrored store (uncoalesced)"
-    )
+    # Partial sums are written once and read once, mostly in L2.
+    partial = 8.0 * programs * config.block_n**2
+    first = "operand loads from L2: larger tiles" if n > config.block_n else "splits of the rows"
     if wide:
         first += "; tf32x3 through registers"
     return Work(
-        kernel="_kron_factor_update_kernel (Triton)",
+        kernel="_partial_products_kernel (Triton)",
         variant=f"{'fp32' if wide else 'bf16/fp16'}, tile {config.block_n}, n={n}, {rows} rows",
-        blocks=tiles,
+        blocks=programs,
         flops=flops,
         rate=peak * REACH[config.block_n] * used,
         hbm=traffic,
-        l2=2.0 * tiles * config.block_n * rows * size + 8.0 * n * n,
+        l2=2.0 * tiles * config.block_n * rows * size + partial,
         l1=0.0,
         serial_us=waves * steps * LATENCY_US / (config.num_stages - 1),
         least_bytes=traffic,
@@ -148,6 +157,31 @@ def kron_factor(n: int, rows: int, config: Config, *, wide: bool) -> Work:
         peak=peak,
         first=first,
     )
+
+
+def kron_factor_around(n: int, rows: int, config: Config, *, wide: bool) -> list[Work]:
+    """Return the first and the last launch of the factor update: both move memory and no more."""
+    main = kron_factor(n, rows, config, wide=wide)
+    read = float(rows) * n * (4 if wide else 2)
+    programs = math.ceil(rows / EXTREMES_ROWS)
+    partial = 4.0 * main.blocks * config.block_n**2
+    piece = min(config.block_n, COMMIT_BLOCK)
+    side = math.ceil(n / config.block_n)
+    pieces = side * (side + 1) // 2 * (config.block_n // piece) ** 2
+    common = dict(flops=0.0, rate=FP32, l1=0.0, least_flops=0.0, peak=FP32)
+    variant = f"{'fp32' if wide else 'bf16/fp16'}, n={n}, {rows} rows"
+    return [
+        Work(
+            kernel="_extremes_kernel (Triton)", variant=variant, blocks=programs, hbm=read, l2=read,
+            serial_us=math.ceil(n / EXTREMES_COLUMNS) * LATENCY_US, least_bytes=read,
+            first="fuse it into the main launch, if it shows", **common,
+        ),
+        Work(
+            kernel="_commit_kernel (Triton)", variant=variant, blocks=pieces, hbm=8.0 * n * n,
+            l2=partial + 8.0 * n * n, serial_us=(main.blocks * piece**2 / pieces / piece**2 + 2) * LATENCY_US,
+            least_bytes=8.0 * n * n, first="partial sums: fewer splits", **common,
+        ),
+    ]  # fmt: skip
 
 
 def kalman_gram(outputs: int, d: int) -> list[Work]:
@@ -244,6 +278,7 @@ def works() -> Iterator[Work]:
                 shapes = [*dict.fromkeys([*shapes, (768, 12608), (3072, 8192)])]
             for n, rows in shapes:
                 yield kron_factor(n, rows, config, wide=wide)
+                yield from kron_factor_around(n, rows, config, wide=wide)
     for outputs, d in ((2, 300_000), (10, 300_000), (10, 3_000_000), (100, 300_000)):
         yield from kalman_gram(outputs, d)
         yield kalman_apply(outputs, d)

@@ -133,44 +133,49 @@ LAYOUTS = {
     # Any strides, with a bias, on pointers that are not aligned.
     "any": ((), ()),
 }
+POINTERS = {
+    "factor_ptr": "*fp32", "info_ptr": "*i32", "sums_ptr": "*fp32", "extremes_ptr": "*i32",
+    "decay": "fp32", "scale": "fp32",
+}  # fmt: skip
+KRON_FACTOR_KERNELS = ("_extremes_kernel", "_partial_products_kernel", "_commit_kernel")
 
 
-def compile_kron_factor(dtype, config, arch, layout="aligned"):
-    """Compile one variant of the factor update for one of the entries of ``LAYOUTS``."""
-    from grng_kernels.kron_factor.triton_kernel import _kron_factor_update_kernel as kernel
+def compile_kron_factor(dtype, config, arch, layout="aligned", kernel="_partial_products_kernel"):
+    """Compile one kernel of one variant of the factor update for one of the entries of ``LAYOUTS``."""
+    from grng_kernels.kron_factor import triton_kernel
 
-    signature = {
-        "factor_ptr": "*fp32",
-        "x_ptr": f"*{dtype}",
-        "info_ptr": "*i32",
-        "weights_ptr": "*fp32",
-        **dict.fromkeys(
-            ("n", "width", "rows", "stride_fm", "stride_fn", "stride_xk", "stride_xn"), "i32"
-        ),
-        **dict.fromkeys(("BIAS", "PRECISION", "UPCAST", "BLOCK_N", "BLOCK_K"), "constexpr"),
-    }
-    assert list(signature) == kernel.arg_names, "the kernel has other arguments now"
-    constexprs = {
+    function = getattr(triton_kernel, kernel)
+    extremes = kernel == "_extremes_kernel"
+    constants = {
         "BIAS": layout in ("bias", "any"),
         "PRECISION": "tf32x3" if dtype == "fp32" else "ieee",
         "UPCAST": False,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
+        "DECAY_TENSOR": False,
+        "SCALE_TENSOR": False,
+        "BLOCK_N": triton_kernel.EXTREMES_COLUMNS if extremes else config.block_n,
+        "BLOCK_K": triton_kernel.EXTREMES_ROWS if extremes else config.block_k,
+        "BLOCK": min(config.block_n, triton_kernel.COMMIT_BLOCK),
+        "EXTREMES": triton_kernel.MAX_EXTREMES,
     }
     divisible, ones = LAYOUTS[layout]
     if layout != "any":
-        divisible += ("factor_ptr", "x_ptr", "weights_ptr", "info_ptr")
+        divisible += ("factor_ptr", "x_ptr", "sums_ptr", "extremes_ptr", "info_ptr")
+    types = {"x_ptr": f"*{dtype}", **POINTERS, **dict.fromkeys(constants, "constexpr")}
+    signature = {name: types.get(name, "i32") for name in function.arg_names}
+    constexprs = {name: value for name, value in constants.items() if name in signature}
     for name in ones:
-        signature[name] = "constexpr"
-        constexprs[name] = 1
+        if name in signature:
+            signature[name] = "constexpr"
+            constexprs[name] = 1
+    main = kernel == "_partial_products_kernel"
     return compile_triton(
-        kernel,
+        function,
         signature,
         constexprs,
-        divisible,
+        [name for name in divisible if name in signature],
         arch,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        num_warps=config.num_warps if main else triton_kernel.SIMPLE_WARPS,
+        num_stages=config.num_stages if main else 3,
     )
 
 

@@ -64,6 +64,17 @@ def test_kron_factor_fits_for_any_tensors(dtype, config, arch, layout):
     assert_fits(report, arch)
 
 
+@pytest.mark.parametrize("kernel", ["_extremes_kernel", "_commit_kernel"])
+@pytest.mark.parametrize("layout", ["aligned", "any"])
+@pytest.mark.parametrize(
+    ("dtype", "config", "arch"),
+    [v for v in VARIANTS if v.values[0] == "bf16" or v.values[1].block_n == 64],
+)
+def test_the_other_launches_fit(dtype, config, arch, layout, kernel):
+    compiled = resources.compile_kron_factor(dtype, config, arch, layout, kernel)
+    assert_fits(resources.report_triton(compiled, dtype, arch), arch)
+
+
 def assert_offsets_are_64_bit(ttir):
     """Every tensor of offsets that is added to a pointer comes from 64-bit products."""
     offsets = re.findall(
@@ -76,10 +87,11 @@ def assert_offsets_are_64_bit(ttir):
     assert not re.search(r"arith\.muli .*: tensor<[\dx]*i32>", ttir), "a 32-bit product of tensors"
 
 
+@pytest.mark.parametrize("kernel", resources.KRON_FACTOR_KERNELS if VARIANTS else [])
 @pytest.mark.parametrize("layout", ["aligned", "any"])
-def test_kron_factor_offsets_are_64_bit(layout):
+def test_kron_factor_offsets_are_64_bit(layout, kernel):
     dtype, _, config = next(resources.kron_factor_variants())
-    compiled = resources.compile_kron_factor(dtype, config, 90, layout)
+    compiled = resources.compile_kron_factor(dtype, config, 90, layout, kernel)
     assert_offsets_are_64_bit(compiled.asm["ttir"])
 
 

@@ -91,6 +91,22 @@ def test_error_is_at_most_twice_that_of_torch(dtype):
     assert torch.equal(factor, factor.mT)
 
 
+@dtypes
+@pytest.mark.parametrize(("rows", "n"), [(1100, 17), (2300, 65)])
+def test_split_rows_are_exact(monkeypatch, dtype, rows, n):
+    """Every split but the last has whole blocks of rows; the sum of all is the sum."""
+    monkeypatch.setattr(triton_kernel, "MIN_BLOCKS", 2)
+    config = triton_kernel.config_for(n, dtype)
+    tiles = triton_kernel.triton.cdiv(n, config.block_n)
+    tiles = tiles * (tiles + 1) // 2
+    step = triton_kernel.rows_per_split(tiles, rows, config.block_k)
+    assert step % config.block_k == 0
+    assert 2 * step < rows
+    factor, x, want = case(rows, n, dtype)
+    kron_factor_update_(factor, x, decay=0.5, scale=0.25)
+    assert torch.equal(factor, want)
+
+
 @pytest.mark.parametrize("scale", [None, 0.25], ids=["mean", "scale"])
 def test_tensor_decay_equals_the_number(scale):
     x, factor = torch.randn(20, 17), spd(17)

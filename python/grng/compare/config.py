@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
 
 from grng.compare.errors import UsageError
 from grng.tasks import TASKS
+from grng_kernels import use_backend
 
 _LARGEST_SEED = 2**63 - 1
+# More only slows down, and thousands crash the thread library.
+_THREADS_PER_CORE = 8
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,16 @@ class CompareConfig:
         _at_least_one("--batch-size", self.batch_size)
         _at_least_one("--threads", self.threads)
         _at_least_one("--train-limit", self.train_limit)
+        most = _THREADS_PER_CORE * (os.cpu_count() or 1)
+        if self.threads is not None and self.threads > most:
+            raise UsageError(
+                f"--threads must be at most {most} on this machine, got {self.threads}"
+            )
+        try:
+            with use_backend(os.environ.get("GRNG_BACKEND", "auto")):
+                pass
+        except ValueError as error:
+            raise UsageError(f"GRNG_BACKEND: {error}") from error
         for size in self.hidden:
             _at_least_one("--hidden", size)
         if not 0.0 <= self.warmup_fraction < 1.0:

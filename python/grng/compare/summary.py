@@ -56,11 +56,12 @@ def mean_curve(runs: Sequence[RunRecord]) -> tuple[list[float], list[float]]:
         runs: Finished runs of one optimizer.
 
     Returns:
-        ``(accuracies, seconds)``, one entry per epoch.
+        ``(mean accuracies, median seconds)``, one entry per epoch.
     """
     epochs = list(zip(*(run.epochs for run in runs), strict=False))
     accuracies = [statistics.fmean(e.test_accuracy for e in same) for same in epochs]
-    seconds = [statistics.fmean(e.train_seconds for e in same) for same in epochs]
+    # Times: the median, which another process that ran during one of the seeds cannot move.
+    seconds = [statistics.median(e.train_seconds for e in same) for same in epochs]
     return accuracies, seconds
 
 
@@ -90,7 +91,7 @@ def _row(label: str, runs: Sequence[RunRecord], seeds: int, target: Target | Non
         reached = next((i for i, a in enumerate(accuracies) if a >= target.accuracy), None)
     split = StepSplit(
         *(
-            round(statistics.fmean(getattr(run.ms_per_step, part) for run in finished), 5)
+            round(statistics.median(getattr(run.ms_per_step, part) for run in finished), 5)
             for part in ("forward", "backward", "optimizer")
         )
     )
@@ -104,7 +105,7 @@ def _row(label: str, runs: Sequence[RunRecord], seeds: int, target: Target | Non
         final_accuracy_std=_spread(final),
         best_accuracy=statistics.fmean(best),
         best_accuracy_std=_spread(best),
-        train_seconds=statistics.fmean(run.train_seconds for run in finished),
+        train_seconds=statistics.median(run.train_seconds for run in finished),
         epochs_to_target=None if reached is None else reached + 1,
         seconds_to_target=None if reached is None else seconds[reached],
         ms_per_step=split,

@@ -159,7 +159,7 @@ def _notes(result: ComparisonResult) -> list[str]:
     )
     return [
         f"{accuracy}; to AdamW: epochs and seconds until AdamW's final accuracy is reached",
-        "s, ms: forward, backward and optimizer (observe, step, zero_grad), without evaluation",
+        "s, ms (median of the seeds): forward, backward, optimizer (observe, step, zero_grad), no evaluation",
         f"{memory}; state MB: tensors in optimizer.state",
     ]
 
