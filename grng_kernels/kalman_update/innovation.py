@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from grng_kernels.info import Info
-from grng_kernels.kalman_update.reference import all_finite, softmax_root
+from grng_kernels.kalman_update.reference import softmax_root
 
 
 def largest_magnitude(tensors: Sequence[Tensor]) -> Tensor:
@@ -19,6 +19,11 @@ def largest_magnitude(tensors: Sequence[Tensor]) -> Tensor:
     # One pass without a temporary that propagates NaN; the infinity norm is ten times slower on a CPU.
     extremes = [torch.stack(torch.aminmax(t)) for t in tensors if t.numel()]
     return torch.cat(extremes).abs().amax().double()
+
+
+def _finite(*tensors: Tensor) -> Tensor:
+    """``all_finite`` for small tensors: one copy costs less than a call for each."""
+    return torch.isfinite(torch.cat([t.reshape(-1) for t in tensors])).all()
 
 
 def gain_from_gram(
@@ -44,7 +49,8 @@ def gain_from_gram(
     """
     e = innovation.double()
     eye = torch.eye(len(e), dtype=torch.float64, device=e.device)
-    finite = all_finite([innovation, noise, mean_max, variance_max]) & ~gram.isnan().any()
+    finite = _finite(innovation, noise, mean_max, variance_max) & ~gram.isnan().any()
+    gram_finite = _finite(gram)
     noise = noise.double()
     if likelihood == "gaussian":
         lower, status = torch.linalg.cholesky_ex(gram + noise)
@@ -63,11 +69,10 @@ def gain_from_gram(
     # Rounding can leave this below zero where it is nearly nothing.
     step = (variance_max * (e @ direction).clamp(min=0)).sqrt()
     direction = direction.float()
-    in_range = all_finite([gram, direction, whitener]) & (
-        mean_max + step <= torch.finfo(torch.float32).max
-    )
+    within = mean_max + step <= torch.finfo(torch.float32).max
+    in_range = gram_finite & _finite(direction, whitener) & within
     info = torch.where(failed, int(Info.NOT_CONVERGED), int(Info.OK))
     # A gram that overflowed fails the factorisation too, so it is asked for last.
-    info = torch.where(in_range | (failed & all_finite([gram])), info, int(Info.OVERFLOW))
+    info = torch.where(in_range | (failed & gram_finite), info, int(Info.OVERFLOW))
     info = torch.where(finite, info, int(Info.NONFINITE_INPUT)).to(torch.int32)
     return direction, whitener.contiguous(), info
