@@ -114,6 +114,7 @@ class FakeRing(torch.optim.SGD):
         (["--optimizers", "adamw:lr=fast"], "optimizer 'adamw:lr=fast': "),
         (["--optimizers", "sgd,sgd"], "'sgd' is given twice"),
         (["--epochs", "0"], "--epochs must be at least 1, got 0"),
+        (["--threads", "999999"], "--threads must be at most"),
         (["--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
         (["--batch-size", "-1"], "--batch-size must be at least 1, got -1"),
         (["--threads", "0"], "--threads must be at least 1, got 0"),
