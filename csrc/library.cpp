@@ -14,6 +14,9 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/macros/Macros.h>
 
+#include <algorithm>
+#include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -60,6 +63,35 @@ void check_dense(const Tensor& t, ScalarType dtype, std::initializer_list<int64_
   STD_TORCH_CHECK(ok, "grng: ", name, " has the wrong dtype, shape or layout");
 }
 
+// Bytes [begin, end) that a tensor reaches, from its first element to its last.
+struct Span {
+  uintptr_t begin, end;
+  bool written;
+};
+
+Span span_of(const Tensor& t, bool written) {
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr());
+  int64_t last = 0;
+  for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
+  const int64_t size = t.numel() > 0 ? (last + 1) * t.element_size() : 0;
+  return {begin, begin + static_cast<uintptr_t>(size), written};
+}
+
+// What is written may overlap nothing else; what is only read may.
+void check_no_overlap(std::vector<Span> spans) {
+  std::sort(spans.begin(), spans.end(), [](const Span& a, const Span& b) {
+    return a.begin != b.begin ? a.begin < b.begin : a.end < b.end;
+  });
+  uintptr_t written_to = 0, read_to = 0;
+  for (const Span& s : spans) {
+    if (s.begin == s.end) continue;
+    STD_TORCH_CHECK(s.begin >= written_to && (!s.written || s.begin >= read_to),
+                    "grng: tensors overlap in memory, and one is written");
+    uintptr_t& reach = s.written ? written_to : read_to;
+    reach = std::max(reach, s.end);
+  }
+}
+
 // ---- kron_factor ----
 
 void kron_factor_update(const Tensors factors, const Tensors xs, const Tensor info, bool bias,
@@ -68,8 +100,11 @@ void kron_factor_update(const Tensors factors, const Tensors xs, const Tensor in
   STD_TORCH_CHECK(
       count == static_cast<int64_t>(xs.size()) && count == static_cast<int64_t>(scales.size()),
       "grng: factors, xs and scales must have the same length");
-  check_dense(info, ScalarType::Int, {count}, "info");
+  STD_TORCH_CHECK(info.scalar_type() == ScalarType::Int && info.is_contiguous() &&
+                      static_cast<int64_t>(info.numel()) == count,
+                  "grng: info must be int32, one per factor");
   std::vector<grng::FactorUpdate> items;
+  std::vector<Span> spans;
   for (int64_t i = 0; i < count; ++i) {
     const Tensor& x = xs[i];
     STD_TORCH_CHECK(x.dim() == 2, "grng: x must be a matrix");
@@ -79,7 +114,10 @@ void kron_factor_update(const Tensors factors, const Tensors xs, const Tensor in
     const bool wide = matrix.dtype == grng::Dtype::kFloat64;
     check_dense(factors[i], wide ? ScalarType::Double : ScalarType::Float, {n, n}, "factor");
     items.push_back({factors[i].data_ptr(), matrix, bias, decay, scales[i], grng::kOk});
+    spans.push_back(span_of(factors[i], true));
+    spans.push_back(span_of(x, false));
   }
+  check_no_overlap(std::move(spans));
   grng::kron_factor_update_cpu(items.data(), count, kThreads);
   int32_t* codes = static_cast<int32_t*>(info.data_ptr());
   for (int64_t i = 0; i < count; ++i) codes[i] = items[i].info;

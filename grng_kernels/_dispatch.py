@@ -148,6 +148,24 @@ def _say_slow(problem: str) -> None:
     )
 
 
+def runs_at_once() -> bool:
+    """Return whether a call computes now: nothing traces, compiles, transforms or intercepts it.
+
+    Then a C++ operator may be called without the Python operator around it, which exists for the rest and
+    costs as much as the work of a small factor.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+def serves_cpu() -> bool:
+    """Return whether the C++ kernels serve CPU tensors now, for the ops that have one."""
+    return requested_backend() in ("auto", "cpu") and extension_error() is None
+
+
 def select(op: str, device: torch.device, **unsupported: str | None) -> str:
     """Choose the backend of one call.
 

@@ -32,22 +32,35 @@ constexpr int64_t kPanelsPerBlock = 4;
 // The private sums of a chunk of rows must stay in L2: 220 KiB of fp32 for this many columns.
 constexpr int64_t kMaxChunkedColumns = 336;
 constexpr int64_t kMaxChunks = 32;
+// Cache lines of the next rows that are fetched before each strip of the products: enough to have
+// all of them when they are needed, few enough not to hold up the products.
+constexpr int kLinesPerStrip = 32;
 
-// Columns of a panel, in 64-byte vectors. Three make the fastest tiles; fewer waste less on the
-// padding and on the upper triangle of the diagonal tiles.
+// Columns of a panel, in 64-byte vectors. Three make the fastest tiles; another number may waste
+// less on the padding and on the upper triangle of the diagonal tiles.
 template <int kVectors>
 struct Panels {
   static constexpr int kCount = kVectors;
 };
 template <class T, class P>
 constexpr int64_t kWidthOf = P::kCount * 64 / int64_t{sizeof(T)};
-// Rows of a tile that are summed in registers at a time.
-template <class Isa, class P>
-constexpr int kStripRows = tile_rows<Isa>(P::kCount * 64 / Isa::kVectorBytes);
 template <class T, class P>
 constexpr int64_t kTileSizeOf = kWidthOf<T, P> * kWidthOf<T, P>;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t size_of(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kFloat64:
+      return 8;
+    case Dtype::kFloat32:
+      return 4;
+    case Dtype::kBFloat16:
+    case Dtype::kFloat16:
+      return 2;
+  }
+  return 0;
+}
 
 struct BFloat16 {
   uint16_t bits;
@@ -65,18 +78,20 @@ double larger(double a, double b) { return std::isfinite(a) && !(b <= a) ? b : a
 // Calls f(Panels{}) for the width that costs least for a factor of order n.
 template <class T, class F>
 GRNG_INLINE void with_panels(int64_t n, const F& f) {
-  // Time for each element of a tile, relative: a narrow tile loads more for each product.
-  const auto cost = [&](auto p, double each) {
+  // Time for each element of a tile, relative: a narrow tile loads more for each product, a wide
+  // one presses on the registers. A tile on the diagonal takes the given share of another.
+  const auto cost = [&](auto p, double each, double diagonal) {
     const double width = static_cast<double>(kWidthOf<T, decltype(p)>);
     const double panels = std::ceil(static_cast<double>(n) / width);
-    const double diagonal = (p.kCount + 1) / (2.0 * p.kCount);  // see add_product
     return panels * ((panels - 1) / 2 + diagonal) * width * width * each;
   };
-  const double one = cost(Panels<1>{}, 1.6), two = cost(Panels<2>{}, 1.25);
-  const double three = cost(Panels<3>{}, 1.0);
-  if (one < two && one < three) return f(Panels<1>{});
-  if (two < three) return f(Panels<2>{});
-  return f(Panels<3>{});
+  const double one = cost(Panels<1>{}, 1.9, 1.0), two = cost(Panels<2>{}, 1.15, 0.9);
+  const double three = cost(Panels<3>{}, 1.0, 0.8), four = cost(Panels<4>{}, 1.05, 0.65);
+  const double least = std::min({one, two, three, four});
+  if (least == three) return f(Panels<3>{});
+  if (least == four) return f(Panels<4>{});
+  if (least == two) return f(Panels<2>{});
+  return f(Panels<1>{});
 }
 
 // ---- packing: rows of x as panels [panel][row][width], `height` rows apart ----
@@ -106,6 +121,23 @@ GRNG_INLINE double pack_rows(T* packed, const ConstMatrix& x, bool bias, int64_t
     }
   }
   return S::largest(largest);
+}
+
+// The largest magnitude of `count` elements, a multiple of a cache line; inf or NaN where one is.
+template <class Isa, class T>
+GRNG_INLINE double largest_magnitude(const T* data, int64_t count) {
+  using S = Simd<Isa, T>;
+  constexpr int kVecs = 64 / Isa::kVectorBytes * 4;
+  typename S::Magnitudes largest[kVecs] = {};
+  for (int64_t i = 0; i < count; i += kVecs * S::kLanes)
+#pragma GCC unroll 16
+    for (int v = 0; v < kVecs; ++v) {
+      const int64_t at = i + v * S::kLanes;
+      if (at < count) largest[v] = S::larger(largest[v], S::load(data + at));
+    }
+  double all = 0;
+  for (const auto& one : largest) all = larger(all, S::largest(one));
+  return all;
 }
 
 // Returns the largest magnitude that was packed, ones of the bias included: inf or NaN where one
@@ -138,6 +170,35 @@ GRNG_INLINE double pack(T* packed, const ConstMatrix& x, bool bias, int64_t begi
   return std::numeric_limits<double>::quiet_NaN();
 }
 
+// Brings rows [begin, end) of a matrix to L2, a few cache lines at a time.
+class Prefetch {
+ public:
+  Prefetch(const ConstMatrix& x, int64_t begin, int64_t end) {
+    const int64_t size = size_of(x.dtype);
+    // Of other layouts, too little would be of use.
+    if (x.col_stride != 1 || x.row_stride < x.cols) return;
+    next_ = static_cast<const char*>(x.data) + begin * x.row_stride * size;
+    row_end_ = next_ + x.cols * size;
+    end_ = next_ + (end - begin) * x.row_stride * size;
+    gap_ = (x.row_stride - x.cols) * size;
+    row_ = x.cols * size;
+  }
+  GRNG_INLINE void fetch(int lines) {
+    for (int i = 0; i < lines && next_ < end_; ++i) {
+      __builtin_prefetch(next_, 0, 2);
+      next_ += kCacheLine;
+      if (next_ >= row_end_) {
+        next_ += gap_;
+        row_end_ += row_ + gap_;
+      }
+    }
+  }
+
+ private:
+  const char *next_ = nullptr, *row_end_ = nullptr, *end_ = nullptr;
+  int64_t gap_ = 0, row_ = 0;
+};
+
 // ---- the check that comes before the commit ----
 
 // The largest magnitude that the diagonal keeps: it bounds every entry of a PSD matrix.
@@ -165,48 +226,52 @@ Info verdict(const FactorUpdate& item, double amax) {
 
 // ---- one tile: sum [width, width] += left^T right, over the rows of a block ----
 
-// Rows [i, i + tile_rows) of the tile, its first kVecs vectors.
-template <class Isa, class T, class P, int kVecs>
-GRNG_INLINE void add_strip(T* sum, const T* left, const T* right, int64_t rows, int64_t i) {
+// Rows [i, i + kRows) of the tile, its first kVecs vectors.
+template <class Isa, class T, class P, int kVecs, int kRows = tile_rows<Isa, T>(kVecs)>
+GRNG_INLINE int64_t add_strip(T* sum, const T* left, const T* right, int64_t rows, int64_t i) {
   using S = Simd<Isa, T>;
   using Vec = typename S::Vec;
   constexpr int64_t kWidth = kWidthOf<T, P>;
-  constexpr int kTile = kStripRows<Isa, P>;
-  Vec acc[kTile][kVecs] = {};
+  Vec acc[kRows][kVecs] = {};
   for (int64_t r = 0; r < rows; ++r) {
     Vec b[kVecs];
 #pragma GCC unroll 12
     for (int v = 0; v < kVecs; ++v) b[v] = S::load(right + r * kWidth + v * S::kLanes);
-#pragma GCC unroll 12
-    for (int t = 0; t < kTile; ++t) {
+#pragma GCC unroll 16
+    for (int t = 0; t < kRows; ++t) {
       const Vec a = S::broadcast(left + r * kWidth + i + t);
 #pragma GCC unroll 12
       for (int v = 0; v < kVecs; ++v) acc[t][v] += a * b[v];
     }
   }
-#pragma GCC unroll 12
-  for (int t = 0; t < kTile; ++t)
+#pragma GCC unroll 16
+  for (int t = 0; t < kRows; ++t)
 #pragma GCC unroll 12
     for (int v = 0; v < kVecs; ++v) {
       T* out = sum + (i + t) * kWidth + v * S::kLanes;
       S::store(out, S::load(out) + acc[t][v]);
     }
+  return i + kRows;
 }
 
 // A tile on the diagonal needs its lower triangle only: `diagonal` leaves out whole 64-byte
-// columns.
-template <class Isa, class T, class P>
-GRNG_INLINE void add_product(T* sum, const T* left, const T* right, int64_t rows, bool diagonal) {
-  constexpr int kStep = kStripRows<Isa, P>, kVecs = 64 / Isa::kVectorBytes;
+// columns, and what is left of a strip is taken higher. `before_strip` may fetch what comes next.
+template <class Isa, class T, class P, class Each>
+GRNG_INLINE void add_product(T* sum, const T* left, const T* right, int64_t rows, bool diagonal,
+                             const Each& before_strip) {
+  constexpr int kVecs = 64 / Isa::kVectorBytes;
   constexpr int64_t kLine = 64 / sizeof(T);
-  for (int64_t i = 0; i < kWidthOf<T, P>; i += kStep) {
-    const int64_t lines = diagonal ? (i + kStep - 1) / kLine + 1 : P::kCount;
-    if (P::kCount >= 3 && lines == 3) {
-      add_strip<Isa, T, P, kVecs * std::min(3, P::kCount)>(sum, left, right, rows, i);
+  for (int64_t i = 0; i < kWidthOf<T, P>;) {
+    before_strip();
+    const int64_t lines = diagonal ? i / kLine + 1 : P::kCount;
+    if (P::kCount >= 4 && lines == 4) {
+      i = add_strip<Isa, T, P, kVecs * std::min(4, P::kCount)>(sum, left, right, rows, i);
+    } else if (P::kCount >= 3 && lines == 3) {
+      i = add_strip<Isa, T, P, kVecs * std::min(3, P::kCount)>(sum, left, right, rows, i);
     } else if (P::kCount >= 2 && lines == 2) {
-      add_strip<Isa, T, P, kVecs * std::min(2, P::kCount)>(sum, left, right, rows, i);
+      i = add_strip<Isa, T, P, kVecs * std::min(2, P::kCount)>(sum, left, right, rows, i);
     } else {
-      add_strip<Isa, T, P, kVecs>(sum, left, right, rows, i);
+      i = add_strip<Isa, T, P, kVecs>(sum, left, right, rows, i);
     }
   }
 }
@@ -303,7 +368,8 @@ Info update_by_tiles(const FactorUpdate& item, T* packed, const Threads& threads
         for_each_tile([&](TileIndex tile, T* sum) {
           add_product<decltype(isa), T, P>(sum, packed + (tile.row * height + r) * kWidth,
                                            packed + (tile.col * height + r) * kWidth,
-                                           std::min(kRowsPerBlock, rows - r), tile.row == tile.col);
+                                           std::min(kRowsPerBlock, rows - r), tile.row == tile.col,
+                                           [] {});
         });
       if (last) for_each_tile([&](TileIndex tile, T* sum) { commit_tile<T, P>(item, sum, tile); });
     });
@@ -334,16 +400,28 @@ GRNG_INLINE double sum_rows(T* sum, const FactorUpdate& item, int64_t begin, int
   // On the stack: an allocation that fails in a worker could not be reported.
   alignas(kCacheLine) T packed[kMaxChunkedColumns * kRowsPerBlock];
   std::memset(sum, 0, sums_size<T, P>(n) * sizeof(T));
+  // One panel of exactly these columns looks as x does: the usual ranks of LoRA need no packing.
+  const bool is_packed = item.x.cols == kWidth && item.x.row_stride == kWidth &&
+                         item.x.col_stride == 1 && !item.bias && size_of(item.x.dtype) == sizeof(T);
   double amax = 0;
   for (int64_t row = begin; row < end; row += kRowsPerBlock) {
     const int64_t rows = std::min(kRowsPerBlock, end - row);
-    amax = larger(amax,
-                  pack<Isa, T, P>(packed, item.x, item.bias, row, rows, kRowsPerBlock, 0, panels));
+    const T* block = packed;
+    if (is_packed) {
+      block = static_cast<const T*>(item.x.data) + row * kWidth;
+      amax = larger(amax, largest_magnitude<Isa>(block, rows * kWidth));
+    } else {
+      amax = larger(
+          amax, pack<Isa, T, P>(packed, item.x, item.bias, row, rows, kRowsPerBlock, 0, panels));
+    }
+    // Packing waits for memory, the products do not: the next rows are on their way meanwhile.
+    Prefetch ahead(item.x, row + rows, std::min(end, row + rows + kRowsPerBlock));
     T* tile = sum;
     for (int64_t i = 0; i < panels; ++i)
       for (int64_t j = 0; j <= i; ++j, tile += kWidth * kWidth)
-        add_product<Isa, T, P>(tile, packed + i * kRowsPerBlock * kWidth,
-                               packed + j * kRowsPerBlock * kWidth, rows, i == j);
+        add_product<Isa, T, P>(tile, block + i * kRowsPerBlock * kWidth,
+                               block + j * kRowsPerBlock * kWidth, rows, i == j,
+                               [&] { ahead.fetch(kLinesPerStrip); });
   }
   return amax;
 }
@@ -386,7 +464,7 @@ void update_by_rows(const std::vector<FactorUpdate*>& items, const Threads& thre
                                                            chunk.begin, chunk.end);
     });
   });
-  run_dynamic(threads, static_cast<int64_t>(items.size()), [&](auto, int64_t i) {
+  const auto commit = [&](auto, int64_t i) {
     FactorUpdate& item = *items[i];
     double amax = 0;
     for (int64_t c = first_chunk[i]; c < first_chunk[i + 1]; ++c)
@@ -397,7 +475,12 @@ void update_by_rows(const std::vector<FactorUpdate*>& items, const Threads& thre
       commit_rows<T, decltype(p)>(item, sums.get() + chunks[first_chunk[i]].sums,
                                   first_chunk[i + 1] - first_chunk[i]);
     });
-  });
+  };
+  if (items.size() > 1) {
+    run_dynamic(threads, static_cast<int64_t>(items.size()), commit);
+  } else {  // waking the threads would take longer
+    for_this_cpu([&](auto isa) { commit(isa, 0); });
+  }
 }
 
 template <class T>

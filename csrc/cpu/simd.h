@@ -27,11 +27,11 @@ struct Avx512 {
   static constexpr int kVectorBytes = 64, kAccumulators = 24;
 };
 
-// Rows of a register tile that is `vectors` wide: a power of two up to 8, so that it divides a
-// panel.
-template <class Isa>
+// Rows of a register tile that is `vectors` wide: a power of two, and no more than the elements of
+// a cache line, so that it divides whatever is made of cache lines.
+template <class Isa, class T>
 constexpr int tile_rows(int vectors) {
-  int rows = 8;
+  int rows = 64 / sizeof(T);
   while (rows > 1 && rows * vectors > Isa::kAccumulators) rows /= 2;
   return rows;
 }

@@ -11,6 +11,14 @@ from grng_kernels._register import operator
 from grng_kernels.kron_factor import reference
 
 OP = "kron_factor_update_"
+_LARGEST_FP32 = torch.finfo(torch.float32).max
+# Dtype of the factor for each dtype of x.
+_STATE_DTYPE = {
+    torch.float32: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+    torch.float64: torch.float64,
+}
 
 
 def kron_factor_update_(
@@ -54,6 +62,9 @@ def kron_factor_update_(
     Accuracy: at most twice the error of PyTorch in the same dtype against fp64.
     Source: Martens & Grosse 2015 (K-FAC), section 5; the moving average of the factors.
     """
+    done = _usual_call(factor, x, decay, scale, bias)
+    if done is not None:
+        return done
     single = isinstance(factor, Tensor)
     factors, xs = _checks.as_list(OP, "factor", factor), _checks.as_list(OP, "x", x)
     _checks.check_same_form(OP, factor=factor, x=x)
@@ -88,6 +99,54 @@ def kron_factor_update_(
         *((None, None) if scale is None else _split_scalar(scale)),
     )
     return info[0] if single else info
+
+
+def _usual_call(
+    factor: Tensor | Sequence[Tensor],
+    x: Tensor | Sequence[Tensor],
+    decay: float | Tensor,
+    scale: float | Tensor | None,
+    bias: bool,
+) -> Tensor | None:
+    """Run a call on the C++ kernel at once where nothing about it is unusual, else return None.
+
+    What is accepted here passes every check of the general way; it costs a fifth of the time, which is
+    what decides how small factors compare with a plain ``addmm``.
+    """
+    single = type(factor) is Tensor
+    factors, xs = ([factor], [x]) if single else (factor, x)
+    if type(factors) is not list or type(xs) is not list or len(factors) != len(xs) or not xs:
+        return None
+    if type(decay) is not float or not 0.0 <= decay <= 1.0 or type(bias) is not bool:
+        return None
+    if scale is not None and not (type(scale) is float and abs(scale) <= _LARGEST_FP32):
+        return None
+    if not all(_is_usual(f, item, bias) for f, item in zip(factors, xs, strict=True)):
+        return None
+    if not _dispatch.runs_at_once() or not _dispatch.serves_cpu():
+        return None
+    scales = [(1.0 - decay) / max(item.shape[0], 1) if scale is None else scale for item in xs]
+    info = torch.empty(() if single else (len(factors),), dtype=torch.int32)
+    try:
+        torch.ops.grng._kron_factor_update_.default(factors, xs, info, bias, decay, scales)
+    except RuntimeError:
+        # Nothing was written (tensors overlap, or memory ran out): the general way says what is wrong.
+        return None
+    torch.autograd.graph.increment_version(factors)
+    return info
+
+
+def _is_usual(factor: Tensor, x: Tensor, bias: bool) -> bool:
+    if type(factor) is not Tensor or type(x) is not Tensor:
+        return False
+    if factor.requires_grad or x.requires_grad or x.layout is not torch.strided:
+        return False
+    if not (factor.is_cpu and x.is_cpu and factor.is_contiguous()):
+        return False
+    shape, f_shape = x.shape, factor.shape
+    if _STATE_DTYPE.get(x.dtype) is not factor.dtype or len(shape) != 2 or len(f_shape) != 2:
+        return False
+    return bool(f_shape[0] == f_shape[1] == shape[1] + bias)
 
 
 def _check_item(at: str, factor: Tensor, x: Tensor, bias: bool) -> None:
