@@ -123,7 +123,7 @@ def extensions():
         CppExtension(
             "grng_kernels._C",
             ["csrc/library.cpp", *sorted(map(str, pathlib.Path("csrc/cpu").glob("*.cpp")))],
-            depends=["csrc/kernels.h", "csrc/cpu/simd.h"],
+            depends=["csrc/kernels.h", *sorted(map(str, pathlib.Path("csrc/cpu").glob("*.h")))],
             py_limited_api=True,
             define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
             extra_compile_args=[

@@ -15,14 +15,13 @@
 #include <vector>
 
 #include "../kernels.h"
+#include "elements.h"
 #include "parallel.h"
-#include "simd.h"
+#include "tiles.h"
 
 namespace grng {
 namespace {
 
-// Two panels of 96 rows and a tile of sums fit in L1 together.
-constexpr int64_t kRowsPerBlock = 96;
 // Rows packed at a time for a large factor: the sums of all tiles pass through the caches once for
 // each, so more is better, until the packed rows leave the last cache.
 constexpr int64_t kRowsPerPhase = 5 * kRowsPerBlock;
@@ -35,64 +34,6 @@ constexpr int64_t kMaxChunks = 32;
 // Cache lines of the next rows that are fetched before each strip of the products: enough to have
 // all of them when they are needed, few enough not to hold up the products.
 constexpr int kLinesPerStrip = 32;
-
-// Columns of a panel, in 64-byte vectors. Three make the fastest tiles; another number may waste
-// less on the padding and on the upper triangle of the diagonal tiles.
-template <int kVectors>
-struct Panels {
-  static constexpr int kCount = kVectors;
-};
-template <class T, class P>
-constexpr int64_t kWidthOf = P::kCount * 64 / int64_t{sizeof(T)};
-template <class T, class P>
-constexpr int64_t kTileSizeOf = kWidthOf<T, P> * kWidthOf<T, P>;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-int64_t size_of(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::kFloat64:
-      return 8;
-    case Dtype::kFloat32:
-      return 4;
-    case Dtype::kBFloat16:
-    case Dtype::kFloat16:
-      return 2;
-  }
-  return 0;
-}
-
-struct BFloat16 {
-  uint16_t bits;
-  explicit operator float() const {
-    const uint32_t wide = uint32_t{bits} << 16;
-    float value;
-    std::memcpy(&value, &wide, sizeof(value));
-    return value;
-  }
-};
-
-// The larger of two magnitudes, either of which may be inf or NaN.
-double larger(double a, double b) { return std::isfinite(a) && !(b <= a) ? b : a; }
-
-// Calls f(Panels{}) for the width that costs least for a factor of order n.
-template <class T, class F>
-GRNG_INLINE void with_panels(int64_t n, const F& f) {
-  // Time for each element of a tile, relative: a narrow tile loads more for each product, a wide
-  // one presses on the registers. A tile on the diagonal takes the given share of another.
-  const auto cost = [&](auto p, double each, double diagonal) {
-    const double width = static_cast<double>(kWidthOf<T, decltype(p)>);
-    const double panels = std::ceil(static_cast<double>(n) / width);
-    return panels * ((panels - 1) / 2 + diagonal) * width * width * each;
-  };
-  const double one = cost(Panels<1>{}, 1.9, 1.0), two = cost(Panels<2>{}, 1.15, 0.9);
-  const double three = cost(Panels<3>{}, 1.0, 0.8), four = cost(Panels<4>{}, 1.05, 0.65);
-  const double least = std::min({one, two, three, four});
-  if (least == three) return f(Panels<3>{});
-  if (least == four) return f(Panels<4>{});
-  if (least == two) return f(Panels<2>{});
-  return f(Panels<1>{});
-}
 
 // ---- packing: rows of x as panels [panel][row][width], `height` rows apart ----
 
@@ -121,23 +62,6 @@ GRNG_INLINE double pack_rows(T* packed, const ConstMatrix& x, bool bias, int64_t
     }
   }
   return S::largest(largest);
-}
-
-// The largest magnitude of `count` elements, a multiple of a cache line; inf or NaN where one is.
-template <class Isa, class T>
-GRNG_INLINE double largest_magnitude(const T* data, int64_t count) {
-  using S = Simd<Isa, T>;
-  constexpr int kVecs = 64 / Isa::kVectorBytes * 4;
-  typename S::Magnitudes largest[kVecs] = {};
-  for (int64_t i = 0; i < count; i += kVecs * S::kLanes)
-#pragma GCC unroll 16
-    for (int v = 0; v < kVecs; ++v) {
-      const int64_t at = i + v * S::kLanes;
-      if (at < count) largest[v] = S::larger(largest[v], S::load(data + at));
-    }
-  double all = 0;
-  for (const auto& one : largest) all = larger(all, S::largest(one));
-  return all;
 }
 
 // Returns the largest magnitude that was packed, ones of the bias included: inf or NaN where one
@@ -224,72 +148,6 @@ Info verdict(const FactorUpdate& item, double amax) {
   return bound + old <= std::numeric_limits<T>::max() ? kOk : kOverflow;
 }
 
-// ---- one tile: sum [width, width] += left^T right, over the rows of a block ----
-
-// Rows [i, i + kRows) of the tile, its first kVecs vectors.
-template <class Isa, class T, class P, int kVecs, int kRows = tile_rows<Isa, T>(kVecs)>
-GRNG_INLINE int64_t add_strip(T* sum, const T* left, const T* right, int64_t rows, int64_t i) {
-  using S = Simd<Isa, T>;
-  using Vec = typename S::Vec;
-  constexpr int64_t kWidth = kWidthOf<T, P>;
-  Vec acc[kRows][kVecs] = {};
-  for (int64_t r = 0; r < rows; ++r) {
-    Vec b[kVecs];
-#pragma GCC unroll 12
-    for (int v = 0; v < kVecs; ++v) b[v] = S::load(right + r * kWidth + v * S::kLanes);
-#pragma GCC unroll 16
-    for (int t = 0; t < kRows; ++t) {
-      const Vec a = S::broadcast(left + r * kWidth + i + t);
-#pragma GCC unroll 12
-      for (int v = 0; v < kVecs; ++v) acc[t][v] += a * b[v];
-    }
-  }
-#pragma GCC unroll 16
-  for (int t = 0; t < kRows; ++t)
-#pragma GCC unroll 12
-    for (int v = 0; v < kVecs; ++v) {
-      T* out = sum + (i + t) * kWidth + v * S::kLanes;
-      S::store(out, S::load(out) + acc[t][v]);
-    }
-  return i + kRows;
-}
-
-// A tile on the diagonal needs its lower triangle only: `diagonal` leaves out whole 64-byte
-// columns, and what is left of a strip is taken higher. `before_strip` may fetch what comes next.
-template <class Isa, class T, class P, class Each>
-GRNG_INLINE void add_product(T* sum, const T* left, const T* right, int64_t rows, bool diagonal,
-                             const Each& before_strip) {
-  constexpr int kVecs = 64 / Isa::kVectorBytes;
-  constexpr int64_t kLine = 64 / sizeof(T);
-  for (int64_t i = 0; i < kWidthOf<T, P>;) {
-    before_strip();
-    const int64_t lines = diagonal ? i / kLine + 1 : P::kCount;
-    if (P::kCount >= 4 && lines == 4) {
-      i = add_strip<Isa, T, P, kVecs * std::min(4, P::kCount)>(sum, left, right, rows, i);
-    } else if (P::kCount >= 3 && lines == 3) {
-      i = add_strip<Isa, T, P, kVecs * std::min(3, P::kCount)>(sum, left, right, rows, i);
-    } else if (P::kCount >= 2 && lines == 2) {
-      i = add_strip<Isa, T, P, kVecs * std::min(2, P::kCount)>(sum, left, right, rows, i);
-    } else {
-      i = add_strip<Isa, T, P, kVecs>(sum, left, right, rows, i);
-    }
-  }
-}
-
-// The tiles of the lower triangle, counted row by row.
-struct TileIndex {
-  int64_t row, col;
-  TileIndex(int64_t i, int64_t j) : row(i), col(j) {}
-  explicit TileIndex(int64_t t)
-      : row(static_cast<int64_t>((std::sqrt(8.0 * static_cast<double>(t) + 1) - 1) / 2)) {
-    while ((row + 1) * (row + 2) / 2 <= t) ++row;
-    while (row * (row + 1) / 2 > t) --row;
-    col = t - row * (row + 1) / 2;
-  }
-};
-
-int64_t tile_count(int64_t panels) { return panels * (panels + 1) / 2; }
-
 // Tile <- decay * tile + scale * sum, in both triangles; `sum` is used up. The products were summed
 // apart from the factor and meet it once: adding each block to a large factor would round as often
 // as there are blocks.
@@ -368,8 +226,8 @@ Info update_by_tiles(const FactorUpdate& item, T* packed, const Threads& threads
         for_each_tile([&](TileIndex tile, T* sum) {
           add_product<decltype(isa), T, P>(sum, packed + (tile.row * height + r) * kWidth,
                                            packed + (tile.col * height + r) * kWidth,
-                                           std::min(kRowsPerBlock, rows - r), tile.row == tile.col,
-                                           [] {});
+                                           one_line(std::min(kRowsPerBlock, rows - r)),
+                                           tile.row == tile.col, [] {});
         });
       if (last) for_each_tile([&](TileIndex tile, T* sum) { commit_tile<T, P>(item, sum, tile); });
     });
@@ -420,7 +278,7 @@ GRNG_INLINE double sum_rows(T* sum, const FactorUpdate& item, int64_t begin, int
     for (int64_t i = 0; i < panels; ++i)
       for (int64_t j = 0; j <= i; ++j, tile += kWidth * kWidth)
         add_product<Isa, T, P>(tile, block + i * kRowsPerBlock * kWidth,
-                               block + j * kRowsPerBlock * kWidth, rows, i == j,
+                               block + j * kRowsPerBlock * kWidth, one_line(rows), i == j,
                                [&] { ahead.fetch(kLinesPerStrip); });
   }
   return amax;

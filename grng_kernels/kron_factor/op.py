@@ -113,13 +113,16 @@ def _usual_call(
     What is accepted here passes every check of the general way; it costs a fifth of the time, which is
     what decides how small factors compare with a plain ``addmm``.
     """
-    single = type(factor) is Tensor
-    factors, xs = ([factor], [x]) if single else (factor, x)
-    if type(factors) is not list or type(xs) is not list or len(factors) != len(xs) or not xs:
+    single = isinstance(factor, Tensor)
+    factors = [factor] if isinstance(factor, Tensor) else factor
+    xs = [x] if isinstance(x, Tensor) else x
+    if not (isinstance(factors, list) and isinstance(xs, list)) or isinstance(x, Tensor) != single:
         return None
-    if type(decay) is not float or not 0.0 <= decay <= 1.0 or type(bias) is not bool:
+    if len(factors) != len(xs) or not xs:
         return None
-    if scale is not None and not (type(scale) is float and abs(scale) <= _LARGEST_FP32):
+    if not (type(decay) is float and 0.0 <= decay <= 1.0):
+        return None
+    if not (scale is None or (type(scale) is float and abs(scale) <= _LARGEST_FP32)):
         return None
     if not all(_is_usual(f, item, bias) for f, item in zip(factors, xs, strict=True)):
         return None
