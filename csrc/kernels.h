@@ -11,16 +11,27 @@ enum Info : int32_t { kOk = 0, kNonfiniteInput = 1, kNotConverged = 2, kOverflow
 
 enum class Dtype { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
+// The patches of a convolution as a matrix that is never built. Row (b, o1, o2), column (c, k1,
+// k2): the element of channel c at line o1 * stride[0] + k1 * dilation[0] - padding[0], and the
+// same for its column; zero outside.
+struct PatchGrid {
+  int64_t height, width, out_height, out_width;
+  int64_t kernel[2], stride[2], padding[2], dilation[2];
+  int64_t batch_stride, channel_stride, line_stride, column_stride;
+};
+
 // Element [i, j] of a matrix of any layout lies at data + i * row_stride + j * col_stride (in
-// elements).
+// elements). With `patches` it is an element of those, and the strides mean nothing.
 struct ConstMatrix {
   const void* data;
   Dtype dtype;
   int64_t rows, cols, row_stride, col_stride;
+  const PatchGrid* patches = nullptr;
 };
 
-// How a CPU kernel runs a loop on the caller's thread pool.
+// How a CPU kernel runs a loop on the caller's thread pool of `count` threads.
 struct Threads {
+  int64_t count;
   using Body = void (*)(int64_t begin, int64_t end, void* context);
   void (*parallel_for)(int64_t begin, int64_t end, int64_t grain, Body body, void* context);
 
@@ -46,6 +57,25 @@ struct FactorUpdate {
 
 // Performs every update and sets its info; where that is not kOk, the factor is unchanged.
 void kron_factor_update_cpu(FactorUpdate* items, int64_t count, const Threads& threads);
+
+// ---- kron_factor_conv2d (csrc/cpu/kron_factor_conv2d.cpp) ----
+
+// factor [groups, n, n] (row-major, n = channels / groups * kernel[0] * kernel[1] + bias)
+// <- decay * factor + scale * P^T P, P the patches of a group.
+struct ConvFactorUpdate {
+  void* factor;
+  const void* x;
+  Dtype dtype;
+  int64_t batch, channels, groups;
+  PatchGrid grid;
+  bool bias;
+  double decay, scale;
+  Info info;
+};
+
+// Performs every update and sets its info; where that is not kOk, no group of the factor is
+// changed.
+void kron_factor_conv2d_update_cpu(ConvFactorUpdate* items, int64_t count, const Threads& threads);
 
 // ---- kalman_update (csrc/cpu/kalman_update.cpp, csrc/cuda/kalman_update.cu) ----
 

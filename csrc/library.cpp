@@ -33,11 +33,13 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 
-const grng::Threads kThreads{
-    [](int64_t begin, int64_t end, int64_t grain, grng::Threads::Body body, void* context) {
-      torch::stable::parallel_for(begin, end, grain,
-                                  [&](int64_t b, int64_t e) { body(b, e, context); });
-    }};
+grng::Threads threads_of_torch() {
+  return {torch::stable::get_num_threads(),
+          [](int64_t begin, int64_t end, int64_t grain, grng::Threads::Body body, void* context) {
+            torch::stable::parallel_for(begin, end, grain,
+                                        [&](int64_t b, int64_t e) { body(b, e, context); });
+          }};
+}
 
 grng::Dtype dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
@@ -118,7 +120,63 @@ void kron_factor_update(const Tensors factors, const Tensors xs, const Tensor in
     spans.push_back(span_of(x, false));
   }
   check_no_overlap(std::move(spans));
-  grng::kron_factor_update_cpu(items.data(), count, kThreads);
+  grng::kron_factor_update_cpu(items.data(), count, threads_of_torch());
+  int32_t* codes = static_cast<int32_t*>(info.data_ptr());
+  for (int64_t i = 0; i < count; ++i) codes[i] = items[i].info;
+}
+
+// ---- kron_factor_conv2d ----
+
+// Height and width of: kernel, stride, padding, dilation; then the number of groups.
+constexpr size_t kGeometrySize = 9;
+
+grng::PatchGrid patch_grid(const Tensor& x, const std::vector<int64_t>& g) {
+  grng::PatchGrid grid{
+      x.size(2),    x.size(3),    0,           0,           {g[0], g[1]}, {g[2], g[3]},
+      {g[4], g[5]}, {g[6], g[7]}, x.stride(0), x.stride(1), x.stride(2),  x.stride(3)};
+  const auto outputs = [&](int i, int64_t size) {
+    STD_TORCH_CHECK(
+        grid.kernel[i] > 0 && grid.stride[i] > 0 && grid.padding[i] >= 0 && grid.dilation[i] > 0,
+        "grng: the geometry of the convolution is out of range");
+    const int64_t room = size + 2 * grid.padding[i] - grid.dilation[i] * (grid.kernel[i] - 1) - 1;
+    STD_TORCH_CHECK(room >= 0, "grng: the kernel is larger than its padded input");
+    return room / grid.stride[i] + 1;
+  };
+  grid.out_height = outputs(0, grid.height);
+  grid.out_width = outputs(1, grid.width);
+  return grid;
+}
+
+void kron_factor_conv2d_update(const Tensors factors, const Tensors xs, const Tensor info,
+                               const std::vector<int64_t> geometry, bool bias, double decay,
+                               const std::vector<double> scales) {
+  const int64_t count = static_cast<int64_t>(factors.size());
+  STD_TORCH_CHECK(
+      count == static_cast<int64_t>(xs.size()) && count == static_cast<int64_t>(scales.size()),
+      "grng: factors, xs and scales must have the same length");
+  check_dense(info, ScalarType::Int, {count}, "info");
+  STD_TORCH_CHECK(geometry.size() == kGeometrySize && geometry[8] > 0,
+                  "grng: the geometry must be nine numbers");
+  std::vector<grng::ConvFactorUpdate> items;
+  std::vector<Span> spans;
+  for (int64_t i = 0; i < count; ++i) {
+    const Tensor& x = xs[i];
+    const int64_t groups = geometry[8];
+    STD_TORCH_CHECK(x.dim() == 4 && x.size(1) % groups == 0,
+                    "grng: x must be [B, C, H, W], C divisible by the groups");
+    const grng::PatchGrid grid = patch_grid(x, geometry);
+    const grng::Dtype dtype = dtype_of(x);
+    const int64_t n = x.size(1) / groups * grid.kernel[0] * grid.kernel[1] + bias;
+    const bool wide = dtype == grng::Dtype::kFloat64;
+    check_dense(factors[i], wide ? ScalarType::Double : ScalarType::Float, {groups, n, n},
+                "factor");
+    items.push_back({factors[i].data_ptr(), x.data_ptr(), dtype, x.size(0), x.size(1), groups, grid,
+                     bias, decay, scales[i], grng::kOk});
+    spans.push_back(span_of(factors[i], true));
+    spans.push_back(span_of(x, false));
+  }
+  check_no_overlap(std::move(spans));
+  grng::kron_factor_conv2d_update_cpu(items.data(), count, threads_of_torch());
   int32_t* codes = static_cast<int32_t*>(info.data_ptr());
   for (int64_t i = 0; i < count; ++i) codes[i] = items[i].info;
 }
@@ -160,7 +218,7 @@ void kalman_gram(const Tensor gram, const Tensors variances, const Tensors jacob
   for (size_t i = 0; i < variances.size(); ++i)
     grng::kalman_gram_cpu(static_cast<double*>(gram.data_ptr()),
                           kalman_block(nullptr, variances[i], jacobians[i], outputs), outputs,
-                          kThreads);
+                          threads_of_torch());
 }
 
 grng::KalmanGain kalman_gain(const Tensor& direction, const Tensor& whitener, bool variational,
@@ -186,7 +244,7 @@ void kalman_apply(const Tensors means, const Tensors variances, const Tensors ja
                   "grng: one mean, variance and jacobian per block");
   if (*static_cast<const int32_t*>(info.data_ptr()) != grng::kOk) return;
   for (const grng::KalmanBlock& block : kalman_blocks(means, variances, jacobians, gain.outputs))
-    grng::kalman_apply_cpu(block, gain, kThreads);
+    grng::kalman_apply_cpu(block, gain, threads_of_torch());
 }
 
 #ifdef GRNG_CUDA
@@ -234,6 +292,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(grng, m) {
       "_kron_factor_update_(Tensor(a!)[] factors, Tensor[] xs, Tensor(b!) info, bool bias, float "
       "decay, "
       "float[] scales) -> ()");
+  m.def(
+      "_kron_factor_conv2d_update_(Tensor(a!)[] factors, Tensor[] xs, Tensor(b!) info, int[] "
+      "geometry, bool bias, float decay, float[] scales) -> ()");
   m.def("_kalman_gram_(Tensor(a!) gram, Tensor[] variances, Tensor[] jacobians) -> ()");
   m.def(
       "_kalman_apply_(Tensor(a!)[] means, Tensor(b!)[] variances, Tensor[] jacobians, Tensor "
@@ -244,6 +305,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(grng, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(grng, CPU, m) {
   m.impl("_kron_factor_update_", TORCH_BOX(&kron_factor_update));
+  m.impl("_kron_factor_conv2d_update_", TORCH_BOX(&kron_factor_conv2d_update));
   m.impl("_kalman_gram_", TORCH_BOX(&kalman_gram));
   m.impl("_kalman_apply_", TORCH_BOX(&kalman_apply));
 }

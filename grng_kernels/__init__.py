@@ -8,6 +8,7 @@ from grng_kernels.damped_inverse.op import damped_inverse
 from grng_kernels.damped_inverse.reference import DampedInverse
 from grng_kernels.info import Info
 from grng_kernels.kalman_update.op import kalman_update_
+from grng_kernels.kron_factor.conv2d import kron_factor_conv2d_update_
 from grng_kernels.kron_factor.op import kron_factor_update_
 from grng_kernels.precondition.op import precondition
 from grng_kernels.rank_one.op import rank1_precondition
@@ -25,6 +26,7 @@ __all__ = [
     "backends",
     "damped_inverse",
     "kalman_update_",
+    "kron_factor_conv2d_update_",
     "kron_factor_update_",
     "precondition",
     "rank1_precondition",

@@ -16,6 +16,7 @@
 
 #include "../kernels.h"
 #include "elements.h"
+#include "factor_check.h"
 #include "parallel.h"
 #include "tiles.h"
 
@@ -64,6 +65,57 @@ GRNG_INLINE double pack_rows(T* packed, const ConstMatrix& x, bool bias, int64_t
   return S::largest(largest);
 }
 
+// Rows of patches, gathered. Their largest magnitude is found by whoever owns the images.
+template <class T, class P, class In>
+GRNG_INLINE void pack_patches(T* packed, const ConstMatrix& x, bool bias, int64_t begin,
+                              int64_t rows, int64_t height, int64_t panel_begin,
+                              int64_t panel_end) {
+  constexpr int64_t kWidth = kWidthOf<T, P>;
+  const PatchGrid& g = *x.patches;
+  const int64_t taps = g.kernel[0] * g.kernel[1], size = g.out_height * g.out_width;
+  for (int64_t p = panel_begin; p < panel_end; ++p) {
+    const int64_t first = p * kWidth, filled = std::min(kWidth, x.cols - first);
+    int64_t down[kWidth], right[kWidth], offset[kWidth];
+    for (int64_t c = 0; c < filled; ++c) {
+      const int64_t tap = (first + c) % taps;
+      down[c] = tap / g.kernel[1] * g.dilation[0];
+      right[c] = tap % g.kernel[1] * g.dilation[1];
+      offset[c] = (first + c) / taps * g.channel_stride + down[c] * g.line_stride +
+                  right[c] * g.column_stride;
+    }
+    T* out = packed + p * height * kWidth;
+    for (int64_t r = begin; r < begin + rows; ++r, out += kWidth) {
+      const int64_t place = r % size;
+      const int64_t line = place / g.out_width * g.stride[0] - g.padding[0];
+      const int64_t column = place % g.out_width * g.stride[1] - g.padding[1];
+      const int64_t start =
+          r / size * g.batch_stride + line * g.line_stride + column * g.column_stride;
+      const In* in = static_cast<const In*>(x.data);
+      const bool inside = line >= 0 && line + (g.kernel[0] - 1) * g.dilation[0] < g.height &&
+                          column >= 0 && column + (g.kernel[1] - 1) * g.dilation[1] < g.width;
+      if (inside) {
+        for (int64_t c = 0; c < filled; ++c) out[c] = static_cast<T>(in[start + offset[c]]);
+      } else {
+        for (int64_t c = 0; c < filled; ++c) {
+          const int64_t i = line + down[c], j = column + right[c];
+          const bool covered = i >= 0 && i < g.height && j >= 0 && j < g.width;
+          out[c] = covered ? static_cast<T>(in[start + offset[c]]) : T{0};
+        }
+      }
+      for (int64_t c = filled; c < kWidth; ++c) out[c] = bias && first + c == x.cols ? T{1} : T{0};
+    }
+  }
+}
+
+template <class Isa, class T, class P, class In>
+GRNG_INLINE double pack_any(T* packed, const ConstMatrix& x, bool bias, int64_t begin, int64_t rows,
+                            int64_t height, int64_t panel_begin, int64_t panel_end) {
+  if (!x.patches)
+    return pack_rows<Isa, T, P, In>(packed, x, bias, begin, rows, height, panel_begin, panel_end);
+  pack_patches<T, P, In>(packed, x, bias, begin, rows, height, panel_begin, panel_end);
+  return bias;
+}
+
 // Returns the largest magnitude that was packed, ones of the bias included: inf or NaN where one
 // is.
 template <class Isa, class T, class P>
@@ -72,23 +124,23 @@ GRNG_INLINE double pack(T* packed, const ConstMatrix& x, bool bias, int64_t begi
   switch (x.dtype) {
     case Dtype::kFloat64:
       if constexpr (sizeof(T) == 8)
-        return pack_rows<Isa, T, P, double>(packed, x, bias, begin, rows, height, panel_begin,
-                                            panel_end);
+        return pack_any<Isa, T, P, double>(packed, x, bias, begin, rows, height, panel_begin,
+                                           panel_end);
       break;
     case Dtype::kFloat32:
       if constexpr (sizeof(T) == 4)
-        return pack_rows<Isa, T, P, float>(packed, x, bias, begin, rows, height, panel_begin,
-                                           panel_end);
+        return pack_any<Isa, T, P, float>(packed, x, bias, begin, rows, height, panel_begin,
+                                          panel_end);
       break;
     case Dtype::kBFloat16:
       if constexpr (sizeof(T) == 4)
-        return pack_rows<Isa, T, P, BFloat16>(packed, x, bias, begin, rows, height, panel_begin,
-                                              panel_end);
+        return pack_any<Isa, T, P, BFloat16>(packed, x, bias, begin, rows, height, panel_begin,
+                                             panel_end);
       break;
     case Dtype::kFloat16:
       if constexpr (sizeof(T) == 4)
-        return pack_rows<Isa, T, P, _Float16>(packed, x, bias, begin, rows, height, panel_begin,
-                                              panel_end);
+        return pack_any<Isa, T, P, _Float16>(packed, x, bias, begin, rows, height, panel_begin,
+                                             panel_end);
       break;
   }
   return std::numeric_limits<double>::quiet_NaN();
@@ -100,7 +152,7 @@ class Prefetch {
   Prefetch(const ConstMatrix& x, int64_t begin, int64_t end) {
     const int64_t size = size_of(x.dtype);
     // Of other layouts, too little would be of use.
-    if (x.col_stride != 1 || x.row_stride < x.cols) return;
+    if (x.patches || x.col_stride != 1 || x.row_stride < x.cols) return;
     next_ = static_cast<const char*>(x.data) + begin * x.row_stride * size;
     row_end_ = next_ + x.cols * size;
     end_ = next_ + (end - begin) * x.row_stride * size;
@@ -122,31 +174,6 @@ class Prefetch {
   const char *next_ = nullptr, *row_end_ = nullptr, *end_ = nullptr;
   int64_t gap_ = 0, row_ = 0;
 };
-
-// ---- the check that comes before the commit ----
-
-// The largest magnitude that the diagonal keeps: it bounds every entry of a PSD matrix.
-template <class T>
-double held(const T* factor, int64_t n, double decay) {
-  if (decay == 0) return 0;
-  double largest = 0;
-  for (int64_t i = 0; i < n; ++i)
-    largest = larger(largest, std::abs(static_cast<double>(factor[i * n + i])));
-  return decay * largest;
-}
-
-template <class T>
-Info verdict(const FactorUpdate& item, double amax) {
-  const int64_t n = item.x.cols + item.bias;
-  const double old = held(static_cast<const T*>(item.factor), n, item.decay);
-  // A scale that is finite as a double may be infinite in the dtype of the factor.
-  if (!std::isfinite(amax) || !std::isfinite(old) || !std::isfinite(static_cast<T>(item.scale)))
-    return kNonfiniteInput;
-  // No sum of products of this batch, scaled or not, can exceed this bound.
-  const double bound =
-      amax * amax * static_cast<double>(item.x.rows) * std::max(1.0, std::abs(item.scale));
-  return bound + old <= std::numeric_limits<T>::max() ? kOk : kOverflow;
-}
 
 // Tile <- decay * tile + scale * sum, in both triangles; `sum` is used up. The products were summed
 // apart from the factor and meet it once: adding each block to a large factor would round as often
@@ -259,7 +286,7 @@ GRNG_INLINE double sum_rows(T* sum, const FactorUpdate& item, int64_t begin, int
   alignas(kCacheLine) T packed[kMaxChunkedColumns * kRowsPerBlock];
   std::memset(sum, 0, sums_size<T, P>(n) * sizeof(T));
   // One panel of exactly these columns looks as x does: the usual ranks of LoRA need no packing.
-  const bool is_packed = item.x.cols == kWidth && item.x.row_stride == kWidth &&
+  const bool is_packed = !item.x.patches && item.x.cols == kWidth && item.x.row_stride == kWidth &&
                          item.x.col_stride == 1 && !item.bias && size_of(item.x.dtype) == sizeof(T);
   double amax = 0;
   for (int64_t row = begin; row < end; row += kRowsPerBlock) {

@@ -95,8 +95,8 @@ def kron_factor_update_(
         [f.detach() for f in factors],
         [item.detach() for item in xs],
         bias,
-        *_split_scalar(decay),
-        *((None, None) if scale is None else _split_scalar(scale)),
+        *split_scalar(decay),
+        *((None, None) if scale is None else split_scalar(scale)),
     )
     return info[0] if single else info
 
@@ -165,7 +165,8 @@ def _check_item(at: str, factor: Tensor, x: Tensor, bias: bool) -> None:
     _checks.check_no_self_overlap(OP, f"factor{at}", factor)
 
 
-def _split_scalar(value: float | Tensor) -> tuple[float | None, Tensor | None]:
+def split_scalar(value: float | Tensor) -> tuple[float | None, Tensor | None]:
+    """Return a scalar as an operator takes it: a number or a tensor, and None for the other."""
     return (None, value.detach()) if isinstance(value, Tensor) else (float(value), None)
 
 
@@ -184,11 +185,10 @@ def _kron_factor_update_op(
         [(f"factor[{i}]", f) for i, f in enumerate(factors)],
         [(f"x[{i}]", x) for i, x in enumerate(xs)],
     )
-    the_decay = _either(decay, decay_tensor)
+    the_decay = either(decay, decay_tensor)
     per_row = scale is None and scale_tensor is None
     scales = [
-        (1 - the_decay) / max(x.shape[0], 1) if per_row else _either(scale, scale_tensor)
-        for x in xs
+        (1 - the_decay) / max(x.shape[0], 1) if per_row else either(scale, scale_tensor) for x in xs
     ]
     info = torch.zeros(len(factors), dtype=torch.int32, device=factors[0].device)
     backend = _dispatch.select(
@@ -226,7 +226,8 @@ def _(
     return factors[0].new_empty(len(factors), dtype=torch.int32)
 
 
-def _either(number: float | None, tensor: Tensor | None) -> float | Tensor:
+def either(number: float | None, tensor: Tensor | None) -> float | Tensor:
+    """Return the one of the two that is given."""
     if number is not None:
         return number
     assert tensor is not None, "the public function passes a number or a tensor"

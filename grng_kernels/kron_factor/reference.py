@@ -15,13 +15,20 @@ def mirror_lower(matrix: Tensor) -> Tensor:
 
 
 def batch_info(
-    factor: Tensor, x: Tensor, *, decay: float | Tensor, scale: float | Tensor, bias: bool
+    factor: Tensor,
+    x: Tensor,
+    *,
+    decay: float | Tensor,
+    scale: float | Tensor,
+    bias: bool,
+    rows: int | None = None,
 ) -> Tensor:
     """Return :class:`Info` (int32, 0-d) of one batch, from largest magnitudes alone.
 
     ``amax² · rows · max(1, |scale|)`` bounds every partial sum of ``scale·xᵀx``, and the diagonal what a PSD
     ``factor`` already holds. Together below the largest number of its dtype they exclude NaN, infinity and
-    overflow at once, before anything is written.
+    overflow at once, before anything is written. ``rows`` is how many ``x`` stands for, if not as many as it
+    has.
     """
     if x.numel() == 0:
         amax = torch.zeros((), dtype=torch.float64, device=x.device)
@@ -38,7 +45,7 @@ def batch_info(
         weight: float | Tensor = scale.double().abs().clamp(min=1)
     else:
         weight = max(1.0, abs(scale))
-    bound = amax * amax * x.shape[0] * weight
+    bound = amax * amax * (x.shape[0] if rows is None else rows) * weight
     # The diagonal bounds the magnitudes of a PSD matrix.
     held = torch.linalg.vector_norm(factor.diagonal(), ord=torch.inf).double()
     if isinstance(decay, Tensor):

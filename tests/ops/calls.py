@@ -22,6 +22,12 @@ def _kron(t):
     return [factor, info]
 
 
+def _conv2d(t):
+    factor = t["factor"].clone()
+    info = gk.kron_factor_conv2d_update_(factor, t["x"], kernel_size=3, padding=1, decay=0.9)
+    return [factor, info]
+
+
 def _inverse(method):
     def run(t):
         return list(gk.damped_inverse(t["factor"], rho=1e-2, method=method))
@@ -57,6 +63,11 @@ OPS = {
         ("reference", "cpu"),
         lambda: {"factor": spd(65), "x": torch.randn(130, 65)},
         _kron,
+    ),
+    "kron_factor_conv2d_update_": Op(
+        ("reference", "cpu"),
+        lambda: {"factor": spd(180), "x": torch.randn(2, 20, 9, 8)},
+        _conv2d,
     ),
     "damped_inverse-cholesky": Op(("auto",), lambda: {"factor": spd(65)}, _inverse("cholesky")),
     "damped_inverse-newton_schulz": Op(

@@ -99,8 +99,15 @@ def test_compiled_equals_eager(call, states, compiler):
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
 
 
+def convolution(n):
+    factor = torch.zeros(4 * n.shape[0], 4 * n.shape[0])
+    image = n[None, :, None]
+    return gk.kron_factor_conv2d_update_(factor, image, kernel_size=2, padding=1, decay=0.9), factor
+
+
 DYNAMIC = {
     "kron_factor_update_": lambda m, n: (gk.kron_factor_update_(m, n, decay=0.9), m),
+    "kron_factor_conv2d_update_": lambda m, n: convolution(n),
     "damped_inverse": lambda m, n: gk.damped_inverse(m, rho=1e-2),
     "precondition": lambda m, n: gk.precondition(n.mT, m, torch.eye(n.shape[0])),
     "rank1_precondition": lambda m, n: gk.rank1_precondition(n, n + 1, damping=0.1),

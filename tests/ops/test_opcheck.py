@@ -36,6 +36,20 @@ def kron_samples():
     yield "empty", (mats(9), [torch.randn(0, 9)], False, 0.9, None, None, None)
 
 
+def conv2d_samples():
+    def geometry(kernel, stride=1, padding=0, dilation=1, groups=1):
+        return [v for v in (kernel, stride, padding, dilation) for _ in range(2)] + [groups]
+
+    image, rest = torch.randn(2, 2, 5, 6), (False, 0.9, None, None, None)
+    yield "single", ([spd(18)[None]], [image], geometry(3, padding=1), *rest)
+    yield "groups", ([torch.stack(mats(4, 4))], [image], geometry(2, 2, groups=2), *rest)
+    yield "bias", ([spd(19)[None]], [image], geometry(3), True, 0.9, None, 0.1, None)
+    scalars = (None, torch.tensor(0.5), None, torch.tensor(1.0))
+    yield "tensors", ([spd(18)[None]], [image], geometry(3, dilation=2), False, *scalars)
+    yield "bf16", ([spd(2)[None]], [image.bfloat16()], geometry(1), *rest)
+    yield "empty", ([spd(18)[None]], [image[:0]], geometry(3), *rest)
+
+
 def inverse_samples():
     batch = torch.stack(mats(5, 5))
     yield "single", ([batch[:1]], 0.01, [], "cholesky", [])
@@ -132,6 +146,7 @@ SAMPLES = [
     pytest.param(op, arguments, id=f"{op}-{name}")
     for op, samples in {
         "kron_factor_update_": kron_samples,
+        "kron_factor_conv2d_update_": conv2d_samples,
         "damped_inverse": inverse_samples,
         "kalman_update_": kalman_samples,
         "precondition": precondition_samples,
@@ -152,6 +167,13 @@ def private_samples():
         "_kron_factor_update_",
         (mats(9), [torch.randn(5, 9)], torch.zeros(1, dtype=torch.int32), False, 0.9, [0.1]),
     )
+    yield (
+        "_kron_factor_conv2d_update_",
+        (
+            [spd(18)[None]], [torch.randn(2, 2, 5, 6)], torch.zeros(1, dtype=torch.int32),
+            [3, 3, 1, 1, 1, 1, 1, 1, 1], False, 0.9, [0.1],
+        ),
+    )  # fmt: skip
     yield "_kalman_gram_", (gram, [torch.rand(9)], [torch.randn(2, 9)])
     yield "_kalman_apply_", (
         [torch.randn(9)], [torch.rand(9)], [torch.randn(2, 9)], torch.randn(2), torch.eye(2) / 9,
@@ -184,6 +206,12 @@ BAD = torch.zeros(3)
         ("_kron_factor_update_", 2, torch.zeros(1), "info must be int32, one per factor"),
         ("_kron_factor_update_", 2, torch.zeros(2, dtype=torch.int32), "info must be int32, one per factor"),
         ("_kron_factor_update_", 5, [0.1, 0.1], "factors, xs and scales must have the same length"),
+        ("_kron_factor_conv2d_update_", 0, mats(18), "factor has the wrong dtype, shape or layout"),
+        ("_kron_factor_conv2d_update_", 1, [BAD], "x must be [B, C, H, W]"),
+        ("_kron_factor_conv2d_update_", 3, [3, 3], "the geometry must be nine numbers"),
+        ("_kron_factor_conv2d_update_", 3, [9] * 2 + [1] * 7, "the kernel is larger than its padded input"),
+        ("_kron_factor_conv2d_update_", 3, [0] * 8 + [1], "the geometry of the convolution is out of range"),
+        ("_kron_factor_conv2d_update_", 3, [1] * 8 + [3], "C divisible by the groups"),
         ("_kalman_gram_", 0, torch.zeros(2, 2), "gram has the wrong dtype, shape or layout"),
         ("_kalman_gram_", 0, torch.zeros(2, 3).double(), "gram has the wrong dtype, shape or layout"),
         ("_kalman_gram_", 1, [], "one jacobian per variance"),
