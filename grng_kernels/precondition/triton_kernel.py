@@ -36,20 +36,21 @@ class Config(NamedTuple):
     block_k: int
     num_warps: int
     num_stages: int
+    finish_d: int
+    finish_warps: int
 
 
 # Chosen by reasoning, not yet by measurement: tiles of the large inverse with enough bytes in flight, no
 # spills for sm_80, sm_90 and sm_100 (tests/aot/test_triton_aot.py), and room for several programs on one
 # multiprocessor. Without alignment an address takes more registers, so fewer stages fit.
-CONFIGS_ALIGNED = {16: Config(16, 64, 32, 4, 4), 64: Config(64, 64, 32, 8, 3)}
-CONFIGS_ANY = {16: Config(16, 64, 32, 4, 2), 64: Config(64, 64, 32, 8, 2)}
+CONFIGS_ALIGNED = {16: Config(16, 64, 32, 4, 4, 64, 4), 64: Config(64, 64, 32, 8, 3, 32, 8)}
+CONFIGS_ANY = {16: Config(16, 64, 32, 4, 2, 64, 4), 64: Config(64, 64, 32, 8, 2, 32, 8)}
 
 # Rows of the large inverse that one program reads, at least and at most. Each split costs one write and one
 # read of a partial result; a quarter of the sum keeps that small and still fills a large GPU from one item.
 MIN_SPLIT, MAX_SPLIT, SPLITS = 256, 1024, 4
 # Partial results that a program of the second launch reads at once.
 SPLITS_AT_ONCE = 4
-FINISH_WARPS = 4
 DOTS_BLOCK = 128
 # Each fp32 number as three bf16 numbers and the six largest of the nine products: at least as accurate as
 # fp32 multiplication, exact for an identity (which three TF32 products are not), at the same cost.
@@ -218,6 +219,7 @@ def _finish_kernel(
     PRECISION: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    FINISH_D: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -234,23 +236,24 @@ def _finish_kernel(
     s, d = min(m, n), max(m, n)
 
     local = program - tl.load(item + _FIRST_FINISH).to(tl.int32)
+    PIECES: tl.constexpr = BLOCK_D // FINISH_D
     tiles_s, tiles_d = tl.cdiv(s, BLOCK_S), tl.cdiv(d, BLOCK_D)
-    tile_d = local // tiles_s
-    inside_s, inside_d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
+    piece = local // tiles_s
+    tile_d, first = piece // PIECES, piece % PIECES * FINISH_D
+    inside_s, inside_d = tl.arange(0, BLOCK_S), first + tl.arange(0, FINISH_D)
     offs_s = local % tiles_s * BLOCK_S + inside_s
     offs_d = tile_d * BLOCK_D + inside_d
     inside = inside_s[:, None].to(tl.int64) * BLOCK_D + inside_d[None, :].to(tl.int64)
-    acc = tl.zeros((BLOCK_S, BLOCK_D), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_S, FINISH_D), dtype=tl.float32)
     for tile in range(tiles_s):
         tile_ptr = sums_ptr + (tile_d * tiles_s + tile).to(tl.int64) * (BLOCK_S * BLOCK_D)
         step = (tiles_s * tiles_d).to(tl.int64) * (BLOCK_S * BLOCK_D)
-        total = tl.zeros((BLOCK_S, BLOCK_D), dtype=tl.float32)
+        total = tl.zeros((BLOCK_S, FINISH_D), dtype=tl.float32)
         for start in range(0, splits, AT_ONCE):
             # Unrolled: the reads are under way together, and the order of the sum stays.
             for i in tl.static_range(AT_ONCE):
                 pointers = tile_ptr + step * (start + i) + inside
-                inner = (start + i < splits) & (inside >= 0)
-                total += tl.load(pointers, mask=inner, other=0.0)
+                total += tl.load(pointers, mask=start + i < splits, other=0.0)
         offs_a = tile * BLOCK_S + inside_s
         factor = _elements(
             small, offs_s[:, None], offs_a[None, :], s, s, small_row, small_column, False
@@ -348,6 +351,7 @@ def _build(
         split = split_length(d)
         splits = triton.cdiv(d, split)
         tiles = triton.cdiv(s, config.block_s) * triton.cdiv(d, config.block_d)
+        pieces = tiles * config.block_d // config.finish_d
         mine, after = partials.setdefault(variant, []), finishes.setdefault(variant, [])
         # Of the small inverse the kernel sees the transpose, as it does of a tall gradient.
         across = (small.stride(1), small.stride(0)) if tall else (small.stride(0), small.stride(1))
@@ -357,12 +361,12 @@ def _build(
             m, n, grad.shape[1], tall, split, splits,
             *grad.stride(), 0 if bias is None else bias.stride(0),
             *large.stride(), *across, *out.stride(),
-            len(mine), len(after), sums, parts, tiles,
+            len(mine), len(after), sums, parts, pieces,
         ]  # fmt: skip
         mine += [number] * (tiles * splits)
-        after += [number] * tiles
+        after += [number] * pieces
         sums += tiles * splits * config.block_s * config.block_d
-        parts += tiles
+        parts += pieces
     groups = []
     for variant, mine in partials.items():
         after = finishes[variant]
@@ -437,8 +441,9 @@ def launch(
                 table,
                 finish_at,
                 DOTS=dots is not None,
+                FINISH_D=config.finish_d,
                 AT_ONCE=SPLITS_AT_ONCE,
-                num_warps=FINISH_WARPS,
+                num_warps=config.finish_warps,
                 **tiles,
             )
         if dots is not None:
