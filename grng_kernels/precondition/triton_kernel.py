@@ -43,8 +43,8 @@ class Config(NamedTuple):
 # Chosen by reasoning, not yet by measurement: tiles of the large inverse with enough bytes in flight, no
 # spills for sm_80, sm_90 and sm_100 (tests/aot/test_triton_aot.py), and room for several programs on one
 # multiprocessor. Without alignment an address takes more registers, so fewer stages fit.
-CONFIGS_ALIGNED = {16: Config(16, 64, 32, 4, 4, 64, 4), 64: Config(64, 64, 32, 8, 3, 32, 8)}
-CONFIGS_ANY = {16: Config(16, 64, 32, 4, 2, 64, 4), 64: Config(64, 64, 32, 8, 2, 32, 8)}
+CONFIGS_ALIGNED = {16: Config(16, 64, 32, 2, 4, 32, 4), 64: Config(64, 64, 32, 8, 3, 16, 4)}
+CONFIGS_ANY = {16: Config(16, 64, 32, 4, 2, 32, 4), 64: Config(64, 64, 32, 8, 2, 16, 4)}
 
 # Rows of the large inverse that one program reads, at least and at most. Each split costs one write and one
 # read of a partial result; a quarter of the sum keeps that small and still fills a large GPU from one item.
@@ -52,9 +52,6 @@ MIN_SPLIT, MAX_SPLIT, SPLITS = 256, 1024, 4
 # Partial results that a program of the second launch reads at once.
 SPLITS_AT_ONCE = 4
 DOTS_BLOCK = 128
-# Each fp32 number as three bf16 numbers and the six largest of the nine products: at least as accurate as
-# fp32 multiplication, exact for an identity (which three TF32 products are not), at the same cost.
-PRECISION = "bf16x6"
 
 # What the table holds of one item, in this order.
 FIELDS = (
@@ -133,6 +130,31 @@ def _gradient(
     return values
 
 
+@triton.jit
+def _rounded(x):
+    # To eight significant bits, in integer arithmetic: converting there and back takes longer.
+    return ((x.to(tl.int32, bitcast=True) + 0x8000) & -0x10000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _product(x, y, PIECE: tl.constexpr):
+    # Three bf16 pieces hold all 24 bits of an fp32 number. Of their nine products six reach fp32 precision;
+    # with an identity the result is exact, which it is not from three products in TF32.
+    x_high, y_high = _rounded(x), _rounded(y)
+    x_rest, y_rest = x - x_high, y - y_high
+    x_middle, y_middle = _rounded(x_rest), _rounded(y_rest)
+    x_low, y_low = (x_rest - x_middle).to(PIECE), (y_rest - y_middle).to(PIECE)
+    x_high, y_high = x_high.to(PIECE), y_high.to(PIECE)
+    x_middle, y_middle = x_middle.to(PIECE), y_middle.to(PIECE)
+    # The smallest first.
+    total = tl.dot(x_low, y_high)
+    total = tl.dot(x_high, y_low, total)
+    total = tl.dot(x_middle, y_middle, total)
+    total = tl.dot(x_middle, y_high, total)
+    total = tl.dot(x_high, y_middle, total)
+    return tl.dot(x_high, y_high, total)
+
+
 @triton.jit(do_not_specialize=["programs_at"])
 def _partial_kernel(
     sums_ptr,
@@ -141,7 +163,7 @@ def _partial_kernel(
     GRAD: tl.constexpr,
     ALIGNED: tl.constexpr,
     BIAS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PIECE: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -190,7 +212,7 @@ def _partial_kernel(
             y = _elements(
                 large, offs_d[:, None], offs_k[None, :], d, d, large_row, large_column, ALIGNED
             )
-            acc = tl.dot(tl.trans(x), tl.trans(y), acc, input_precision=PRECISION)
+            acc += _product(tl.trans(x), tl.trans(y), PIECE)
     else:
         for k in range(first, last, BLOCK_K):
             offs_k = k + tl.arange(0, BLOCK_K)
@@ -201,7 +223,7 @@ def _partial_kernel(
             y = _elements(
                 large, offs_k[:, None], offs_d[None, :], d, d, large_row, large_column, ALIGNED
             )
-            acc = tl.dot(x, y, acc, input_precision=PRECISION)
+            acc += _product(x, y, PIECE)
     inside_s, inside_d = tl.arange(0, BLOCK_S).to(tl.int64), tl.arange(0, BLOCK_D).to(tl.int64)
     base = local.to(tl.int64) * (BLOCK_S * BLOCK_D)
     tl.store(sums_ptr + base + inside_s[:, None] * BLOCK_D + inside_d[None, :], acc)
@@ -216,7 +238,7 @@ def _finish_kernel(
     GRAD: tl.constexpr,
     BIAS: tl.constexpr,
     DOTS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PIECE: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
     FINISH_D: tl.constexpr,
@@ -258,7 +280,7 @@ def _finish_kernel(
         factor = _elements(
             small, offs_s[:, None], offs_a[None, :], s, s, small_row, small_column, False
         )
-        acc = tl.dot(factor, total, acc, input_precision=PRECISION)
+        acc += _product(factor, total, PIECE)
     # Back from the transpose of a tall gradient.
     across, along = offs_s[:, None] + offs_d[None, :] * 0, offs_d[None, :] + offs_s[:, None] * 0
     rows = tl.where(tall != 0, along, across)
@@ -413,15 +435,15 @@ def launch(
     parts = (
         torch.empty(plan.parts, dtype=torch.float32, device=device) if dots is not None else sums
     )
-    # The interpreter knows no product by parts; its own are those of fp32.
-    precision = "ieee" if interpreting_triton() else PRECISION
+    # The interpreter multiplies the bit patterns of bf16; in fp32 the pieces are the same numbers.
+    piece = tl.float32 if interpreting_triton() else tl.bfloat16
     with torch.cuda.device_of(outs[0]):
         for variant, partial_at, partials, finish_at, finishes in plan.groups:
             config = variant.config
             tiles: dict[str, Any] = {
                 "GRAD": DTYPES[variant.dtype],
                 "BIAS": variant.bias,
-                "PRECISION": precision,
+                "PIECE": piece,
                 "BLOCK_S": config.block_s,
                 "BLOCK_D": config.block_d,
             }

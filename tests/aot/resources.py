@@ -214,6 +214,8 @@ PRECONDITION_KERNELS = ("_partial_kernel", "_finish_kernel", "_dots_kernel")
 
 def compile_precondition(variant, arch, kernel="_partial_kernel", *, dots=True):
     """Compile one kernel of one variant of the two-sided product as ``launch`` does."""
+    import triton.language as tl
+
     from grng_kernels.precondition import triton_kernel
 
     function = getattr(triton_kernel, kernel)
@@ -223,7 +225,7 @@ def compile_precondition(variant, arch, kernel="_partial_kernel", *, dots=True):
         "ALIGNED": variant.aligned,
         "BIAS": variant.bias,
         "DOTS": dots,
-        "PRECISION": triton_kernel.PRECISION,
+        "PIECE": tl.bfloat16,
         "BLOCK_S": config.block_s,
         "BLOCK_D": config.block_d,
         "BLOCK_K": config.block_k,

@@ -131,7 +131,7 @@ def test_dtypes_bias_and_inner_products(dtype, bias, m, n):
     assert dots.item() == (want.double() * whole(item[0], item[3])).sum().item()
 
 
-@pytest.mark.parametrize(("m", "n"), [(16, 16), (64, 64), (17, 17), (128, 128), (100, 70)], ids=str)
+@pytest.mark.parametrize(("m", "n"), [(16, 16), (64, 64), (17, 17), (68, 68), (70, 100)], ids=str)
 def test_both_sides_small(m, n):
     item = integers(m, n)
     [out] = run([item])
@@ -139,7 +139,7 @@ def test_both_sides_small(m, n):
 
 
 @biases
-@pytest.mark.parametrize(("r", "d"), [(3, 65), (16, 68), (65, 90), (4, 161)], ids=str)
+@pytest.mark.parametrize(("r", "d"), [(3, 65), (16, 68), (65, 66), (4, 161)], ids=str)
 def test_split_sums_are_exact(short_splits, r, d, bias):
     """The last split is shorter than the others; in the last case they are not all read at once."""
     assert -(-d // split_length(d)) == -(-d // 32)
@@ -174,7 +174,7 @@ def test_the_sides_are_not_mixed_up():
 
 
 @dtypes
-@pytest.mark.parametrize(("m", "n"), [(8, 270), (129, 8), (20, 65), (65, 20)], ids=str)
+@pytest.mark.parametrize(("m", "n"), [(8, 129), (129, 8), (20, 65), (65, 20)], ids=str)
 def test_error_is_at_most_twice_that_of_torch(dtype, m, n):
     grad, left, right = torch.randn(m, n).to(dtype), spd(m), spd(n)
     [out], dots = run([(grad, left, right, None)], dots=True)
@@ -186,11 +186,12 @@ def test_error_is_at_most_twice_that_of_torch(dtype, m, n):
 
 # ---- lists ----
 
+# Tiles of both sizes, one item twice, and nothing that costs the interpreter much.
 MIXED = [
     ((4, 65), torch.float32, False), ((65, 4), torch.float32, False), ((16, 72), torch.float32, False),
     ((72, 16), torch.bfloat16, False), ((0, 5), torch.float32, False), ((40, 33), torch.float16, True),
-    ((5, 0), torch.float32, False), ((1, 1), torch.float32, False), ((17, 90), torch.float32, True),
-    ((90, 17), torch.float32, True), ((16, 72), torch.float32, False), ((96, 64), torch.float32, False),
+    ((5, 0), torch.float32, False), ((1, 1), torch.float32, False), ((17, 70), torch.float32, True),
+    ((70, 17), torch.float32, True), ((16, 72), torch.float32, False), ((68, 32), torch.float32, False),
 ]  # fmt: skip
 
 
@@ -224,7 +225,7 @@ def test_list_is_bitwise_one_by_one_and_bitwise_the_same_again(short_splits):
         assert torch.equal(dots[i], dot[0])
 
 
-@pytest.mark.parametrize("layers", [1, 12])
+@pytest.mark.parametrize("layers", [1, 6])
 def test_number_of_launches_does_not_depend_on_the_number_of_layers(launches, layers):
     items = [integers(*shape) for shape in ((8, 36), (36, 8))] * layers
     outs, _ = run(items, dots=True)
@@ -243,7 +244,7 @@ def test_programs_are_those_of_the_tiles(launches):
 
 
 def test_long_list_of_tiny_items(launches):
-    items = [integers(1 + i % 3, 1 + i % 5) for i in range(40)]
+    items = [integers(1 + i % 3, 1 + i % 5) for i in range(24)]
     outs, dots = run(items, dots=True)
     for out, dot, item in zip(outs, dots, items, strict=True):
         want = expected(*item)
@@ -286,8 +287,9 @@ def test_non_finite_input_gives_non_finite_output(which, m, n):
 # ---- layouts ----
 
 
-@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-@pytest.mark.parametrize(("m", "n"), [(8, 68), (68, 8), (20, 65)], ids=str)
+@pytest.mark.parametrize(
+    ("m", "n", "bias"), [(8, 68, False), (68, 8, False), (5, 33, True), (33, 5, True)], ids=str
+)
 @pytest.mark.parametrize("layout", MATRIX_LAYOUTS)
 @pytest.mark.parametrize("which", [0, 1, 2], ids=["grad", "left", "right"])
 def test_layout_does_not_matter(which, layout, m, n, bias):
