@@ -131,8 +131,12 @@ def _precondition_op(
         from grng_kernels.precondition.triton_kernel import launch, supports
 
         skinny = [i for i in skinny if supports(*outs[i].shape)]
-        lists = [[t[i] for i in skinny] for t in (outs, grads, lefts, rights)]
-        launch(*lists, bias_grads=[None] * len(skinny), dots=None)
+
+        def of(tensors: Sequence[Tensor]) -> list[Tensor]:
+            return [tensors[i] for i in skinny]
+
+        none = [None] * len(skinny)
+        launch(of(outs), of(grads), of(lefts), of(rights), bias_grads=none, dots=None)
     for i in set(count).difference(skinny):
         outs[i].copy_(reference.precondition(grads[i], lefts[i], rights[i]))
 
