@@ -13,13 +13,25 @@ import torch
 from torch import Tensor
 
 import grng_kernels
-from grng_kernels import kalman_update_, kron_factor_update_, use_backend
+from grng_kernels import kalman_update_, kron_factor_update_, precondition, use_backend
 
 # One order per tile size of the Triton kernel, none a multiple of it; the last takes several tiles.
 ORDERS = (7, 23, 61, 131)
 # Around the tile of 8 outputs, and on both sides of the 16 that are held in registers.
 OUTPUTS = (3, 11, 19)
 ROWS, PARAMETERS = 37, 1003
+# Both tiles of the small side, aligned and not, several splits, and two tiles of each.
+WEIGHTS = (
+    (5, 67),
+    (67, 5),
+    (12, 68),
+    (68, 12),
+    (16, 1100),
+    (1100, 16),
+    (20, 65),
+    (68, 40),
+    (101, 130),
+)
 
 
 def kron_factor() -> int:
@@ -52,10 +64,31 @@ def kalman_update() -> int:
     return calls
 
 
+def two_sided() -> int:
+    """Launch every variant of the two-sided product, with bias and inner products; return how many items."""
+    from grng_kernels.precondition.triton_kernel import launch
+
+    items = 0
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        grads = [torch.ones(shape, device="cuda", dtype=dtype) for shape in WEIGHTS]
+        lefts = [torch.eye(m, device="cuda") for m, _ in WEIGHTS]
+        rights = [torch.eye(n, device="cuda") for _, n in WEIGHTS]
+        outs = precondition(grads, lefts, rights)
+        biases = [grad[:, -1].contiguous() for grad in grads]
+        dots = torch.empty(len(grads), device="cuda")
+        launch(outs, [g[:, :-1].contiguous() for g in grads], lefts, rights, biases, dots)
+        items += 2 * len(grads)
+    return items
+
+
 def main() -> int:
     """Run what is there; the last line counts it."""
     done = []
-    for backend, work in (("triton", kron_factor), ("cuda", kalman_update)):
+    for backend, work in (
+        ("triton", kron_factor),
+        ("triton", two_sided),
+        ("cuda", kalman_update),
+    ):
         status = grng_kernels.backends()[backend]
         if not status.available:
             done.append(f"{work.__name__} left out: {status.reason}")

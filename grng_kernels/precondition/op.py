@@ -121,9 +121,24 @@ def _precondition_op(
             for i in count
         ],
     )
-    _dispatch.select(OP, outs[0].device)
-    for out, grad, left, right in zip(outs, grads, lefts, rights, strict=True):
-        out.copy_(reference.precondition(grad, left, right))
+    # Item by item, so that a list gives what its items give.
+    skinny = [
+        i
+        for i in count
+        if _dispatch.select(OP, outs[i].device, triton=_triton_unsupported(outs[i])) == "triton"
+    ]
+    if skinny:
+        from grng_kernels.precondition.triton_kernel import launch, supports
+
+        skinny = [i for i in skinny if supports(*outs[i].shape)]
+
+        def of(tensors: Sequence[Tensor]) -> list[Tensor]:
+            return [tensors[i] for i in skinny]
+
+        none = [None] * len(skinny)
+        launch(of(outs), of(grads), of(lefts), of(rights), bias_grads=none, dots=None)
+    for i in set(count).difference(skinny):
+        outs[i].copy_(reference.precondition(grads[i], lefts[i], rights[i]))
 
 
 @_precondition_op.register_fake
@@ -134,3 +149,7 @@ def _(
     rights: Sequence[Tensor],
 ) -> None:
     return None
+
+
+def _triton_unsupported(out: Tensor) -> str | None:
+    return "it has no fp64 products" if out.dtype == torch.float64 else None

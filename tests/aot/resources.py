@@ -91,6 +91,15 @@ def compile_triton(kernel, signature, constexprs, aligned, arch, *, num_warps, n
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
+def sass_of(compiled):
+    """Return the machine code of a CompiledKernel as text."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        [code] = read_cubin(file.name)[1].values()
+    return code
+
+
 def report_triton(compiled, name, arch):
     """Return the :class:`Report` of a CompiledKernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -179,6 +188,72 @@ def compile_kron_factor(dtype, config, arch, layout="aligned", kernel="_partial_
     )
 
 
+def precondition_variants():
+    """Yield every variant of the two-sided product: each gradient dtype, tile, alignment and bias."""
+    import torch
+
+    from grng_kernels.precondition.triton_kernel import CONFIGS_ALIGNED, CONFIGS_ANY, Variant
+
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for block_s in CONFIGS_ALIGNED:
+            yield Variant(dtype, block_s, aligned=True, bias=False)
+        for block_s in CONFIGS_ANY:
+            for bias in (False, True):
+                yield Variant(dtype, block_s, aligned=False, bias=bias)
+
+
+def variant_name(variant):
+    """A short name for tables and test ids."""
+    dtype = str(variant.dtype).removeprefix("torch.")
+    layout = "aligned" if variant.aligned else "any-bias" if variant.bias else "any"
+    return f"{dtype}-{variant.block_s}-{layout}"
+
+
+PRECONDITION_KERNELS = ("_partial_kernel", "_finish_kernel", "_dots_kernel")
+
+
+def compile_precondition(variant, arch, kernel="_partial_kernel", *, dots=True):
+    """Compile one kernel of one variant of the two-sided product as ``launch`` does."""
+    import triton.language as tl
+
+    from grng_kernels.precondition import triton_kernel
+
+    function = getattr(triton_kernel, kernel)
+    config = variant.config
+    constants = {
+        "GRAD": triton_kernel.DTYPES[variant.dtype],
+        "ALIGNED": variant.aligned,
+        "BIAS": variant.bias,
+        "DOTS": dots,
+        "PIECE": tl.bfloat16,
+        "BLOCK_S": config.block_s,
+        "BLOCK_D": config.block_d,
+        "BLOCK_K": config.block_k,
+        "FINISH_D": config.finish_d,
+        "AT_ONCE": triton_kernel.SPLITS_AT_ONCE,
+        "BLOCK": triton_kernel.DOTS_BLOCK,
+    }
+    types = {
+        "table_ptr": "*i64", "sums_ptr": "*fp32", "parts_ptr": "*fp32", "dots_ptr": "*fp32",
+        "programs_at": "i32", "stride": "i32", **dict.fromkeys(constants, "constexpr"),
+    }  # fmt: skip
+    signature = {name: types[name] for name in function.arg_names}
+    warps = {
+        "_partial_kernel": config.num_warps,
+        "_finish_kernel": config.finish_warps,
+        "_dots_kernel": 1,
+    }
+    return compile_triton(
+        function,
+        signature,
+        {name: value for name, value in constants.items() if name in signature},
+        [name for name in signature if name.endswith("_ptr")],
+        arch,
+        num_warps=warps[kernel],
+        num_stages=config.num_stages if kernel == "_partial_kernel" else 3,
+    )
+
+
 # ---- CUDA ----
 
 
@@ -240,6 +315,12 @@ def all_reports(layouts=("aligned",)):
             for layout in layouts:
                 compiled = compile_kron_factor(dtype, config, arch, layout)
                 yield report_triton(compiled, f"kron_factor-{dtype}-{tile}-{layout}", arch)
+    for variant in precondition_variants():
+        for arch in TRITON_ARCHS:
+            for kernel in PRECONDITION_KERNELS[:2]:
+                compiled = compile_precondition(variant, arch, kernel)
+                name = f"precondition{kernel.removesuffix('_kernel')}-{variant_name(variant)}"
+                yield report_triton(compiled, name, arch)
     if find_nvcc():
         with tempfile.TemporaryDirectory() as folder:
             for source in CUDA_SOURCES:

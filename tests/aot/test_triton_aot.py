@@ -29,13 +29,21 @@ if importlib.util.find_spec("triton") is not None and os.environ.get("TRITON_INT
         for arch in resources.TRITON_ARCHS
     ]
 
+    PRECONDITION = [
+        pytest.param(variant, arch, id=f"{resources.variant_name(variant)}-sm_{arch}")
+        for variant in resources.precondition_variants()
+        for arch in resources.TRITON_ARCHS
+        # bf16 and fp16 differ in one conversion: one architecture is enough for both.
+        if "float16" not in resources.variant_name(variant).split("-") or arch == 90
+    ]
+
     @triton.jit
     def _old_offsets(x_ptr, rows, stride, BLOCK: tl.constexpr):
         offsets = tl.arange(0, BLOCK)
         tl.store(x_ptr + offsets * stride, rows, mask=offsets < rows)
 
 else:
-    VARIANTS = []
+    VARIANTS = PRECONDITION = []
 
 
 def assert_fits(report, arch):
@@ -93,6 +101,76 @@ def test_kron_factor_offsets_are_64_bit(layout, kernel):
     dtype, _, config = next(resources.kron_factor_variants())
     compiled = resources.compile_kron_factor(dtype, config, 90, layout, kernel)
     assert_offsets_are_64_bit(compiled.asm["ttir"])
+
+
+@pytest.mark.parametrize(("variant", "arch"), PRECONDITION)
+def test_precondition_fits_and_uses_tensor_cores(variant, arch):
+    compiled = resources.compile_precondition(variant, arch)
+    report = resources.report_triton(compiled, resources.variant_name(variant), arch)
+    assert report.tensor > 0, report
+    assert_fits(report, arch)
+
+
+@pytest.mark.parametrize("dots", [False, True], ids=["", "dots"])
+@pytest.mark.parametrize(
+    ("variant", "arch"), [p for p in PRECONDITION if not p.values[0].aligned and p.values[0].bias]
+)
+def test_precondition_finish_fits(variant, arch, dots):
+    compiled = resources.compile_precondition(variant, arch, "_finish_kernel", dots=dots)
+    report = resources.report_triton(compiled, resources.variant_name(variant), arch)
+    assert report.tensor > 0, report
+    assert_fits(report, arch)
+
+
+@pytest.mark.parametrize("arch", resources.TRITON_ARCHS if VARIANTS else [])
+def test_precondition_dots_fit(arch):
+    variant = next(resources.precondition_variants())
+    compiled = resources.compile_precondition(variant, arch, "_dots_kernel")
+    assert_fits(resources.report_triton(compiled, "dots", arch), arch)
+
+
+def wide_copies(compiled):
+    """How many asynchronous copies of 16 bytes each stand in the machine code, and how many copies in all."""
+    sass = resources.sass_of(compiled)
+    return len(re.findall(r"\bLDGSTS\.E[.\w]*\.128\b", sass)), len(re.findall(r"\bLDGSTS\b", sass))
+
+
+@pytest.mark.parametrize(
+    ("variant", "arch"), [p for p in PRECONDITION if p.values[0].aligned and p.values[1] != 100]
+)
+def test_precondition_reads_aligned_inverses_16_bytes_at_a_time(variant, arch):
+    """The compiler must believe the hints: addresses and strides that come from the table tell it nothing.
+
+    Both orders of the product have their own loop. Each thread copies its share of a tile once per stage
+    that is filled ahead and once in the loop.
+    """
+    config = variant.config
+    share = config.block_k * config.block_d * 4 // 16 // (32 * config.num_warps)
+    wide, _ = wide_copies(resources.compile_precondition(variant, arch))
+    assert wide >= 2 * share * config.num_stages
+
+
+def test_the_check_of_wide_copies_has_teeth():
+    variant = next(v for v in resources.precondition_variants() if not v.aligned)
+    wide, copies = wide_copies(resources.compile_precondition(variant, 90))
+    assert wide == 0
+    assert copies > 0
+
+
+@pytest.mark.parametrize("kernel", resources.PRECONDITION_KERNELS if VARIANTS else [])
+@pytest.mark.parametrize("layout", ["aligned", "any-bias"])
+def test_precondition_offsets_are_64_bit(layout, kernel):
+    variant = next(
+        v for v in resources.precondition_variants() if resources.variant_name(v).endswith(layout)
+    )
+    ttir = resources.compile_precondition(variant, 90, kernel).asm["ttir"]
+    if kernel == "_dots_kernel":
+        # Parts lie one after another: there is no product of tensors.
+        assert set(re.findall(r"tt\.addptr .*?: tensor<.*>, tensor<[\dx]*x?(i\d+)>", ttir)) == {
+            "i64"
+        }
+    else:
+        assert_offsets_are_64_bit(ttir)
 
 
 def test_the_check_of_offsets_has_teeth():

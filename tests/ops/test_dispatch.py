@@ -159,7 +159,11 @@ CALLS = {
     "rank1_precondition": lambda: gk.rank1_precondition(torch.ones(4), torch.ones(4), damping=0.1),
 }
 # What each op has beside the reference.
-KERNELS = {"kron_factor_update_": {"cpu", "triton"}, "kalman_update_": {"cpu", "cuda"}}
+KERNELS = {
+    "kron_factor_update_": {"cpu", "triton"},
+    "kalman_update_": {"cpu", "cuda"},
+    "precondition": {"triton"},
+}
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton", "cuda"])
@@ -175,7 +179,8 @@ def test_named_backend_without_a_kernel_says_so(op, backend):
 
 
 @pytest.mark.parametrize(
-    ("op", "backend"), [("kron_factor_update_", "triton"), ("kalman_update_", "cuda")]
+    ("op", "backend"),
+    [("kron_factor_update_", "triton"), ("kalman_update_", "cuda"), ("precondition", "triton")],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
 def test_named_backend_that_cannot_run_says_why(op, backend):
