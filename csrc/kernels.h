@@ -77,6 +77,26 @@ struct ConvFactorUpdate {
 // changed.
 void kron_factor_conv2d_update_cpu(ConvFactorUpdate* items, int64_t count, const Threads& threads);
 
+// ---- precondition (csrc/cpu/precondition.cpp) ----
+
+// out [m, n] = left [m, m] * gradient [m, n] * right [n, n], and their inner product with the
+// gradient. The inverses have unit column stride; m or n is at most kMaxPreconditionNarrow. With
+// `bias` the gradient's last column lies there and grad has one column less; both have one dtype,
+// not fp64.
+constexpr int64_t kMaxPreconditionNarrow = 16;
+struct Precondition {
+  ConstMatrix grad;
+  const void* bias;
+  int64_t bias_stride;
+  const float *left, *right;
+  int64_t left_stride, right_stride;
+  float* out;
+  int64_t out_row_stride, out_col_stride, m, n;
+  double dot;
+};
+
+void precondition_cpu(Precondition* items, int64_t count, bool with_dot, const Threads& threads);
+
 // ---- kalman_update (csrc/cpu/kalman_update.cpp, csrc/cuda/kalman_update.cu) ----
 
 // One block of parameters: mean and variance [d] are contiguous, jacobian [outputs, d] has unit

@@ -181,6 +181,58 @@ void kron_factor_conv2d_update(const Tensors factors, const Tensors xs, const Te
   for (int64_t i = 0; i < count; ++i) codes[i] = items[i].info;
 }
 
+// ---- precondition ----
+
+grng::ConstMatrix matrix_of(const Tensor& t) {
+  STD_TORCH_CHECK(t.dim() == 2, "grng: grad must be a matrix");
+  return {t.data_ptr(), dtype_of(t), t.size(0), t.size(1), t.stride(0), t.stride(1)};
+}
+
+const float* check_inverse(const Tensor& t, int64_t n, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.dim() == 2 && t.size(0) == n &&
+                      t.size(1) == n && (t.stride(1) == 1 || n <= 1),
+                  "grng: ", name, " must be a square float32 matrix with unit column stride");
+  return static_cast<const float*>(t.data_ptr());
+}
+
+// An empty bias means none. `dots` is empty where they are not wanted.
+void precondition(const Tensors outs, const Tensor dots, const Tensors grads, const Tensors lefts,
+                  const Tensors rights, const Tensors biases) {
+  const size_t count = outs.size();
+  STD_TORCH_CHECK(count == grads.size() && count == lefts.size() && count == rights.size() &&
+                      count == biases.size(),
+                  "grng: outs, grads, lefts, rights and biases must have the same length");
+  const bool with_dot = dots.numel() > 0;
+  if (with_dot) check_dense(dots, ScalarType::Float, {static_cast<int64_t>(count)}, "dots");
+  std::vector<grng::Precondition> items;
+  std::vector<Span> spans;
+  for (size_t i = 0; i < count; ++i) {
+    const grng::ConstMatrix grad = matrix_of(grads[i]);
+    const Tensor &bias = biases[i], &out = outs[i];
+    const bool has_bias = bias.numel() > 0;
+    const int64_t m = grad.rows, n = grad.cols + has_bias;
+    STD_TORCH_CHECK(grad.dtype != grng::Dtype::kFloat64, "grng: grad must not be float64");
+    STD_TORCH_CHECK(std::min(m, n) <= grng::kMaxPreconditionNarrow, "grng: grad is not narrow");
+    STD_TORCH_CHECK(!has_bias || (bias.dim() == 1 && bias.size(0) == m &&
+                                  bias.scalar_type() == grads[i].scalar_type()),
+                    "grng: bias must have one element per row of grad, and its dtype");
+    STD_TORCH_CHECK(out.scalar_type() == ScalarType::Float && out.dim() == 2 && out.size(0) == m &&
+                        out.size(1) == n,
+                    "grng: out must be a float32 matrix of the gradient's shape");
+    items.push_back({grad, has_bias ? bias.data_ptr() : nullptr, has_bias ? bias.stride(0) : 0,
+                     check_inverse(lefts[i], m, "left"), check_inverse(rights[i], n, "right"),
+                     lefts[i].stride(0), rights[i].stride(0), static_cast<float*>(out.data_ptr()),
+                     out.stride(0), out.stride(1), m, n, 0});
+    spans.push_back(span_of(out, true));
+    for (const Tensor* t : {&grads[i], &lefts[i], &rights[i], &bias})
+      spans.push_back(span_of(*t, false));
+  }
+  check_no_overlap(std::move(spans));
+  grng::precondition_cpu(items.data(), static_cast<int64_t>(count), with_dot, threads_of_torch());
+  float* values = static_cast<float*>(dots.data_ptr());
+  for (size_t i = 0; with_dot && i < count; ++i) values[i] = static_cast<float>(items[i].dot);
+}
+
 // ---- kalman_update ----
 
 grng::KalmanBlock kalman_block(const Tensor* mean, const Tensor& variance, const Tensor& jacobian,
@@ -295,6 +347,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(grng, m) {
   m.def(
       "_kron_factor_conv2d_update_(Tensor(a!)[] factors, Tensor[] xs, Tensor(b!) info, int[] "
       "geometry, bool bias, float decay, float[] scales) -> ()");
+  m.def(
+      "_precondition_(Tensor(a!)[] outs, Tensor(b!) dots, Tensor[] grads, Tensor[] lefts, Tensor[] "
+      "rights, Tensor[] biases) -> ()");
   m.def("_kalman_gram_(Tensor(a!) gram, Tensor[] variances, Tensor[] jacobians) -> ()");
   m.def(
       "_kalman_apply_(Tensor(a!)[] means, Tensor(b!)[] variances, Tensor[] jacobians, Tensor "
@@ -306,6 +361,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(grng, m) {
 STABLE_TORCH_LIBRARY_IMPL(grng, CPU, m) {
   m.impl("_kron_factor_update_", TORCH_BOX(&kron_factor_update));
   m.impl("_kron_factor_conv2d_update_", TORCH_BOX(&kron_factor_conv2d_update));
+  m.impl("_precondition_", TORCH_BOX(&precondition));
   m.impl("_kalman_gram_", TORCH_BOX(&kalman_gram));
   m.impl("_kalman_apply_", TORCH_BOX(&kalman_apply));
 }

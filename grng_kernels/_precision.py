@@ -15,17 +15,18 @@ def _reduced(device_type: str) -> bool:
     return precision not in ("none", "ieee")
 
 
-def matmul(a: Tensor, b: Tensor) -> Tensor:
+def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """Return ``a @ b`` in the dtype of ``a``, never through TF32, bf16 or fp16.
 
     torch's switches for reduced precision are global. They are neither obeyed here nor touched, since
     other threads may read them: where one is on, the product is taken in fp64. Autocast is per thread
-    and is turned off.
+    and is turned off. ``out`` is where to put it, as in torch.
     """
     device_type = a.device.type
     if torch.is_autocast_enabled(device_type):
         with torch.autocast(device_type, enabled=False):
-            return matmul(a, b)
+            return matmul(a, b, out)
     if a.dtype == torch.float32 and _reduced(device_type):
-        return (a.double() @ b.double()).float()
-    return a @ b
+        product = (a.double() @ b.double()).float()
+        return product if out is None else out.copy_(product)
+    return torch.matmul(a, b, out=out)

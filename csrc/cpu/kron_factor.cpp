@@ -227,7 +227,7 @@ Info update_by_tiles(const FactorUpdate& item, T* packed, const Threads& threads
   double amax = 0;
   for (int64_t row = 0; row < x.rows; row += height) {
     const int64_t rows = std::min(height, x.rows - row);
-    run_dynamic(threads, panels, [&](auto isa, int64_t p) {
+    run_dynamic(threads, panels, [&](auto isa, int64_t p) GRNG_INLINE_LAMBDA {
       largest[p] = pack<decltype(isa), T, P>(packed, x, item.bias, row, rows, height, p, p + 1);
     });
     for (double m : largest) amax = larger(amax, m);
@@ -237,11 +237,11 @@ Info update_by_tiles(const FactorUpdate& item, T* packed, const Threads& threads
       const Info info = verdict<T>(item, amax);
       if (info != kOk) return info;
     }
-    run_dynamic(threads, tile_count(blocks), [&](auto isa, int64_t b) {
+    run_dynamic(threads, tile_count(blocks), [&](auto isa, int64_t b) GRNG_INLINE_LAMBDA {
       const TileIndex block(b);
       const int64_t row_end = std::min(panels, (block.row + 1) * kPanelsPerBlock);
       const int64_t col_end = std::min(panels, (block.col + 1) * kPanelsPerBlock);
-      const auto for_each_tile = [&](const auto& f) {
+      const auto for_each_tile = [&](const auto& f) GRNG_INLINE_LAMBDA {
         for (int64_t i = block.row * kPanelsPerBlock; i < row_end; ++i)
           for (int64_t j = block.col * kPanelsPerBlock; j < std::min(col_end, i + 1); ++j)
             f(TileIndex(i, j), sums + (tile_count(i) + j) * kTileSizeOf<T, P>);
@@ -250,13 +250,15 @@ Info update_by_tiles(const FactorUpdate& item, T* packed, const Threads& threads
         for_each_tile(
             [](TileIndex, T* sum) { std::memset(sum, 0, kTileSizeOf<T, P> * sizeof(T)); });
       for (int64_t r = 0; r < rows; r += kRowsPerBlock)
-        for_each_tile([&](TileIndex tile, T* sum) {
+        for_each_tile([&](TileIndex tile, T* sum) GRNG_INLINE_LAMBDA {
           add_product<decltype(isa), T, P>(sum, packed + (tile.row * height + r) * kWidth,
                                            packed + (tile.col * height + r) * kWidth,
                                            one_line(std::min(kRowsPerBlock, rows - r)),
-                                           tile.row == tile.col, [] {});
+                                           tile.row == tile.col, []() GRNG_INLINE_LAMBDA {});
         });
-      if (last) for_each_tile([&](TileIndex tile, T* sum) { commit_tile<T, P>(item, sum, tile); });
+      if (last)
+        for_each_tile([&](TileIndex tile, T* sum)
+                          GRNG_INLINE_LAMBDA { commit_tile<T, P>(item, sum, tile); });
     });
   }
   return kOk;
@@ -306,7 +308,7 @@ GRNG_INLINE double sum_rows(T* sum, const FactorUpdate& item, int64_t begin, int
       for (int64_t j = 0; j <= i; ++j, tile += kWidth * kWidth)
         add_product<Isa, T, P>(tile, block + i * kRowsPerBlock * kWidth,
                                block + j * kRowsPerBlock * kWidth, one_line(rows), i == j,
-                               [&] { ahead.fetch(kLinesPerStrip); });
+                               [&]() GRNG_INLINE_LAMBDA { ahead.fetch(kLinesPerStrip); });
   }
   return amax;
 }
@@ -341,22 +343,23 @@ void update_by_rows(const std::vector<FactorUpdate*>& items, const Threads& thre
     first_chunk.push_back(static_cast<int64_t>(chunks.size()));
   }
   const Buffer<T> sums = allocate<T>(total);
-  run_dynamic(threads, static_cast<int64_t>(chunks.size()), [&](auto isa, int64_t c) {
-    Chunk& chunk = chunks[c];
-    const FactorUpdate& item = *items[chunk.item];
-    with_panels<T>(item.x.cols + item.bias, [&](auto p) {
-      chunk.amax = sum_rows<decltype(isa), T, decltype(p)>(sums.get() + chunk.sums, item,
-                                                           chunk.begin, chunk.end);
-    });
-  });
-  const auto commit = [&](auto, int64_t i) {
+  run_dynamic(threads, static_cast<int64_t>(chunks.size()),
+              [&](auto isa, int64_t c) GRNG_INLINE_LAMBDA {
+                Chunk& chunk = chunks[c];
+                const FactorUpdate& item = *items[chunk.item];
+                with_panels<T>(item.x.cols + item.bias, [&](auto p) GRNG_INLINE_LAMBDA {
+                  chunk.amax = sum_rows<decltype(isa), T, decltype(p)>(
+                      sums.get() + chunk.sums, item, chunk.begin, chunk.end);
+                });
+              });
+  const auto commit = [&](auto, int64_t i) GRNG_INLINE_LAMBDA {
     FactorUpdate& item = *items[i];
     double amax = 0;
     for (int64_t c = first_chunk[i]; c < first_chunk[i + 1]; ++c)
       amax = larger(amax, chunks[c].amax);
     item.info = verdict<T>(item, amax);
     if (item.info != kOk) return;
-    with_panels<T>(item.x.cols + item.bias, [&](auto p) {
+    with_panels<T>(item.x.cols + item.bias, [&](auto p) GRNG_INLINE_LAMBDA {
       commit_rows<T, decltype(p)>(item, sums.get() + chunks[first_chunk[i]].sums,
                                   first_chunk[i + 1] - first_chunk[i]);
     });
@@ -364,7 +367,7 @@ void update_by_rows(const std::vector<FactorUpdate*>& items, const Threads& thre
   if (items.size() > 1) {
     run_dynamic(threads, static_cast<int64_t>(items.size()), commit);
   } else {  // waking the threads would take longer
-    for_this_cpu([&](auto isa) { commit(isa, 0); });
+    for_this_cpu([&](auto isa) GRNG_INLINE_LAMBDA { commit(isa, 0); });
   }
 }
 

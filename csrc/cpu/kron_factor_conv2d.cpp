@@ -256,7 +256,8 @@ GRNG_INLINE void sum_pieces(T* sums, T* ones, T* lines, const Job& job, const Un
                   right_lines + ((u + distance.down * g.dilation[0] - right_top) * g.width + w +
                                  distance.right * g.dilation[1]) *
                                     kWidth;
-              add_product<Isa, T, P>(sum, left, right, run, diagonal && is_zero(distance), [] {});
+              add_product<Isa, T, P>(sum, left, right, run, diagonal && is_zero(distance),
+                                     []() GRNG_INLINE_LAMBDA {});
               if (diagonal && is_zero(distance)) add_ones<Isa, T, P>(one, left, run);
             }
             sum += kWidth * kWidth;
@@ -383,10 +384,10 @@ void update_by_distances(const Job& job, const Threads& threads) {
     T* const sums = workspace.get() + slot * padded;
     T* const ones = sums + max_pieces * kTileSizeOf<T, P>;
     T* const lines = ones + max_pieces * kWidthOf<T, P>;
-    for_this_cpu([&](auto isa) {
+    for_this_cpu([&](auto isa) GRNG_INLINE_LAMBDA {
       for (int64_t i = next++; i < static_cast<int64_t>(units.size()); i = next++) {
         std::memset(sums, 0, (lines - sums) * sizeof(T));
-        with_elements<T>(job.item->dtype, [&](const auto* none) {
+        with_elements<T>(job.item->dtype, [&](const auto* none) GRNG_INLINE_LAMBDA {
           using In = std::remove_const_t<std::remove_pointer_t<decltype(none)>>;
           sum_pieces<decltype(isa), T, P, In>(sums, ones, lines, job, units[i]);
         });
@@ -429,7 +430,7 @@ using Bits = typename Simd<Isa, T>::Bits;
 template <class Isa, class T, class In>
 GRNG_INLINE Bits<Isa, T> largest_bits(Bits<Isa, T> most, const In* data, int64_t count,
                                       int64_t stride) {
-  const auto magnitude = [](In element) {
+  const auto magnitude = [](In element) GRNG_INLINE_LAMBDA {
     const T value = static_cast<T>(element);
     Bits<Isa, T> bits;
     std::memcpy(&bits, &value, sizeof(bits));
@@ -469,8 +470,8 @@ GRNG_INLINE double largest_of_image(const ConvFactorUpdate& item, int64_t b) {
 template <class T>
 double largest_of(const ConvFactorUpdate& item, const Threads& threads) {
   std::vector<double> largest(item.batch);
-  run_dynamic(threads, item.batch, [&](auto isa, int64_t b) {
-    with_elements<T>(item.dtype, [&](const auto* none) {
+  run_dynamic(threads, item.batch, [&](auto isa, int64_t b) GRNG_INLINE_LAMBDA {
+    with_elements<T>(item.dtype, [&](const auto* none) GRNG_INLINE_LAMBDA {
       using In = std::remove_const_t<std::remove_pointer_t<decltype(none)>>;
       largest[b] = largest_of_image<decltype(isa), T, In>(item, b);
     });

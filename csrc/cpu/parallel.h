@@ -18,7 +18,7 @@ template <class F>
 void run_dynamic(const Threads& threads, int64_t count, const F& f) {
   std::atomic<int64_t> next{0};
   threads.run(count, 1, [&](int64_t, int64_t) {
-    for_this_cpu([&](auto isa) {
+    for_this_cpu([&](auto isa) GRNG_INLINE_LAMBDA {
       for (int64_t i = next++; i < count; i = next++) f(isa, i);
     });
   });

@@ -12,6 +12,8 @@
 #pragma GCC diagnostic ignored "-Wpsabi"
 
 #define GRNG_INLINE inline __attribute__((always_inline))
+// For lambdas that hold vector code: left out of line they would be compiled for the baseline.
+#define GRNG_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace grng {
 
@@ -46,6 +48,15 @@ struct Simd {
     std::memcpy(&v, p, sizeof(v));
     return v;
   }
+  // For a vector that is used many times: gcc would load it again for each, and a matrix kernel has
+  // no load port to spare.
+  static GRNG_INLINE Vec load_once(const T* p) {
+    Vec v = load(p);
+#if defined(__x86_64__)
+    asm("" : "+v"(v));
+#endif
+    return v;
+  }
   static GRNG_INLINE void store(T* p, Vec v) { std::memcpy(p, &v, sizeof(v)); }
   static GRNG_INLINE Vec broadcast(const T* p) {
 #if defined(__x86_64__)
@@ -78,6 +89,31 @@ struct Simd {
     T value;
     std::memcpy(&value, &bits, sizeof(value));
     return static_cast<double>(value);
+  }
+  // The sums of the lanes of four vectors.
+  static GRNG_INLINE void sum4(T* sums, const Vec* v) {
+#if defined(__x86_64__)
+    // gcc 12 takes a shuffle of wide vectors apart before it knows the instruction set.
+    if constexpr (Isa::kVectorBytes >= 32 && sizeof(T) == 4) {
+      Vec low, high, a, b;
+      const auto pairs =
+          [&](Vec x, Vec y) GRNG_INLINE_LAMBDA {  // of every four lanes: x0+x2, y0+y2, x1+x3, y1+y3
+            asm("vunpcklps %2, %1, %0" : "=v"(low) : "v"(x), "v"(y));
+            asm("vunpckhps %2, %1, %0" : "=v"(high) : "v"(x), "v"(y));
+            return low + high;
+          };
+      a = pairs(v[0], v[1]);
+      b = pairs(v[2], v[3]);
+      asm("vunpcklpd %2, %1, %0" : "=v"(low) : "v"(a), "v"(b));
+      asm("vunpckhpd %2, %1, %0" : "=v"(high) : "v"(a), "v"(b));
+      T fours[kLanes];
+      store(fours, low + high);
+      for (int k = 0; k < 4; ++k) sums[k] = fours[k];
+      for (int i = 4; i < kLanes; ++i) sums[i % 4] += fours[i];
+      return;
+    }
+#endif
+    for (int k = 0; k < 4; ++k) sums[k] = static_cast<T>(sum(v[k]));
   }
   static GRNG_INLINE double sum(Vec v) {
     double total = 0;

@@ -69,7 +69,7 @@ GRNG_INLINE int64_t add_strip(T* sum, const T* left, const T* right, const Run& 
     for (int64_t k = 0; k < run.rows; ++k) {
       Vec b[kVecs];
 #pragma GCC unroll 12
-      for (int v = 0; v < kVecs; ++v) b[v] = S::load(r + v * S::kLanes);
+      for (int v = 0; v < kVecs; ++v) b[v] = S::load_once(r + v * S::kLanes);
 #pragma GCC unroll 16
       for (int t = 0; t < kRows; ++t) {
         const Vec a = S::broadcast(l + t);

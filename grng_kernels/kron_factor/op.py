@@ -113,6 +113,8 @@ def _usual_call(
     What is accepted here passes every check of the general way; it costs a fifth of the time, which is
     what decides how small factors compare with a plain ``addmm``.
     """
+    if not _dispatch.runs_at_once():
+        return None
     single = isinstance(factor, Tensor)
     factors = [factor] if isinstance(factor, Tensor) else factor
     xs = [x] if isinstance(x, Tensor) else x
@@ -126,7 +128,7 @@ def _usual_call(
         return None
     if not all(_is_usual(f, item, bias) for f, item in zip(factors, xs, strict=True)):
         return None
-    if not _dispatch.runs_at_once() or not _dispatch.serves_cpu():
+    if not _dispatch.serves_cpu():
         return None
     scales = [(1.0 - decay) / max(item.shape[0], 1) if scale is None else scale for item in xs]
     info = torch.empty(() if single else (len(factors),), dtype=torch.int32)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two-sided product in plain PyTorch."""
 
-import torch
 from torch import Tensor
 
 from grng_kernels._precision import matmul
@@ -16,10 +15,33 @@ def left_first(m: int, n: int) -> bool:
     return m >= n
 
 
-def precondition(grad: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Return ``left · grad · right`` for ``grad [m, n]``, in the widest dtype among the three."""
-    dtype = torch.promote_types(torch.promote_types(grad.dtype, left.dtype), right.dtype)
-    grad, left, right = grad.to(dtype), left.to(dtype), right.to(dtype)
-    if left_first(*grad.shape):
-        return matmul(matmul(left, grad), right)
-    return matmul(left, matmul(grad, right))
+def precondition_into(
+    out: Tensor, grad: Tensor, left: Tensor, right: Tensor, bias: Tensor | None = None
+) -> None:
+    """Write ``left · gradient · right`` to ``out``, in its dtype, the widest among the arguments.
+
+    ``grad`` is ``[m, n]``; ``bias [m]`` is one more column of the gradient, at its end, and is not
+    concatenated: its part of the product with ``right [n+1, n+1]`` is a rank-1 update.
+    """
+    grad, left, right = (t.to(out.dtype) for t in (grad, left, right))
+    m, n = out.shape
+    if bias is None:
+        if left_first(m, n):
+            matmul(matmul(left, grad), right, out=out)
+        else:
+            matmul(left, matmul(grad, right), out=out)
+        return
+    column = bias.to(out.dtype).unsqueeze(1)
+    if left_first(m, n):
+        matmul(matmul(left, grad), right[:-1], out=out)
+        out.addcmul_(matmul(left, column), right[-1:])
+    else:
+        product = matmul(grad, right[:-1]).addcmul_(column, right[-1:])
+        matmul(left, product, out=out)
+
+
+def inner_product(result: Tensor, grad: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return ``<result, gradient>``, 0-d, in the dtype of ``result``."""
+    wide = result[:, : grad.shape[1]]
+    total = (wide * grad).sum()
+    return total if bias is None else total + (result[:, -1] * bias).sum()

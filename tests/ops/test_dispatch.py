@@ -162,7 +162,7 @@ CALLS = {
 KERNELS = {
     "kron_factor_update_": {"cpu", "triton"},
     "kalman_update_": {"cpu", "cuda"},
-    "precondition": {"triton"},
+    "precondition": {"cpu", "triton"},
 }
 
 

@@ -102,18 +102,26 @@ def kalman_samples():
 
 
 def precondition_samples():
-    yield "single", ([torch.empty(3, 5)], [torch.randn(3, 5)], mats(3), mats(5))
+    none, three, five = torch.empty(0), torch.empty(3, 5), [torch.randn(3, 5)]
+    yield "single", ([three], none, five, mats(3), mats(5), [None])
     yield (
         "list",
         (
             [torch.empty(3, 5), torch.empty(2, 2)],
+            torch.empty(2),
             [torch.randn(3, 5), torch.randn(2, 2)],
             mats(3, 2),
             mats(5, 2),
+            [None, None],
         ),
     )
-    yield "strided", ([torch.empty(5, 3).mT], [torch.randn(6, 5)[::2]], mats(3), mats(5))
-    yield "bf16", ([torch.empty(3, 5)], [torch.randn(3, 5).bfloat16()], mats(3), mats(5))
+    bias = (mats(3), mats(6), [torch.randn(3)])
+    yield "bias", ([torch.empty(3, 6)], torch.empty(1), five, *bias)
+    large = [torch.randn(20, 18)]
+    yield "large", ([torch.empty(20, 18)], torch.empty(1), large, mats(20), mats(18), [None])
+    strided = [torch.randn(6, 5)[::2]]
+    yield "strided", ([torch.empty(5, 3).mT], none, strided, mats(3), mats(5), [None])
+    yield "bf16", ([three], none, [five[0].bfloat16()], mats(3), mats(5), [None])
 
 
 def rank1_samples():
@@ -174,6 +182,17 @@ def private_samples():
             [3, 3, 1, 1, 1, 1, 1, 1, 1], False, 0.9, [0.1],
         ),
     )  # fmt: skip
+    yield (
+        "_precondition_",
+        (
+            [torch.empty(3, 5)],
+            torch.empty(1),
+            [torch.randn(3, 5)],
+            mats(3),
+            mats(5),
+            [torch.empty(0)],
+        ),
+    )
     yield "_kalman_gram_", (gram, [torch.rand(9)], [torch.randn(2, 9)])
     yield "_kalman_apply_", (
         [torch.randn(9)], [torch.rand(9)], [torch.randn(2, 9)], torch.randn(2), torch.eye(2) / 9,
@@ -212,6 +231,14 @@ BAD = torch.zeros(3)
         ("_kron_factor_conv2d_update_", 3, [9] * 2 + [1] * 7, "the kernel is larger than its padded input"),
         ("_kron_factor_conv2d_update_", 3, [0] * 8 + [1], "the geometry of the convolution is out of range"),
         ("_kron_factor_conv2d_update_", 3, [1] * 8 + [3], "C divisible by the groups"),
+        ("_precondition_", 0, [torch.zeros(3, 6)], "out must be a float32 matrix of the gradient's shape"),
+        ("_precondition_", 1, torch.zeros(2), "dots has the wrong dtype, shape or layout"),
+        ("_precondition_", 2, [torch.zeros(3, 5).double()], "grad must not be float64"),
+        ("_precondition_", 2, [BAD], "grad must be a matrix"),
+        ("_precondition_", 3, mats(4), "left must be a square float32 matrix"),
+        ("_precondition_", 4, [spd(10)[::2, ::2]], "right must be a square float32 matrix with unit column"),
+        ("_precondition_", 5, [torch.zeros(2)], "bias must have one element per row of grad"),
+        ("_precondition_", 5, [], "must have the same length"),
         ("_kalman_gram_", 0, torch.zeros(2, 2), "gram has the wrong dtype, shape or layout"),
         ("_kalman_gram_", 0, torch.zeros(2, 3).double(), "gram has the wrong dtype, shape or layout"),
         ("_kalman_gram_", 1, [], "one jacobian per variance"),
