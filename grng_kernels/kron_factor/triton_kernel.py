@@ -254,6 +254,16 @@ def _store_column_sums(column_sums_ptr, row, split, tile, ones, BLOCK_N: tl.cons
     tl.store(target + tl.arange(0, BLOCK_N).to(tl.int64), tl.sum(ones, axis=0))
 
 
+@triton.jit
+def _pointers(base, row, offs_k, offs_n, stride_xk, ALIGNED: tl.constexpr):
+    # Row offsets are int64: rows * stride passes 2^31 long before memory ends.
+    rows = base + offs_k[:, None].to(tl.int64) * stride_xk
+    if ALIGNED:
+        return rows + offs_n[None, :].to(tl.int64)
+    else:
+        return rows + offs_n[None, :].to(tl.int64) * tl.load(row + _STRIDE_XN)
+
+
 @triton.jit(do_not_specialize=["layers"])
 def _products_kernel(
     table_ptr,
@@ -283,7 +293,6 @@ def _products_kernel(
     count = tl.minimum(split_rows, tl.load(row + _ROWS) - first).to(tl.int32)
     stride_xk = tl.load(row + _STRIDE_XK)
     width = tl.load(row + _WIDTH).to(tl.int32)
-    # Row offsets are int64: rows * stride passes 2^31 long before memory ends.
     base = tl.load(row + _X).to(tl.pointer_type(DTYPE)) + first * stride_xk
     if ALIGNED:
         # Nothing is known of numbers from memory; without this there is no vector load and no pipeline.
@@ -294,14 +303,8 @@ def _products_kernel(
     offs_k = tl.arange(0, BLOCK_K)
     offs_m = tile_m * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_offsets = offs_k[:, None].to(tl.int64) * stride_xk
-    if ALIGNED:
-        left_ptrs = base + row_offsets + offs_m[None, :].to(tl.int64)
-        right_ptrs = base + row_offsets + offs_n[None, :].to(tl.int64)
-    else:
-        stride_xn = tl.load(row + _STRIDE_XN)
-        left_ptrs = base + row_offsets + offs_m[None, :].to(tl.int64) * stride_xn
-        right_ptrs = base + row_offsets + offs_n[None, :].to(tl.int64) * stride_xn
+    left_ptrs = _pointers(base, row, offs_k, offs_m, stride_xk, ALIGNED)
+    right_ptrs = _pointers(base, row, offs_k, offs_n, stride_xk, ALIGNED)
     step = stride_xk * BLOCK_K
     in_left, in_right = offs_m[None, :] < width, offs_n[None, :] < width
     acc = tl.zeros((BLOCK_N, BLOCK_N), dtype=tl.float32)
@@ -381,6 +384,30 @@ def _updated(old, total, decay, scale):
     return decay * tl.where(decay == 0.0, 0.0, old) + scale * total
 
 
+@triton.jit
+def _commit_ones(
+    row, factor_ptr, column_sums_ptr, offs_n, corner, decay, scale, BLOCK: tl.constexpr
+):
+    # The last row of a factor with a bias, where it meets these columns, and its last element.
+    last = tl.load(row + _N) - 1
+    stride_fm, stride_fn = tl.load(row + _STRIDE_FM), tl.load(row + _STRIDE_FN)
+    step = tl.load(row + _SIDE) * tl.load(row + _BLOCK_N)
+    pointers = column_sums_ptr + tl.load(row + _COLUMN_SUMS) + offs_n
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for _ in range(tl.load(row + _SPLITS).to(tl.int32)):
+        total += tl.load(pointers)
+        pointers += step
+    mask = offs_n < tl.load(row + _WIDTH)
+    lower = factor_ptr + last * stride_fm + offs_n * stride_fn
+    new = _updated(tl.load(lower, mask=mask, other=0.0), total, decay, scale)
+    tl.store(lower, new, mask=mask)
+    tl.store(factor_ptr + offs_n * stride_fm + last * stride_fn, new, mask=mask)
+    if corner:
+        target = factor_ptr + last * (stride_fm + stride_fn)
+        rows = tl.load(row + _ROWS).to(tl.float32)
+        tl.store(target, _updated(tl.load(target), rows, decay, scale))
+
+
 @triton.jit(do_not_specialize=["layers"])
 def _commit_kernel(
     table_ptr,
@@ -433,7 +460,7 @@ def _commit_kernel(
             for i in tl.static_range(UNROLL):
                 total += tl.load(pointers + i * step, mask=first + i < splits, other=0.0)
             pointers += UNROLL * step
-        n, width = tl.load(row + _N), tl.load(row + _WIDTH)
+        width = tl.load(row + _WIDTH)
         stride_fm, stride_fn = tl.load(row + _STRIDE_FM), tl.load(row + _STRIDE_FN)
         factor_ptr = tl.load(row + _FACTOR).to(tl.pointer_type(tl.float32))
         offs_m, offs_n = tile_m * block_n + inside_m, tile_n * block_n + inside_n
@@ -448,22 +475,9 @@ def _commit_kernel(
         tl.store(mirrored, tl.trans(new), mask=(row_m < width) & (col_n < row_m))
         if BIAS:
             if (tile_m == tile_n) & (piece_m == piece_n):
-                # The last row, above the columns of this piece.
-                columns = tl.load(row + _SIDE) * block_n
-                pointers = column_sums_ptr + tl.load(row + _COLUMN_SUMS) + offs_n
-                sums = tl.zeros((BLOCK,), dtype=tl.float32)
-                for _ in range(splits):
-                    sums += tl.load(pointers)
-                    pointers += columns
-                mask = offs_n < width
-                last = factor_ptr + (n - 1) * stride_fm + offs_n * stride_fn
-                new = _updated(tl.load(last, mask=mask, other=0.0), sums, decay, scale)
-                tl.store(last, new, mask=mask)
-                tl.store(factor_ptr + offs_n * stride_fm + (n - 1) * stride_fn, new, mask=mask)
-                if inside == 0:
-                    corner = factor_ptr + (n - 1) * (stride_fm + stride_fn)
-                    rows = tl.load(row + _ROWS).to(tl.float32)
-                    tl.store(corner, _updated(tl.load(corner), rows, decay, scale))
+                _commit_ones(
+                    row, factor_ptr, column_sums_ptr, offs_n, inside == 0, decay, scale, BLOCK
+                )
 
 
 TRITON_DTYPES = {
@@ -486,7 +500,10 @@ class Group(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Layers whose partial products fit in the workspace together."""
+    """Layers whose partial products fit in the workspace together.
+
+    ``slots`` holds where the partial maxima of each item begin.
+    """
 
     groups: list[Group]
     table: Tensor
@@ -496,6 +513,7 @@ class Batch(NamedTuple):
     sums: int
     column_sums: int
     extremes: int
+    slots: dict[int, int]
 
 
 class Unit(NamedTuple):
@@ -538,6 +556,7 @@ def plan_batches(units: Sequence[Unit], device: torch.device) -> list[Batch]:
 def _plan_batch(units: Sequence[Unit], device: torch.device) -> Batch:
     sums = column_sums = extremes = commits = 0
     layers: list[Layer] = []
+    slots: dict[int, int] = {}
     commit_ends: list[int] = []
     # [dtype, config, aligned, first layer, ends of the programs]
     groups: list[tuple[torch.dtype, Config, bool, int, list[int]]] = []
@@ -547,7 +566,8 @@ def _plan_batch(units: Sequence[Unit], device: torch.device) -> Batch:
         ends = groups[-1][4]
         own = sum(layer.side * layer.splits for layer in unit.layers)
         first, held = extremes, extremes + (unit.extremes or own)
-        extremes = held_end = held
+        slots[unit.layers[0].item] = first
+        held_end = held
         held_count = sum(layer.side for layer in unit.layers)
         for layer in unit.layers:
             start = ends[-1] if ends else 0
@@ -587,6 +607,7 @@ def _plan_batch(units: Sequence[Unit], device: torch.device) -> Batch:
         sums=sums,
         column_sums=column_sums,
         extremes=extremes,
+        slots=slots,
     )
 
 
