@@ -87,7 +87,7 @@ EXTREMES = 256
 COMMIT_BLOCK = 32
 # Splits whose loads are in flight together.
 UNROLL = 4
-COMMIT_WARPS = 8
+COMMIT_WARPS = 4
 
 
 def variants_for(width: int, dtype: torch.dtype) -> Variants:

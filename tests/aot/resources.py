@@ -33,6 +33,8 @@ class Report:
     spills: int  # instructions that read or write local memory
     shared: int  # bytes
     tensor: int  # tensor-core instructions
+    hopper: int = 0  # of these, wgmma: asynchronous, of a whole warp group
+    copies: int = 0  # asynchronous copies of 16 bytes from global to shared memory
 
 
 def _triton_tool(name, *arguments):
@@ -107,6 +109,8 @@ def report_triton(compiled, name, arch):
         spills=_count(code, "LDL", "STL"),
         shared=compiled.metadata.shared,
         tensor=_count(code, *TENSOR_INSTRUCTIONS),
+        hopper=_count(code, "HGMMA"),
+        copies=len(re.findall(r"\bLDGSTS\.\S*128", code)),
     )
 
 
