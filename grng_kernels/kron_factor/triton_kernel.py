@@ -174,7 +174,7 @@ _ITEM = tl.constexpr(Layer._fields.index("item"))
 _FIRST_PRODUCT = tl.constexpr(Layer._fields.index("first_product"))
 _FIRST_COMMIT = tl.constexpr(Layer._fields.index("first_commit"))
 # An fp32 product out of three TF32 products. Three bf16 products would take half the tensor instructions on
-# sm_90 (6 HGMMA of k16 for 12 of k8 in 32 rows) but err 9 to 20 times as much as PyTorch in fp32, where the
+# sm_90 (6 HGMMA of k16 for 12 of k8 in 32 rows) but err 6 to 20 times as much as PyTorch in fp32, where the
 # limit is twice; see tests/ops/test_fp32_products.py.
 PRECISION_FP32 = "tf32x3"
 
