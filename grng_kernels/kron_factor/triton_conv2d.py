@@ -44,15 +44,16 @@ from grng_kernels.kron_factor.triton_kernel import (
 )
 
 # Every element is a load of its own, whatever the strides: blocks of rows are short, so that the addresses
-# of a block fit in the registers.
-_CONFIG_16BIT_32 = Config(32, 64, 8, 8, 3)
-_CONFIG_16BIT_64 = Config(64, 32, 8, 8, 3)
+# of a block fit in the registers. The kernel loads one block ahead by itself, so one stage: with more, the
+# compiler of Triton 3.6 fails for sm_100.
+_CONFIG_16BIT_32 = Config(32, 64, 8, 8, 1)
+_CONFIG_16BIT_64 = Config(64, 32, 8, 8, 1)
 TILES_16BIT = {
     32: Variants(_CONFIG_16BIT_32, _CONFIG_16BIT_32, 512, 4096),
     64: Variants(_CONFIG_16BIT_64, _CONFIG_16BIT_64, 512, 4096),
 }
-_CONFIG_FP32_32 = Config(32, 32, 4, 4, 3)
-_CONFIG_FP32_64 = Config(64, 32, 8, 8, 3)
+_CONFIG_FP32_32 = Config(32, 32, 4, 4, 1)
+_CONFIG_FP32_64 = Config(64, 32, 8, 8, 1)
 TILES_FP32 = {
     32: Variants(_CONFIG_FP32_32, _CONFIG_FP32_32, 512, 1024),
     64: Variants(_CONFIG_FP32_64, _CONFIG_FP32_64, 512, 1024),
@@ -226,20 +227,31 @@ def _conv2d_products_kernel(
     offsets_n, down_n, right_n = _columns(
         offs_n, row, kernel_width, elements, dilation_height, dilation_width
     )
+    offs_k = tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_N, BLOCK_N), dtype=tl.float32)
+    # Elements of 16 bits cannot be copied one by one to shared memory in the background. Instead, the next
+    # block is loaded into registers while this one is multiplied.
     if tile_m == tile_n:
         ones = tl.zeros((HEIGHT, BLOCK_N), dtype=tl.float32)
+        offsets, top, left = _rows(
+            offs_k, rest, count, positions, out_width, stride_xb, stride_xh, stride_xw,
+            stride_height, stride_width, padding_height, padding_width,
+        )  # fmt: skip
+        next_n = _gather(
+            base, offsets, top, left, offsets_n, down_n, right_n, height, width, UPCAST
+        )
         for k in range(0, count, BLOCK_K):
             offsets, top, left = _rows(
-                k + tl.arange(0, BLOCK_K), rest, count, positions, out_width, stride_xb, stride_xh, stride_xw,
+                k + BLOCK_K + offs_k, rest, count, positions, out_width, stride_xb, stride_xh, stride_xw,
                 stride_height, stride_width, padding_height, padding_width,
             )  # fmt: skip
-            values = _gather(
+            values_n = next_n
+            next_n = _gather(
                 base, offsets, top, left, offsets_n, down_n, right_n, height, width, UPCAST
             )
             if BIAS:
-                ones += tl.sum(_by_height(values.to(tl.float32), HEIGHT), axis=0)
-            acc = tl.dot(tl.trans(values), values, acc, input_precision=PRECISION)
+                ones += tl.sum(_by_height(values_n.to(tl.float32), HEIGHT), axis=0)
+            acc = tl.dot(tl.trans(values_n), values_n, acc, input_precision=PRECISION)
         if split == 0:
             _store_held(extremes_ptr, row, tile_n, offs_n)
         if BIAS:
@@ -250,15 +262,26 @@ def _conv2d_products_kernel(
         offsets_m, down_m, right_m = _columns(
             offs_m, row, kernel_width, elements, dilation_height, dilation_width
         )
+        offsets, top, left = _rows(
+            offs_k, rest, count, positions, out_width, stride_xb, stride_xh, stride_xw,
+            stride_height, stride_width, padding_height, padding_width,
+        )  # fmt: skip
+        next_m = _gather(
+            base, offsets, top, left, offsets_m, down_m, right_m, height, width, UPCAST
+        )
+        next_n = _gather(
+            base, offsets, top, left, offsets_n, down_n, right_n, height, width, UPCAST
+        )
         for k in range(0, count, BLOCK_K):
             offsets, top, left = _rows(
-                k + tl.arange(0, BLOCK_K), rest, count, positions, out_width, stride_xb, stride_xh, stride_xw,
+                k + BLOCK_K + offs_k, rest, count, positions, out_width, stride_xb, stride_xh, stride_xw,
                 stride_height, stride_width, padding_height, padding_width,
             )  # fmt: skip
-            values_m = _gather(
+            values_m, values_n = next_m, next_n
+            next_m = _gather(
                 base, offsets, top, left, offsets_m, down_m, right_m, height, width, UPCAST
             )
-            values_n = _gather(
+            next_n = _gather(
                 base, offsets, top, left, offsets_n, down_n, right_n, height, width, UPCAST
             )
             acc = tl.dot(tl.trans(values_m), values_n, acc, input_precision=PRECISION)
