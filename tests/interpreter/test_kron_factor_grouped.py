@@ -215,6 +215,31 @@ def test_old_tables_are_forgotten(monkeypatch):
     assert len(triton_table._recent) == 3
 
 
+def test_what_a_graph_reads_is_kept_and_what_it_fills_is_its_own(monkeypatch):
+    """The rules of the cache alone: a capture needs a GPU (tests/ops/test_kron_factor_gpu.py)."""
+    device, capturing = torch.device("cpu"), False
+    monkeypatch.setattr(triton_table, "_capturing", lambda device: capturing)
+    for name in ("_recorded", "_captured"):
+        monkeypatch.setattr(triton_table, name, type(getattr(triton_table, name))())
+    monkeypatch.setattr(triton_table, "CAPACITY", 2)
+
+    def get(key):
+        return triton_table.cached(key, device, object)
+
+    eager = get("a")
+    capturing = True
+    assert get("a") is eager
+    inside = get("b")
+    assert get("b") is not inside, "another graph fills its own table, or none"
+    capturing = False
+    assert get("b") is not inside, "filled by a replay only"
+    for key in "cdefg":
+        get(key)
+    triton_table.clear()
+    assert get("a") is eager, "a graph reads it"
+    assert inside in triton_table._captured
+
+
 def test_more_layers_than_a_program_looks_through_at_once(monkeypatch):
     """The search goes through several chunks; the last is not full."""
     monkeypatch.setattr(triton_kernel, "CHUNK", 4)
