@@ -14,7 +14,9 @@ work items in one program cannot do without giving up half of its shared memory.
 on its own shape alone: grouped or alone, the result is the same bitwise.
 
 The column of ones of a bias is never multiplied: its products are column sums, which the programs on the
-diagonal take from the tile they have anyway. Tiles cover ``width`` columns, 768 and not 769.
+diagonal take from the tile they have anyway. Tiles cover ``width`` columns, 768 and not 769. The order of
+these sums follows the alignment of ``x``: a copy of ``x`` at another address may change the last bits of that
+row, and of no other element.
 """
 
 from collections.abc import Sequence
