@@ -33,12 +33,13 @@ GRACE_S = 6.0
 # A stage that would get less than this is not begun.
 LEAST_S = 5.0
 KERNELS = (
-    "_extremes_kernel",
-    "_partial_products_kernel",
+    "_products_kernel",
     "_commit_kernel",
     "_partial_kernel",
     "_finish_kernel",
     "_dots_kernel",
+    "_conv2d_products_kernel",
+    "_conv2d_extremes_kernel",
     "gram_partial_kernel",
     "gram_reduce_kernel",
     "apply_kernel",

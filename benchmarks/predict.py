@@ -17,13 +17,13 @@ from typing import NamedTuple
 
 from harness.files import write_text
 
+from grng_kernels.kron_factor import triton_conv2d
 from grng_kernels.kron_factor.triton_kernel import (
     COMMIT_BLOCK,
-    CONFIGS_16BIT,
-    CONFIGS_FP32,
-    EXTREMES_COLUMNS,
-    EXTREMES_ROWS,
-    Config,
+    TILES_16BIT,
+    TILES_FP32,
+    UNROLL,
+    Variants,
     rows_per_split,
 )
 from grng_kernels.precondition import triton_kernel as two_sided
@@ -37,7 +37,12 @@ L2_TB_S, L1_TB_S, L2_BYTES, LATENCY_US = 5.5, 28.0, 40e6, 0.7
 # A kernel on an otherwise full queue; the same in a CUDA graph.
 LAUNCH_US, NODE_US, EAGER_US = 2.0, 0.6, 6.0
 # Share of the peak that a tile can reach: public symmetric Triton kernels stay at about half.
-REACH = {16: 0.10, 32: 0.20, 64: 0.35, 128: 0.50}
+REACH = {32: 0.20, 64: 0.35, 128: 0.50}
+# The same for tiles whose elements are loaded one by one.
+GATHER = 0.4
+# What cuBLAS reaches on a product of order 768, which fills a quarter of the machine, and the moving average
+# after it.
+CUBLAS_768, AVERAGE_US = 250.0, 5.0
 
 
 COLUMNS = (
@@ -123,66 +128,149 @@ class Work:
         return max(self.least_flops / self.peak / 1e6, self.least_bytes / gpu.tb_s / 1e6)
 
 
-def kron_factor(n: int, rows: int, config: Config, *, wide: bool) -> Work:
-    """Return the main launch of the Triton factor update: ``wide`` for fp32 input, else 16 bit."""
-    side = math.ceil(n / config.block_n)
-    tiles = side * (side + 1) // 2
-    split = rows_per_split(tiles, rows, config.block_k)
-    splits = math.ceil(rows / split)
-    programs = tiles * splits
+class Factors(NamedTuple):
+    """``count`` factors of one shape."""
+
+    count: int
+    width: int
+    rows: int
+
+
+def _tile_of(width: int, table: dict[int, Variants]) -> int:
+    return min((tile for tile in table if tile >= width), default=max(table))
+
+
+class _Shape(NamedTuple):
+    """How one factor is cut up."""
+
+    side: int
+    tiles: int
+    split_rows: int
+    splits: int
+
+
+def _cut(group: Factors, variants: Variants) -> _Shape:
+    side = math.ceil(group.width / variants.aligned.block_n)
+    split = rows_per_split(group.width, group.rows, variants)
+    return _Shape(side, side * (side + 1) // 2, split, math.ceil(group.rows / split))
+
+
+def _partial_bytes(group: Factors, variants: Variants) -> float:
+    cut = _cut(group, variants)
+    return 4.0 * group.count * cut.tiles * cut.splits * variants.aligned.block_n**2
+
+
+def kron_factor_products(
+    name: str,
+    groups: Sequence[Factors],
+    variants: Variants,
+    *,
+    wide: bool,
+    patch: int = 0,
+) -> Work:
+    """Return one launch of the products: ``wide`` for fp32 input, else 16 bit; ``patch`` is k1 x k2."""
+    config = variants.aligned
     size, peak = (4, TF32X3) if wide else (2, BF16)
-    flops = 2.0 * tiles * config.block_n**2 * rows
+    cuts = [_cut(group, variants) for group in groups]
+    block = config.block_n
+    programs = sum(g.count * c.tiles * c.splits for g, c in zip(groups, cuts, strict=True))
+    flops = sum(
+        2.0 * g.count * c.tiles * block**2 * g.rows for g, c in zip(groups, cuts, strict=True)
+    )
+    # A tile on the diagonal loads its columns once, any other those of its row and of its column.
+    loads = sum(
+        g.count * (2 * c.tiles - c.side) * block * float(g.rows) * size
+        for g, c in zip(groups, cuts, strict=True)
+    )
+    once = sum(g.count * float(g.rows) * g.width * size for g in groups) / max(patch, 1)
+    partial = sum(_partial_bytes(g, variants) for g in groups)
     # Tiles fill the machine in whole waves, and a few tiles use a few multiprocessors only.
     used = programs / (math.ceil(programs / MULTIPROCESSORS) * MULTIPROCESSORS)
-    blocks_per_sm = max(1, 16 // config.num_warps)
-    waves = math.ceil(programs / (MULTIPROCESSORS * blocks_per_sm))
-    steps = math.ceil(split / config.block_k)
-    traffic = float(rows) * n * size + 8.0 * n * n
-    # Partial sums are written once and read once, mostly in L2.
-    partial = 8.0 * programs * config.block_n**2
-    first = "operand loads from L2: larger tiles" if n > config.block_n else "splits of the rows"
-    if wide:
-        first += "; tf32x3 through registers"
+    waves = math.ceil(programs / (MULTIPROCESSORS * max(1, 8 // config.hopper_warps)))
+    steps = max(math.ceil(c.split_rows / config.block_k) for c in cuts)
+    first = (
+        "operand loads from L2: larger tiles" if block == max(TILES_16BIT) else "loads in flight"
+    )
+    if patch:
+        first = "loads of single elements: vectors along the channels of channels_last"
     return Work(
-        kernel="_partial_products_kernel (Triton)",
-        variant=f"{'fp32' if wide else 'bf16/fp16'}, tile {config.block_n}, n={n}, {rows} rows",
+        kernel=f"{'_conv2d' if patch else ''}_products_kernel (Triton)",
+        variant=f"{'fp32' if wide else 'bf16/fp16'}, tile {block}, {name}",
         blocks=programs,
         flops=flops,
-        rate=peak * REACH[config.block_n] * used,
-        hbm=traffic,
-        l2=2.0 * tiles * config.block_n * rows * size + partial,
-        l1=0.0,
-        serial_us=waves * steps * LATENCY_US / (config.num_stages - 1),
-        least_bytes=traffic,
-        least_flops=float(rows) * n * (n + 1),
+        rate=peak * REACH[block] * used * (GATHER if patch else 1.0),
+        hbm=once + (partial if partial > L2_BYTES else 0.0),
+        l2=(once if patch else loads) + partial,
+        l1=loads if patch else 0.0,
+        serial_us=waves * steps * LATENCY_US / max(config.num_stages - 1, 1),
+        least_bytes=once,
+        least_flops=sum(g.count * float(g.rows) * g.width * (g.width + 1) for g in groups),
         peak=peak,
-        first=first,
+        first=first + ("; tf32x3 through registers" if wide else ""),
     )
 
 
-def kron_factor_around(n: int, rows: int, config: Config, *, wide: bool) -> list[Work]:
-    """Return the first and the last launch of the factor update: both move memory and no more."""
-    main = kron_factor(n, rows, config, wide=wide)
-    read = float(rows) * n * (4 if wide else 2)
-    programs = math.ceil(rows / EXTREMES_ROWS)
-    partial = 4.0 * main.blocks * config.block_n**2
-    piece = min(config.block_n, COMMIT_BLOCK)
-    side = math.ceil(n / config.block_n)
-    pieces = side * (side + 1) // 2 * (config.block_n // piece) ** 2
-    common = dict(flops=0.0, rate=FP32, l1=0.0, least_flops=0.0, peak=FP32)
-    variant = f"{'fp32' if wide else 'bf16/fp16'}, n={n}, {rows} rows"
-    return [
-        Work(
-            kernel="_extremes_kernel (Triton)", variant=variant, blocks=programs, hbm=read, l2=read,
-            serial_us=math.ceil(n / EXTREMES_COLUMNS) * LATENCY_US, least_bytes=read,
-            first="fuse it into the main launch, if it shows", **common,
-        ),
-        Work(
-            kernel="_commit_kernel (Triton)", variant=variant, blocks=pieces, hbm=8.0 * n * n,
-            l2=partial + 8.0 * n * n, serial_us=(main.blocks * piece**2 / pieces / piece**2 + 2) * LATENCY_US,
-            least_bytes=8.0 * n * n, first="partial sums: fewer splits", **common,
-        ),
-    ]  # fmt: skip
+def kron_factor_commit(
+    name: str, groups: Sequence[Factors], table: dict[int, Variants], *, wide: bool
+) -> Work:
+    """Return the launch that ends a call, of all its factors."""
+    chosen = [table[_tile_of(g.width, table)] for g in groups]
+    cuts = [_cut(g, v) for g, v in zip(groups, chosen, strict=True)]
+    partial = sum(_partial_bytes(g, v) for g, v in zip(groups, chosen, strict=True))
+    state = sum(8.0 * g.count * g.width**2 for g in groups)
+    pieces = sum(
+        g.count * c.tiles * (v.aligned.block_n // COMMIT_BLOCK) ** 2
+        for g, c, v in zip(groups, cuts, chosen, strict=True)
+    )
+    deepest = max(math.ceil(c.splits / UNROLL) for c in cuts)
+    return Work(
+        kernel="_commit_kernel (Triton)",
+        variant=f"{'fp32' if wide else 'bf16/fp16'}, {name}",
+        blocks=pieces,
+        flops=0.0,
+        rate=FP32,
+        hbm=state + max(partial - L2_BYTES / 2, 0.0),
+        l2=partial + state,
+        l1=0.0,
+        # Before the sums: the layer, its row of the table, the extremes; after them the old factor.
+        serial_us=math.ceil(pieces / (MULTIPROCESSORS * 4)) ** 0.5 * (deepest + 4) * LATENCY_US,
+        least_bytes=state,
+        least_flops=0.0,
+        peak=FP32,
+        first="partial sums: fewer splits",
+    )
+
+
+def kron_factor(name: str, groups: Sequence[Factors], *, wide: bool) -> list[Work]:
+    """Return the launches of one call: one for each tile size in it, and the last."""
+    table = TILES_FP32 if wide else TILES_16BIT
+    launches = []
+    for tile in sorted(table, reverse=True):
+        members = [g for g in groups if _tile_of(g.width, table) == tile]
+        if members:
+            launches.append(kron_factor_products(name, members, table[tile], wide=wide))
+    return [*launches, kron_factor_commit(name, groups, table, wide=wide)]
+
+
+def kron_factor_conv2d(
+    name: str, images: float, patches: Factors, patch: int, *, wide: bool
+) -> list[Work]:
+    """Return the launches for a convolution: ``images`` elements, ``patches`` of ``patch`` positions."""
+    table = triton_conv2d.TILES_FP32 if wide else triton_conv2d.TILES_16BIT
+    read = images * (4 if wide else 2)
+    check = Work(
+        kernel="_conv2d_extremes_kernel (Triton)", variant=f"{'fp32' if wide else 'bf16/fp16'}, {name}",
+        blocks=min(math.ceil(images / triton_conv2d.EXTREMES_BLOCK), triton_conv2d.EXTREMES_PROGRAMS),
+        flops=0.0, rate=FP32, hbm=read, l2=read, l1=0.0,
+        serial_us=math.ceil(images / triton_conv2d.EXTREMES_BLOCK / triton_conv2d.EXTREMES_PROGRAMS)
+        * LATENCY_US, least_bytes=read, least_flops=0.0, peak=FP32, first="loads of single elements",
+    )  # fmt: skip
+    variants = table[_tile_of(patches.width, table)]
+    main = kron_factor_products(name, [patches], variants, wide=wide, patch=patch)
+    return [check, main, kron_factor_commit(name, [patches], table, wide=wide)]
+
+
+VIT_B_LORA = (Factors(36, 768, 12608), Factors(48, 16, 12608))
 
 
 def kalman_gram(outputs: int, d: int) -> list[Work]:
@@ -338,15 +426,17 @@ LORA_SETS = (
 
 def works() -> Iterator[Work]:
     """Yield every kernel variant on the shapes of the benchmarks that use it."""
-    orders = {16: (16, 12608), 32: (32, 8192), 64: (64, 8192), 128: (768, 8192)}
-    for wide, table in ((False, CONFIGS_16BIT), (True, CONFIGS_FP32)):
-        for block, config in table.items():
-            shapes = [orders[block]]
-            if block == max(table):
-                shapes = [*dict.fromkeys([*shapes, (768, 12608), (3072, 8192)])]
-            for n, rows in shapes:
-                yield kron_factor(n, rows, config, wide=wide)
-                yield from kron_factor_around(n, rows, config, wide=wide)
+    shapes = ((16, 12608), (32, 8192), (64, 8192), (768, 8192), (768, 12608), (3072, 8192))
+    for wide in (False, True):
+        for n, rows in shapes:
+            yield from kron_factor(f"n={n}, {rows} rows", [Factors(1, n, rows)], wide=wide)
+        yield from kron_factor("ViT-B/16 LoRA: 36 x 768, 48 x 16", VIT_B_LORA, wide=wide)
+        for channels, kernel, out, batch in ((3, 7, 112, 32), (64, 3, 56, 32), (256, 3, 14, 32)):
+            patches = Factors(1, channels * kernel**2, batch * out**2)
+            stride = 2 if kernel == 7 else 1
+            images = float(batch * channels * (out * stride) ** 2)
+            name = f"{channels} channels, {kernel}x{kernel}, {batch} images of {out * stride}"
+            yield from kron_factor_conv2d(name, images, patches, kernel**2, wide=wide)
     for outputs, d in ((2, 300_000), (10, 300_000), (10, 3_000_000), (100, 300_000)):
         yield from kalman_gram(outputs, d)
         yield kalman_apply(outputs, d)
@@ -364,18 +454,12 @@ class Call(NamedTuple):
 
 def calls() -> list[Call]:
     """Return the calls whose time is mostly launches."""
-    per_factor = 32
     return [
-        Call(
-            "kron_factor_update_, one factor",
-            per_factor,
-            "28 of them check the batch; a decay or scale given as a number is copied from the host, "
-            "which waits and cannot be captured in a graph",
-        ),
+        Call("kron_factor_update_, one factor", 3, "with the one that clears info"),
         Call(
             "kron_factor_update_, 84 factors (ViT-B/16 LoRA)",
-            84 * per_factor,
-            "a loop, not grouped",
+            4,
+            "grouped: two tile sizes, the last launch, and the one that clears info",
         ),
         Call(
             "kalman_update_, one block", 75, "the C x C stage between the passes: 67 small launches"
@@ -384,6 +468,21 @@ def calls() -> list[Call]:
         Call("precondition, any list of LoRA weights", 2, "3 with the inner products"),
         Call("rank1_precondition, one block", 20, "plain PyTorch in fp64"),
     ]
+
+
+def vit_b() -> list[str]:
+    """Return the set of a ViT-B/16 with LoRA beside the best that a loop over cuBLAS could do."""
+    lines = []
+    large, small = VIT_B_LORA
+    for gpu in GPUS:
+        ours = sum(work.predicted_us(gpu) for work in kron_factor("", VIT_B_LORA, wide=False))
+        product = 2.0 * large.rows * large.width**2 / CUBLAS_768 / 1e6
+        # A skinny product is two launches in a graph, and so is the average after it.
+        theirs = large.count * (product + AVERAGE_US) + small.count * 2 * LAUNCH_US
+        lines.append(
+            f"- {gpu.name}: ours {_us(ours)} us, cuBLAS in a graph {_us(theirs)} us, {theirs / ours:.1f}x."
+        )
+    return lines
 
 
 def _us(value: float) -> str:
@@ -402,8 +501,9 @@ def report() -> str:
         "",
         "Model: launch 2 us + the slowest of arithmetic, memory, L2, L1 and latency. Ceilings (planning",
         f"values): bf16 {BF16:.0f}, tf32x3 {TF32X3:.0f}, fp32 {FP32:.0f} TFLOP/s; copy 3.0 TB/s (H100),",
-        f"4.3 TB/s (H200); L2 {L2_TB_S} TB/s. Tiles of 128, 64, 32, 16 are taken to reach 50, 35, 20,",
-        "10 % of the peak. *Least* is the roofline of the problem, without a launch.",
+        f"4.3 TB/s (H200); L2 {L2_TB_S} TB/s. Tiles of 128, 64, 32 are taken to reach 50, 35, 20 % of",
+        "the peak, and 40 % of that where patches are gathered. *Least* is the roofline of the problem,",
+        "without a launch.",
         "",
         "## Kernels",
         "",
@@ -441,6 +541,16 @@ def report() -> str:
         lines.append(
             f"| {call.name} | {call.launches} | {_us(eager)} | {_us(graph)} | {call.remark} |"
         )
+    lines += [
+        "",
+        "## The factors of a ViT-B/16 with LoRA",
+        "",
+        f"36 of order 768 and 48 of order 16 from {VIT_B_LORA[0].rows} rows of bf16. cuBLAS is taken at",
+        f"{CUBLAS_768:.0f} TFLOP/s of the full product, plus {AVERAGE_US:.0f} us for the moving average;",
+        "4 us for each small factor.",
+        "",
+        *vit_b(),
+    ]
     lines += [
         "",
         "## Not seen without a GPU",

@@ -15,8 +15,9 @@ from torch import Tensor
 import grng_kernels
 from grng_kernels import kalman_update_, kron_factor_update_, precondition, use_backend
 
-# One order per tile size of the Triton kernel, none a multiple of it; the last takes several tiles.
-ORDERS = (7, 23, 61, 131)
+# One order per tile size of the Triton kernel, none a multiple of it; the last takes several tiles. Those of
+# the second row are aligned.
+ORDERS = (23, 61, 131, 8, 48, 136)
 # Around the tile of 8 outputs, and on both sides of the 16 that are held in registers.
 OUTPUTS = (3, 11, 19)
 ROWS, PARAMETERS = 37, 1003
@@ -35,14 +36,37 @@ WEIGHTS = (
 
 
 def kron_factor() -> int:
-    """Launch every tile size for every input type, with and without bias; return how many."""
+    """Launch every variant for every input type, one by one and together; return how many calls."""
     calls = 0
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for n in ORDERS:
-            for bias in (False, True):
-                x = torch.ones(ROWS, n - bias, device="cuda", dtype=dtype)
-                kron_factor_update_(torch.eye(n, device="cuda"), x, decay=0.9, bias=bias)
+    for bias in (False, True):
+        factors, xs = [], []
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            for width in ORDERS:
+                xs.append(torch.ones(ROWS, width, device="cuda", dtype=dtype))
+                factors.append(torch.eye(width + bias, device="cuda"))
+                kron_factor_update_(factors[-1], xs[-1], decay=0.9, bias=bias)
                 calls += 1
+        kron_factor_update_(factors, xs, decay=0.9, bias=bias)
+        calls += 1
+    return calls
+
+
+def kron_factor_conv2d() -> int:
+    """Launch every variant of the convolution for every input type; return how many calls."""
+    from grng_kernels.kron_factor.geometry import Conv2dGeometry
+    from grng_kernels.kron_factor.triton_conv2d import launch_conv2d
+
+    geometry = Conv2dGeometry((3, 2), stride=(2, 1), padding=(1, 1), dilation=(1, 2))
+    calls = 0
+    for bias in (False, True):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            xs = [torch.ones(2, c, 7, 9, device="cuda", dtype=dtype) for c in (1, 7, 13)]
+            factors = [torch.eye(6 * x.shape[1] + bias, device="cuda")[None] for x in xs]
+            info = torch.zeros(len(xs), dtype=torch.int32, device="cuda")
+            launch_conv2d(
+                factors, xs, info, geometry=geometry, decay=0.9, scales=[0.1] * len(xs), bias=bias
+            )
+            calls += 1
     return calls
 
 
@@ -87,6 +111,7 @@ def main() -> int:
     for backend, work in (
         ("triton", kron_factor),
         ("triton", two_sided),
+        ("triton", kron_factor_conv2d),
         ("cuda", kalman_update),
     ):
         status = grng_kernels.backends()[backend]

@@ -104,7 +104,7 @@ def kron_factor_conv2d_update_(
                 i.new_empty(0, x.shape[1] * width, 1, 1) if x.shape[0] == 0 else i
                 for i, x in zip(images, xs, strict=True)
             ]
-        geometry = Conv2dGeometry((1, 1), (1, 1), (0, 0), (1, 1), groups)
+        geometry = Conv2dGeometry((1, 1), groups=groups)
     info = _kron_factor_conv2d_update_op(
         [f.detach() if f.dim() == 3 else f.detach().unsqueeze(0) for f in factors],
         images,
@@ -205,11 +205,17 @@ def _kron_factor_conv2d_update_op(
         OP,
         info.device,
         cpu=None if contiguous else "it needs contiguous factors",
+        triton="it has no fp64 products" if any(x.dtype == torch.float64 for x in xs) else None,
     )
     if backend == "cpu":
         torch.ops.grng._kron_factor_conv2d_update_(
             factors, xs, info, form.flat(), bias, float(the_decay), [float(s) for s in scales]
         )
+        return info
+    if backend == "triton":
+        from grng_kernels.kron_factor.triton_conv2d import launch_conv2d
+
+        launch_conv2d(factors, xs, info, geometry=form, decay=the_decay, scales=scales, bias=bias)
         return info
     for i, (f, x, s) in enumerate(zip(factors, xs, scales, strict=True)):
         if x.shape[0] == 0 or f.numel() == 0:

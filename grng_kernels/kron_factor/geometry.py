@@ -10,10 +10,10 @@ class Conv2dGeometry(NamedTuple):
     """How a convolution visits its input; pairs are (height, width), as in ``torch.nn.Conv2d``."""
 
     kernel_size: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Return the number of output lines and columns for an input of that size; may be negative."""

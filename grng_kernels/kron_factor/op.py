@@ -201,17 +201,17 @@ def _kron_factor_update_op(
             factors, xs, info, bias, float(the_decay), [float(s) for s in scales]
         )
         return info
+    if backend == "triton":
+        from grng_kernels.kron_factor.triton_kernel import launch
+
+        launch(factors, xs, info, decay=the_decay, scales=scales, bias=bias)
+        return info
     for i, (f, x, s) in enumerate(zip(factors, xs, scales, strict=True)):
         if x.shape[0] == 0 or f.shape[0] == 0:
             continue
-        if backend == "triton":
-            from grng_kernels.kron_factor.triton_kernel import launch
-
-            launch(f, x, info[i], decay=the_decay, scale=s, bias=bias)
-        else:
-            new, item_info = reference.kron_factor_update(f, x, decay=the_decay, scale=s, bias=bias)
-            f.copy_(new)
-            info[i] = item_info
+        new, item_info = reference.kron_factor_update(f, x, decay=the_decay, scale=s, bias=bias)
+        f.copy_(new)
+        info[i] = item_info
     return info
 
 

@@ -33,6 +33,8 @@ class Report:
     spills: int  # instructions that read or write local memory
     shared: int  # bytes
     tensor: int  # tensor-core instructions
+    hopper: int = 0  # of these, wgmma: asynchronous, of a whole warp group
+    copies: int = 0  # asynchronous copies of 16 bytes from global to shared memory
 
 
 def _triton_tool(name, *arguments):
@@ -116,76 +118,124 @@ def report_triton(compiled, name, arch):
         spills=_count(code, "LDL", "STL"),
         shared=compiled.metadata.shared,
         tensor=_count(code, *TENSOR_INSTRUCTIONS),
+        hopper=_count(code, "HGMMA"),
+        copies=len(re.findall(r"\bLDGSTS\.\S*128", code)),
     )
 
 
-DTYPES = {"bf16": "CONFIGS_16BIT", "fp16": "CONFIGS_16BIT", "fp32": "CONFIGS_FP32"}
+# ---- the factor update ----
 
-
-def kron_factor_variants():
-    """Yield ``(dtype, tile, config)`` for every config of every input dtype of the factor update."""
-    from grng_kernels.kron_factor import triton_kernel
-
-    for dtype, table in DTYPES.items():
-        for tile, config in getattr(triton_kernel, table).items():
-            yield dtype, tile, config
-
-
-# What a launch knows of its arguments: which are multiples of 16, which are 1.
-LAYOUTS = {
-    # Contiguous tensors, sizes divisible by 16.
-    "aligned": (("n", "width", "rows", "stride_fm", "stride_xk"), ("stride_fn", "stride_xn")),
-    # The same with a bias: the factor has one row more.
-    "bias": (("width", "rows", "stride_xk"), ("stride_fn", "stride_xn")),
-    # Contiguous tensors of odd sizes.
-    "odd": ((), ("stride_fn", "stride_xn")),
-    # Any strides, with a bias, on pointers that are not aligned.
-    "any": ((), ()),
-}
+KRON_FACTOR_KERNELS = ("_products_kernel", "_commit_kernel")
+CONV2D_KERNELS = ("_conv2d_products_kernel", "_conv2d_extremes_kernel")
 POINTERS = {
-    "factor_ptr": "*fp32", "info_ptr": "*i32", "sums_ptr": "*fp32", "extremes_ptr": "*i32",
-    "decay": "fp32", "scale": "fp32",
+    "table_ptr": "*i64", "ends_ptr": "*i64", "info_ptr": "*i32", "sums_ptr": "*fp32",
+    "column_sums_ptr": "*fp32", "extremes_ptr": "*i32", "scales_ptr": "*fp32", "decay": "fp32",
 }  # fmt: skip
-KRON_FACTOR_KERNELS = ("_extremes_kernel", "_partial_products_kernel", "_commit_kernel")
 
 
-def compile_kron_factor(dtype, config, arch, layout="aligned", kernel="_partial_products_kernel"):
-    """Compile one kernel of one variant of the factor update for one of the entries of ``LAYOUTS``."""
+def torch_dtype(name):
+    """The torch dtype that Triton calls ``name``."""
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+
+
+def kron_factor_variants(*, conv2d=False, dtypes=("bf16", "fp32")):
+    """Yield ``(dtype, tile, aligned, config)`` of every variant; one for convolutions is never aligned.
+
+    bf16 stands for fp16 too: they differ in one field of the tensor instructions.
+    """
+    from grng_kernels.kron_factor import triton_conv2d, triton_kernel
+
+    module = triton_conv2d if conv2d else triton_kernel
+    for dtype in dtypes:
+        for tile, variants in (
+            module.TILES_FP32 if dtype == "fp32" else module.TILES_16BIT
+        ).items():
+            for aligned in (False,) if conv2d else (True, False):
+                yield dtype, tile, aligned, variants.config(aligned)
+
+
+def _compile_of_kron_factor(function, constants, arch, *, num_warps, num_stages):
+    types = {**POINTERS, **dict.fromkeys(constants, "constexpr")}
+    signature = {name: types.get(name, "i32") for name in function.arg_names}
+    # Workspaces and tables come from torch's allocator; what the caller owns is read from the table.
+    aligned = [name for name, kind in signature.items() if kind.startswith("*")]
+    return compile_triton(
+        function, signature, constants, aligned, arch, num_warps=num_warps, num_stages=num_stages
+    )
+
+
+def compile_products(dtype, config, arch, *, aligned, bias, conv2d=False, precision=None):
+    """Compile one variant of a products kernel as a launch would."""
+    from grng_kernels.kron_factor import triton_conv2d, triton_kernel
+
+    warps = config.hopper_warps if arch >= 90 else config.num_warps
+    if conv2d:
+        function = triton_conv2d._conv2d_products_kernel
+        constants = triton_conv2d.products_constants(torch_dtype(dtype), config, warps, bias=bias)
+    else:
+        function = triton_kernel._products_kernel
+        constants = triton_kernel.products_constants(
+            torch_dtype(dtype), config, warps, aligned=aligned, bias=bias
+        )
+    if precision:
+        constants["PRECISION"] = precision
+    return _compile_of_kron_factor(
+        function, constants, arch, num_warps=warps, num_stages=config.num_stages
+    )
+
+
+def compile_commit(arch, *, bias, decay_tensor=False):
+    """Compile the last launch of the factor update."""
     from grng_kernels.kron_factor import triton_kernel
 
-    function = getattr(triton_kernel, kernel)
-    extremes = kernel == "_extremes_kernel"
     constants = {
-        "BIAS": layout in ("bias", "any"),
-        "PRECISION": "tf32x3" if dtype == "fp32" else "ieee",
-        "UPCAST": False,
-        "DECAY_TENSOR": False,
-        "SCALE_TENSOR": False,
-        "BLOCK_N": triton_kernel.EXTREMES_COLUMNS if extremes else config.block_n,
-        "BLOCK_K": triton_kernel.EXTREMES_ROWS if extremes else config.block_k,
-        "BLOCK": min(config.block_n, triton_kernel.COMMIT_BLOCK),
-        "EXTREMES": triton_kernel.MAX_EXTREMES,
-    }
-    divisible, ones = LAYOUTS[layout]
-    if layout != "any":
-        divisible += ("factor_ptr", "x_ptr", "sums_ptr", "extremes_ptr", "info_ptr")
-    types = {"x_ptr": f"*{dtype}", **POINTERS, **dict.fromkeys(constants, "constexpr")}
+        "BIAS": bias, "DECAY_TENSOR": decay_tensor, "BLOCK": triton_kernel.COMMIT_BLOCK,
+        "UNROLL": triton_kernel.UNROLL, "EXTREMES": triton_kernel.EXTREMES,
+        "CHUNK": triton_kernel.CHUNK,
+    }  # fmt: skip
+    function = triton_kernel._commit_kernel
+    with_pointer = {"decay": "*fp32"} if decay_tensor else {}
+    types = {**POINTERS, **with_pointer, **dict.fromkeys(constants, "constexpr")}
     signature = {name: types.get(name, "i32") for name in function.arg_names}
-    constexprs = {name: value for name, value in constants.items() if name in signature}
-    for name in ones:
-        if name in signature:
-            signature[name] = "constexpr"
-            constexprs[name] = 1
-    main = kernel == "_partial_products_kernel"
+    # A decay and a scale of the caller may lie anywhere.
+    aligned = [n for n, kind in signature.items() if kind.startswith("*") and n != "decay"]
     return compile_triton(
-        function,
-        signature,
-        constexprs,
-        [name for name in divisible if name in signature],
-        arch,
-        num_warps=config.num_warps if main else triton_kernel.SIMPLE_WARPS,
-        num_stages=config.num_stages if main else 3,
-    )
+        function, signature, constants, aligned, arch,
+        num_warps=triton_kernel.COMMIT_WARPS, num_stages=3,
+    )  # fmt: skip
+
+
+def compile_conv2d_extremes(dtype, arch):
+    """Compile the check of the convolution."""
+    from grng_kernels.kron_factor import triton_conv2d, triton_kernel
+
+    constants = {
+        "DTYPE": triton_kernel.TRITON_DTYPES[torch_dtype(dtype)],
+        "BLOCK": triton_conv2d.EXTREMES_BLOCK,
+        "CHUNK": triton_kernel.CHUNK,
+    }
+    return _compile_of_kron_factor(
+        triton_conv2d._conv2d_extremes_kernel, constants, arch,
+        num_warps=triton_conv2d.EXTREMES_WARPS, num_stages=3,
+    )  # fmt: skip
+
+
+def kron_factor_reports():
+    """Yield the reports of all variants of the factor update, with a bias: it takes the most registers."""
+    for arch in TRITON_ARCHS:
+        for conv2d in (False, True):
+            for dtype, tile, aligned, config in kron_factor_variants(conv2d=conv2d):
+                compiled = compile_products(
+                    dtype, config, arch, aligned=aligned, bias=True, conv2d=conv2d
+                )
+                kind = "conv2d" if conv2d else "aligned" if aligned else "general"
+                yield report_triton(compiled, f"kron_factor-{dtype}-{tile}-{kind}", arch)
+        yield report_triton(compile_commit(arch, bias=True), "kron_factor-commit", arch)
+        for dtype in ("bf16", "fp32"):
+            compiled = compile_conv2d_extremes(dtype, arch)
+            yield report_triton(compiled, f"kron_factor-conv2d-extremes-{dtype}", arch)
 
 
 def precondition_variants():
@@ -308,13 +358,9 @@ def report_cuda(source, arch, folder):
     return reports, done.stderr
 
 
-def all_reports(layouts=("aligned",)):
-    """Yield the report of every Triton variant, in the given ``LAYOUTS``, and of every CUDA kernel."""
-    for dtype, tile, config in kron_factor_variants():
-        for arch in TRITON_ARCHS:
-            for layout in layouts:
-                compiled = compile_kron_factor(dtype, config, arch, layout)
-                yield report_triton(compiled, f"kron_factor-{dtype}-{tile}-{layout}", arch)
+def all_reports():
+    """Yield the report of every Triton variant and of every CUDA kernel."""
+    yield from kron_factor_reports()
     for variant in precondition_variants():
         for arch in TRITON_ARCHS:
             for kernel in PRECONDITION_KERNELS[:2]:

@@ -23,11 +23,16 @@ if importlib.util.find_spec("triton") is not None and os.environ.get("TRITON_INT
 
     from tests.aot import resources
 
-    VARIANTS = [
-        pytest.param(dtype, config, arch, id=f"{dtype}-{tile}-sm_{arch}")
-        for dtype, tile, config in resources.kron_factor_variants()
-        for arch in resources.TRITON_ARCHS
-    ]
+    def variants(**chosen):
+        return [
+            pytest.param(
+                dtype, aligned, config, id=f"{dtype}-{tile}-{'aligned' * aligned or 'general'}"
+            )
+            for dtype, tile, aligned, config in resources.kron_factor_variants(**chosen)
+        ]
+
+    LINEAR, CONV2D = variants(), variants(conv2d=True)
+    ARCHS = resources.TRITON_ARCHS
 
     PRECONDITION = [
         pytest.param(variant, arch, id=f"{resources.variant_name(variant)}-sm_{arch}")
@@ -43,7 +48,7 @@ if importlib.util.find_spec("triton") is not None and os.environ.get("TRITON_INT
         tl.store(x_ptr + offsets * stride, rows, mask=offsets < rows)
 
 else:
-    VARIANTS = PRECONDITION = []
+    LINEAR = CONV2D = ARCHS = PRECONDITION = []
 
 
 def assert_fits(report, arch):
@@ -53,34 +58,67 @@ def assert_fits(report, arch):
     assert 0 < report.registers <= 255, report
 
 
-@pytest.mark.parametrize("layout", ["aligned", "bias"])
-@pytest.mark.parametrize(("dtype", "config", "arch"), VARIANTS)
-def test_kron_factor_fits_and_uses_tensor_cores(dtype, config, arch, layout):
-    compiled = resources.compile_kron_factor(dtype, config, arch, layout)
+def assert_products_fit(dtype, aligned, config, arch, *, bias, conv2d=False):
+    compiled = resources.compile_products(
+        dtype, config, arch, aligned=aligned, bias=bias, conv2d=conv2d
+    )
     report = resources.report_triton(compiled, dtype, arch)
     assert report.tensor > 0, report
     assert_fits(report, arch)
+    return report
 
 
-@pytest.mark.parametrize("layout", ["odd", "any"])
-@pytest.mark.parametrize(("dtype", "config", "arch"), [v for v in VARIANTS if v.values[2] == 90])
-def test_kron_factor_fits_for_any_tensors(dtype, config, arch, layout):
-    """What a launch compiles for odd sizes, and for unaligned pointers with any strides."""
-    compiled = resources.compile_kron_factor(dtype, config, arch, layout)
-    report = resources.report_triton(compiled, dtype, arch)
-    assert report.tensor > 0, report
-    assert_fits(report, arch)
+# With a bias first: it takes more registers than without.
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(("dtype", "aligned", "config"), LINEAR)
+def test_kron_factor_fits_and_uses_tensor_cores(dtype, aligned, config, arch):
+    assert_products_fit(dtype, aligned, config, arch, bias=True)
 
 
-@pytest.mark.parametrize("kernel", ["_extremes_kernel", "_commit_kernel"])
-@pytest.mark.parametrize("layout", ["aligned", "any"])
-@pytest.mark.parametrize(
-    ("dtype", "config", "arch"),
-    [v for v in VARIANTS if v.values[0] == "bf16" or v.values[1].block_n == 64],
-)
-def test_the_other_launches_fit(dtype, config, arch, layout, kernel):
-    compiled = resources.compile_kron_factor(dtype, config, arch, layout, kernel)
-    assert_fits(resources.report_triton(compiled, dtype, arch), arch)
+@pytest.mark.parametrize(("dtype", "aligned", "config"), LINEAR)
+def test_kron_factor_without_bias_is_pipelined_on_hopper(dtype, aligned, config):
+    report = assert_products_fit(dtype, aligned, config, 90, bias=False)
+    if config.block_n >= 64:
+        assert report.hopper == report.tensor, report
+    if aligned:
+        assert report.copies > 0, report
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(("dtype", "aligned", "config"), CONV2D)
+def test_kron_factor_of_a_convolution_fits(dtype, aligned, config, arch):
+    assert_products_fit(dtype, aligned, config, arch, bias=True, conv2d=True)
+
+
+@pytest.mark.parametrize("conv2d", [False, True], ids=["linear", "conv2d"])
+def test_kron_factor_in_fp16_fits(conv2d):
+    for dtype, _, aligned, config in resources.kron_factor_variants(
+        conv2d=conv2d, dtypes=("fp16",)
+    ):
+        assert_products_fit(dtype, aligned, config, 90, bias=False, conv2d=conv2d)
+
+
+def test_two_programs_of_the_largest_tile_share_a_multiprocessor():
+    """What the choice of 4 warps for it rests on: 64 Ki registers and 227 KiB of shared memory for two."""
+    *_, config = max(resources.kron_factor_variants(dtypes=("bf16",)), key=lambda v: v[3].block_n)
+    for bias in (False, True):
+        report = assert_products_fit("bf16", True, config, 90, bias=bias)
+        assert 2 * 32 * config.hopper_warps * report.registers <= 64 * 1024, report
+        assert 2 * report.shared <= resources.SHARED_LIMIT[90], report
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(("bias", "decay_tensor"), [(True, True), (False, False)])
+def test_the_last_launch_fits(bias, decay_tensor, arch):
+    compiled = resources.compile_commit(arch, bias=bias, decay_tensor=decay_tensor)
+    assert_fits(resources.report_triton(compiled, "commit", arch), arch)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_the_check_of_a_convolution_fits(dtype, arch):
+    compiled = resources.compile_conv2d_extremes(dtype, arch)
+    assert_fits(resources.report_triton(compiled, "extremes", arch), arch)
 
 
 def assert_offsets_are_64_bit(ttir):
@@ -95,11 +133,21 @@ def assert_offsets_are_64_bit(ttir):
     assert not re.search(r"arith\.muli .*: tensor<[\dx]*i32>", ttir), "a 32-bit product of tensors"
 
 
-@pytest.mark.parametrize("kernel", resources.KRON_FACTOR_KERNELS if VARIANTS else [])
-@pytest.mark.parametrize("layout", ["aligned", "any"])
-def test_kron_factor_offsets_are_64_bit(layout, kernel):
-    dtype, _, config = next(resources.kron_factor_variants())
-    compiled = resources.compile_kron_factor(dtype, config, 90, layout, kernel)
+@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "general"])
+@pytest.mark.parametrize("conv2d", [False, True], ids=["linear", "conv2d"])
+def test_kron_factor_offsets_are_64_bit(conv2d, aligned):
+    if conv2d and aligned:
+        compiled = resources.compile_conv2d_extremes("bf16", 90)
+    else:
+        *_, config = next(resources.kron_factor_variants(conv2d=conv2d))
+        compiled = resources.compile_products(
+            "bf16", config, 90, aligned=aligned, bias=True, conv2d=conv2d
+        )
+    assert_offsets_are_64_bit(compiled.asm["ttir"])
+
+
+def test_offsets_of_the_last_launch_are_64_bit():
+    compiled = resources.compile_commit(90, bias=True)
     assert_offsets_are_64_bit(compiled.asm["ttir"])
 
 
@@ -122,7 +170,7 @@ def test_precondition_finish_fits(variant, arch, dots):
     assert_fits(report, arch)
 
 
-@pytest.mark.parametrize("arch", resources.TRITON_ARCHS if VARIANTS else [])
+@pytest.mark.parametrize("arch", ARCHS)
 def test_precondition_dots_fit(arch):
     variant = next(resources.precondition_variants())
     compiled = resources.compile_precondition(variant, arch, "_dots_kernel")
@@ -157,7 +205,7 @@ def test_the_check_of_wide_copies_has_teeth():
     assert copies > 0
 
 
-@pytest.mark.parametrize("kernel", resources.PRECONDITION_KERNELS if VARIANTS else [])
+@pytest.mark.parametrize("kernel", resources.PRECONDITION_KERNELS if ARCHS else [])
 @pytest.mark.parametrize("layout", ["aligned", "any-bias"])
 def test_precondition_offsets_are_64_bit(layout, kernel):
     variant = next(
@@ -191,7 +239,9 @@ def test_the_check_of_spills_has_teeth():
     """A tile far too large for its warps: what the tables must not hold."""
     from grng_kernels.kron_factor.triton_kernel import Config
 
-    compiled = resources.compile_kron_factor("bf16", Config(128, 32, 2, 1), 80)
+    compiled = resources.compile_products(
+        "bf16", Config(128, 32, 2, 2, 1), 80, aligned=True, bias=False
+    )
     report = resources.report_triton(compiled, "bf16", 80)
     assert report.spills > 0
     with pytest.raises(AssertionError):
