@@ -38,14 +38,13 @@ class KroneckerLayer:
         """Return the gradient of the layer's output as ``[rows, d_out]``."""
         return output_grad.detach().reshape(-1, self.weight.shape[0])
 
-    def joint_grad(self) -> Tensor:
-        """Return the gradient as one matrix ``[d_out, d_in (+ 1)]``, fp32."""
+    def grads(self) -> tuple[Tensor, Tensor | None]:
+        """Return the gradients of the weight ``[d_out, d_in]`` and of the bias, None without a bias."""
         grad = self.weight.grad
         assert grad is not None, "asked only for layers that have a gradient"
-        if self.bias is not None:
-            column = self.bias.grad if self.bias.grad is not None else torch.zeros_like(self.bias)
-            grad = torch.cat([grad, column.unsqueeze(1)], dim=1)
-        return grad if grad.dtype == torch.float64 else grad.float()
+        if self.bias is None:
+            return grad, None
+        return grad, self.bias.grad if self.bias.grad is not None else torch.zeros_like(self.bias)
 
     def apply_step(self, step: Tensor, *, decay: float | Tensor) -> None:
         """Shrink the parameters by ``1 − decay`` and subtract ``step [d_out, d_in (+ 1)]``, in place."""

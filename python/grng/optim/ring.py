@@ -94,11 +94,15 @@ class RING(KroneckerOptimizer):
         if not layers:
             return
         states = [self.state[x.weight] for x in layers]
-        grads = [x.joint_grad() for x in layers]
-        directions = kernels.precondition(
-            grads, [s["output_inverse"] for s in states], [s["input_inverse"] for s in states]
+        weight_grads, bias_grads = zip(*(x.grads() for x in layers), strict=True)
+        directions, products = kernels.precondition(
+            list(weight_grads),
+            [s["output_inverse"] for s in states],
+            [s["input_inverse"] for s in states],
+            bias_grad=list(bias_grads),
+            return_dot=True,
         )
-        form = torch.stack([(d * g).sum() for d, g in zip(directions, grads, strict=True)]).sum()
+        form = products.sum()
         length = group["lr"] * _kl_clip(form, group["lr"], group["kl_clip"])
         # A layer whose factors vanished can have an inverse that overflows: such a step is left out.
         in_range = torch.isfinite(form)
