@@ -1,80 +1,98 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of int64 on a device for grouped launches: written once for the same tensors, then found again."""
+"""Small arrays that a grouped launch reads on the device, copied there once and kept.
+
+A grouped launch takes addresses, strides and sizes from memory: as kernel arguments they would limit the
+number of layers. Copying them costs more than the launch, and in training the same call comes back at
+every step.
+"""
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+# Plans kept for calls outside of a graph. A training step makes a few different calls.
+CAPACITY = 64
+# int64 numbers of pinned memory reserved ahead for CUDA graphs: 4 MiB, tables of 20,000 layers.
+RESERVE = 1 << 19
 
-class Table(NamedTuple):
-    """A table on the device, and what the host has to know to launch with it."""
+_lock = threading.Lock()
+_recent: OrderedDict[Hashable, Any] = OrderedDict()
+_recorded: dict[Hashable, Any] = {}
+_captured: list[Any] = []
+# Pinned memory that is left of the reserve.
+_reserve: list[Tensor] = []
 
-    data: Tensor
-    plan: Any
+
+def clear() -> None:
+    """Forget everything that no CUDA graph reads."""
+    with _lock:
+        _recent.clear()
 
 
 def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-class TableCache:
-    """Tables by a key that holds everything in them: addresses, shapes, strides.
+def _pinned(numbers: int, capturing: bool) -> Tensor:
+    """Return pinned int64 memory; what a graph copies from must never be given back.
 
-    A table is written in stream order, so it belongs to the stream that it was made on. What a CUDA graph
-    reads lives as long as the process: the graph keeps the address and nothing that says so.
-
-    Args:
-        size: How many tables to keep beside those of graphs; the one used longest ago goes first.
+    torch pins memory with a call that CUDA forbids while a graph is captured, so the first call outside
+    of a capture (the warm-up that Triton needs anyway) puts some aside.
     """
+    if not _reserve:
+        _reserve.append(torch.empty(RESERVE, dtype=torch.int64, pin_memory=True))
+    if capturing and numbers <= _reserve[0].numel():
+        taken, _reserve[0] = _reserve[0][:numbers], _reserve[0][numbers:]
+        return taken
+    return torch.empty(numbers, dtype=torch.int64, pin_memory=True)
 
-    def __init__(self, size: int = 16) -> None:
-        self._size = size
-        self._lock = threading.Lock()
-        self._recent: OrderedDict[Hashable, Table] = OrderedDict()
-        self._kept: dict[Hashable, Table] = {}
-        self._captured: list[tuple[Table, Tensor]] = []
 
-    def get(
-        self,
-        device: torch.device,
-        key: Hashable,
-        build: Callable[[], tuple[Sequence[int], Any]],
-    ) -> Table:
-        """Return the table of ``key``, with no wait for the device.
+def upload(values: Tensor, device: torch.device) -> Tensor:
+    """Copy an int64 or fp32 CPU tensor to a device without waiting for it."""
+    if device.type != "cuda":
+        return values.clone()
+    capturing = _capturing(device)
+    with _lock:
+        # fp32 numbers lie in the same memory, two to a slot.
+        buffer = _pinned(-(-values.numel() * values.element_size() // 8), capturing)
+        staged = buffer.view(values.dtype)[: values.numel()].copy_(values)
+        if capturing:
+            # The copy is a node of the graph: each replay reads the pinned memory again.
+            _captured.append(staged)
+    return staged.to(device, non_blocking=True)
 
-        Args:
-            device: Where the table goes; CUDA devices with an index.
-            key: Equal only for equal tables.
-            build: Called where the table is not there: returns its numbers and the plan.
-        """
-        capturing = _capturing(device)
-        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-        key = (device, stream, key)
-        with self._lock:
-            found = self._kept.get(key) or self._recent.get(key)
-            if found is not None:
-                if capturing:
-                    self._recent.pop(key, None)
-                    self._kept[key] = found
-                elif key in self._recent:
-                    self._recent.move_to_end(key)
-                return found
-        numbers, plan = build()
-        host = torch.tensor(numbers, dtype=torch.int64)
-        if device.type == "cuda":
-            host = host.pin_memory()
-        table = Table(host.to(device, non_blocking=True), plan)
-        with self._lock:
+
+def cached(key: Hashable, device: torch.device, build: Callable[[], Any]) -> Any:
+    """Return ``build()``, or what it returned for an equal key; the key must say all that ``build`` reads.
+
+    A result is used on one stream only, where the copy to the device comes before its use and any later
+    use of freed memory after it. What a captured graph reads is kept for ever: nobody knows when the last
+    replay has been. What is built during a capture is filled by the replay, so no other call may see it.
+    """
+    if device.type == "cuda":
+        key = (key, device, torch.cuda.current_stream(device).cuda_stream)
+    else:
+        key = (key, device)
+    capturing = _capturing(device)
+    with _lock:
+        if key in _recorded:
+            return _recorded[key]
+        if key in _recent:
+            _recent.move_to_end(key)
+            found = _recent[key]
             if capturing:
-                # Its content arrives when the graph is replayed, from the memory of the host: the entry is
-                # of no use to anyone else, and both memories have to stay.
-                self._captured.append((table, host))
-            else:
-                self._recent[key] = table
-                if len(self._recent) > self._size:
-                    self._recent.popitem(last=False)
-        return table
+                _recorded[key] = _recent.pop(key)
+            return found
+    result = build()
+    with _lock:
+        if capturing:
+            _captured.append(result)
+        else:
+            _recent[key] = result
+            while len(_recent) > CAPACITY:
+                _recent.popitem(last=False)
+    return result

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from grng_kernels import _table
 from grng_kernels.kron_factor import triton_kernel as linear
-from grng_kernels.kron_factor import triton_table
 from grng_kernels.kron_factor.geometry import Conv2dGeometry
 from grng_kernels.kron_factor.triton_kernel import (
     _FIELDS,
@@ -406,7 +406,7 @@ def _plan_checks(
                 rows += image
                 ends.append(first + image.programs)
         if ends:
-            table = triton_table.upload(torch.tensor(rows + ends, dtype=torch.int64), device)
+            table = _table.upload(torch.tensor(rows + ends, dtype=torch.int64), device)
             checks.append(Check(dtype, table, table[len(rows) :], len(ends), ends[-1]))
     return checks
 
@@ -466,7 +466,7 @@ def launch_conv2d(
         return [(batch, _plan_checks(batch, images, info.device)) for batch in batches]
 
     with torch.cuda.device_of(info):
-        plan: list[tuple[Batch, list[Check]]] = triton_table.cached(key, info.device, build)
+        plan: list[tuple[Batch, list[Check]]] = _table.cached(key, info.device, build)
         if not plan:
             return
         scale_array = linear.scales_on_device(scales, info.device)

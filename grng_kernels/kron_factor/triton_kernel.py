@@ -27,8 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from grng_kernels import _table
 from grng_kernels._dispatch import interpreting_triton
-from grng_kernels.kron_factor import triton_table
 
 
 class Config(NamedTuple):
@@ -593,7 +593,7 @@ def _plan_batch(units: Sequence[Unit], device: torch.device) -> Batch:
         starts.append(len(numbers))
         # Two numbers are 16 bytes: all parts are aligned alike, and one compiled kernel serves them.
         numbers += [*values, 0] if len(values) % 2 else values
-    table = triton_table.upload(torch.tensor(numbers, dtype=torch.int64), device)
+    table = _table.upload(torch.tensor(numbers, dtype=torch.int64), device)
     width = len(Layer._fields)
     return Batch(
         groups=[
@@ -688,10 +688,10 @@ def scales_on_device(scales: Sequence[float | Tensor], device: torch.device) -> 
     where = [i for i, s in enumerate(scales) if isinstance(s, Tensor)]
     result: Tensor
     if len(where) < len(scales):
-        result = triton_table.cached(
+        result = _table.cached(
             ("scales", numbers),
             device,
-            lambda: triton_table.upload(torch.tensor(numbers, dtype=torch.float32), device),
+            lambda: _table.upload(torch.tensor(numbers, dtype=torch.float32), device),
         )
         if not where:
             return result
@@ -785,7 +785,7 @@ def launch(
         )
 
     with torch.cuda.device_of(info):
-        batches: list[Batch] = triton_table.cached(key, info.device, build)
+        batches: list[Batch] = _table.cached(key, info.device, build)
         if not batches:
             return
         scale_array = scales_on_device(scales, info.device)

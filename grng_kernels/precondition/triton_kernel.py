@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from grng_kernels import _table
 from grng_kernels._dispatch import interpreting_triton
-from grng_kernels._table import TableCache
 
 # Larger sides are no longer a matter of reading one inverse: there a library product does as well.
 SKINNY = 128
@@ -399,9 +399,6 @@ def _build(
     return rows, Plan(groups, sums, parts)
 
 
-_tables = TableCache()
-
-
 def _key(tensors: Sequence[Tensor | None]) -> tuple[object, ...]:
     return tuple(t if t is None else (t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors)
 
@@ -430,7 +427,13 @@ def launch(
         return
     device = outs[0].device
     lists = (outs, grads, lefts, rights, bias_grads)
-    table, plan = _tables.get(device, tuple(map(_key, lists)), lambda: _build(*lists))
+
+    def build() -> tuple[Tensor, Plan]:
+        numbers, plan = _build(*lists)
+        return _table.upload(torch.tensor(numbers, dtype=torch.int64), device), plan
+
+    key = ("precondition", *map(_key, lists))
+    table, plan = _table.cached(key, device, build)
     sums = torch.empty(plan.sums, dtype=torch.float32, device=device)
     parts = (
         torch.empty(plan.parts, dtype=torch.float32, device=device) if dots is not None else sums

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from grng_kernels import Info
-from grng_kernels.kron_factor import triton_conv2d, triton_table
+from grng_kernels import Info, _table
+from grng_kernels.kron_factor import triton_conv2d
 from grng_kernels.kron_factor.geometry import Conv2dGeometry
 from grng_kernels.kron_factor.triton_conv2d import launch_conv2d
 from tests.cases import assert_within_budget, dtype_id, small_integers
@@ -40,9 +40,9 @@ LAYOUTS = {
 
 @pytest.fixture(autouse=True)
 def empty_tables():
-    triton_table.clear()
+    _table.clear()
     yield
-    triton_table.clear()
+    _table.clear()
 
 
 def patches(x, geometry, bias):

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from grng_kernels import Info
-from grng_kernels.kron_factor import triton_kernel, triton_table
+from grng_kernels import Info, _table
+from grng_kernels.kron_factor import triton_kernel
 from grng_kernels.kron_factor.triton_kernel import launch
 from tests.cases import MATRIX_LAYOUTS, guarded, small_integers, spd
 
@@ -20,9 +20,9 @@ biases = pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 
 @pytest.fixture(autouse=True)
 def empty_tables():
-    triton_table.clear()
+    _table.clear()
     yield
-    triton_table.clear()
+    _table.clear()
 
 
 @pytest.fixture
@@ -206,25 +206,25 @@ def test_decay_and_scale_do_not_make_a_new_table(built):
 
 
 def test_old_tables_are_forgotten(monkeypatch):
-    monkeypatch.setattr(triton_table, "CAPACITY", 3)
+    monkeypatch.setattr(_table, "CAPACITY", 3)
     xs = [small_integers(2, 3) for _ in range(5)]
     for x in xs:
         factor = torch.zeros(3, 3)
         run([factor], [x])
         assert torch.equal(factor, 0.25 * (x.mT @ x))
-    assert len(triton_table._recent) == 3
+    assert len(_table._recent) == 3
 
 
 def test_what_a_graph_reads_is_kept_and_what_it_fills_is_its_own(monkeypatch):
     """The rules of the cache alone: a capture needs a GPU (tests/ops/test_kron_factor_gpu.py)."""
     device, capturing = torch.device("cpu"), False
-    monkeypatch.setattr(triton_table, "_capturing", lambda device: capturing)
+    monkeypatch.setattr(_table, "_capturing", lambda device: capturing)
     for name in ("_recorded", "_captured"):
-        monkeypatch.setattr(triton_table, name, type(getattr(triton_table, name))())
-    monkeypatch.setattr(triton_table, "CAPACITY", 2)
+        monkeypatch.setattr(_table, name, type(getattr(_table, name))())
+    monkeypatch.setattr(_table, "CAPACITY", 2)
 
     def get(key):
-        return triton_table.cached(key, device, object)
+        return _table.cached(key, device, object)
 
     eager = get("a")
     capturing = True
@@ -235,9 +235,9 @@ def test_what_a_graph_reads_is_kept_and_what_it_fills_is_its_own(monkeypatch):
     assert get("b") is not inside, "filled by a replay only"
     for key in "cdefg":
         get(key)
-    triton_table.clear()
+    _table.clear()
     assert get("a") is eager, "a graph reads it"
-    assert inside in triton_table._captured
+    assert inside in _table._captured
 
 
 def test_more_layers_than_a_program_looks_through_at_once(monkeypatch):

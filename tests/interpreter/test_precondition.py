@@ -7,8 +7,7 @@ import pytest
 import torch
 
 import grng_kernels as gk
-from grng_kernels import precondition
-from grng_kernels._table import TableCache
+from grng_kernels import _table, precondition
 from grng_kernels.precondition import reference, triton_kernel
 from grng_kernels.precondition.triton_kernel import SKINNY, launch, split_length, supports
 from tests.cases import (
@@ -58,7 +57,7 @@ def launches(monkeypatch):
 @pytest.fixture(autouse=True)
 def tables(monkeypatch):
     """Tables of this test alone: one of another test may hold other constants for the same addresses."""
-    monkeypatch.setattr(triton_kernel, "_tables", TableCache())
+    _table.clear()
 
 
 @pytest.fixture
@@ -71,7 +70,7 @@ def short_splits(monkeypatch):
 @pytest.fixture
 def no_reference(monkeypatch):
     """Make a fallback to the reference an error."""
-    monkeypatch.setattr(reference, "precondition", None)
+    monkeypatch.setattr(reference, "precondition_into", None)
 
 
 def integers(m, n, dtype=torch.float32, bias=False):

@@ -8,9 +8,15 @@ import pytest
 import torch
 
 from grng_kernels import _table
-from grng_kernels._table import TableCache
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def empty(monkeypatch):
+    """A cache of its own for every test."""
+    for name in ("_recent", "_recorded", "_captured"):
+        monkeypatch.setattr(_table, name, type(getattr(_table, name))())
 
 
 @pytest.fixture
@@ -21,106 +27,121 @@ def capturing(monkeypatch):
     return state
 
 
+@pytest.fixture
+def room_for(monkeypatch):
+    """Set how many entries are kept."""
+    return lambda count: monkeypatch.setattr(_table, "CAPACITY", count)
+
+
 class Builder:
-    """Builds ``[number, number]`` with the number as the plan, and counts."""
+    """Builds ``[number, number]`` and counts."""
 
     def __init__(self):
         self.built = []
 
-    def get(self, cache, number):
+    def get(self, number):
         def build():
             self.built.append(number)
-            return [number, number], number
+            return _table.upload(torch.tensor([number, number]), CPU)
 
-        return cache.get(CPU, ("key", number), build)
+        return _table.cached(("key", number), CPU, build)
 
 
-def test_table_holds_what_was_built():
-    table = TableCache().get(CPU, "key", lambda: ([1, 2**62, -3], "plan"))
-    assert table.plan == "plan"
-    assert table.data.dtype == torch.int64
-    assert table.data.tolist() == [1, 2**62, -3]
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+def test_upload_copies(dtype):
+    values = torch.tensor([1, 2, -3], dtype=dtype)
+    copy = _table.upload(values, CPU)
+    assert torch.equal(copy, values)
+    assert copy.data_ptr() != values.data_ptr()
 
 
 def test_same_key_is_built_once():
-    builder, cache = Builder(), TableCache()
-    first = builder.get(cache, 1)
-    assert builder.get(cache, 1).data is first.data
-    assert builder.get(cache, 2).data.tolist() == [2, 2]
+    builder = Builder()
+    first = builder.get(1)
+    assert builder.get(1) is first
+    assert builder.get(2).tolist() == [2, 2]
     assert builder.built == [1, 2]
 
 
-def test_the_one_used_longest_ago_goes_first():
-    builder, cache = Builder(), TableCache(size=2)
+def test_the_one_used_longest_ago_goes_first(room_for):
+    room_for(2)
+    builder = Builder()
     for number in (1, 2, 1, 3, 1, 2):
-        assert builder.get(cache, number).plan == number
+        assert builder.get(number).tolist() == [number, number]
     assert builder.built == [1, 2, 3, 2]
 
 
-def test_evicted_tables_are_freed():
-    builder, cache = Builder(), TableCache(size=1)
-    gone = weakref.ref(builder.get(cache, 1).data)
-    builder.get(cache, 2)
+def test_evicted_entries_are_freed(room_for):
+    room_for(1)
+    builder = Builder()
+    gone = weakref.ref(builder.get(1))
+    builder.get(2)
     gc.collect()
     assert gone() is None
 
 
-def test_table_found_during_capture_stays(capturing):
-    builder, cache = Builder(), TableCache(size=1)
-    data = builder.get(cache, 1).data
+def test_entry_found_during_capture_stays(capturing, room_for):
+    room_for(1)
+    builder = Builder()
+    data = builder.get(1)
     capturing["on"] = True
-    assert builder.get(cache, 1).data is data
+    assert builder.get(1) is data
     capturing["on"] = False
     for number in (2, 3, 4):
-        builder.get(cache, number)
-    assert builder.get(cache, 1).data is data
+        builder.get(number)
+    assert builder.get(1) is data
     assert builder.built == [1, 2, 3, 4]
 
 
-def test_tables_kept_for_graphs_do_not_push_out_the_others(capturing):
-    builder, cache = Builder(), TableCache(size=1)
-    builder.get(cache, 1)
+def test_entries_kept_for_graphs_do_not_push_out_the_others(capturing, room_for):
+    room_for(1)
+    builder = Builder()
+    builder.get(1)
     capturing["on"] = True
-    builder.get(cache, 1)
+    builder.get(1)
     capturing["on"] = False
-    builder.get(cache, 2)
-    builder.get(cache, 1)
-    builder.get(cache, 2)
+    for number in (2, 1, 2):
+        builder.get(number)
     assert builder.built == [1, 2]
 
 
-def test_table_built_during_capture_stays_and_serves_nobody_else(capturing):
+def test_entry_built_during_capture_stays_and_serves_nobody_else(capturing, room_for):
     """It is filled when the graph is replayed: before that it holds nothing."""
-    builder, cache = Builder(), TableCache(size=1)
+    room_for(1)
+    builder = Builder()
     capturing["on"] = True
-    kept = weakref.ref(builder.get(cache, 1).data)
-    builder.get(cache, 1)
+    kept = weakref.ref(builder.get(1))
+    builder.get(1)
     capturing["on"] = False
-    builder.get(cache, 1)
+    builder.get(1)
     for number in (2, 3):
-        builder.get(cache, number)
+        builder.get(number)
     gc.collect()
     assert builder.built == [1, 1, 1, 2, 3]
     assert kept() is not None
 
 
 def test_nothing_stays_of_a_build_that_failed():
-    builder, cache = Builder(), TableCache()
+    builder = Builder()
 
     def fail():
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        cache.get(CPU, ("key", 1), fail)
-    assert builder.get(cache, 1).data.tolist() == [1, 1]
+        _table.cached(("key", 1), CPU, fail)
+    assert builder.get(1).tolist() == [1, 1]
 
 
 @pytest.mark.gpu
-def test_streams_have_tables_of_their_own():
-    builder, cache, device = [], TableCache(), torch.device("cuda", torch.cuda.current_device())
+def test_streams_have_entries_of_their_own():
+    built, device = [], torch.device("cuda", torch.cuda.current_device())
 
     def get():
-        return cache.get(device, "key", lambda: (builder.append(1) or [7], None)).data
+        def build():
+            built.append(1)
+            return _table.upload(torch.tensor([7]), device)
+
+        return _table.cached("key", device, build)
 
     first = get()
     with torch.cuda.stream(torch.cuda.Stream()):
@@ -128,4 +149,4 @@ def test_streams_have_tables_of_their_own():
         assert second.tolist() == [7]
     assert first.tolist() == [7]
     assert get() is first
-    assert len(builder) == 2
+    assert len(built) == 2
