@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import bench_damped_inverse
 import bench_kalman_update
 import bench_kron_factor
+import bench_kron_factor_conv2d
 import bench_precondition
 import bench_rank_one
 import bench_step
@@ -18,6 +19,7 @@ BENCHES = {
     module.BENCH.op: module.BENCH
     for module in (
         bench_kron_factor,
+        bench_kron_factor_conv2d,
         bench_damped_inverse,
         bench_kalman_update,
         bench_precondition,

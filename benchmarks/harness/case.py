@@ -33,7 +33,8 @@ class Contender:
 
     Attributes:
         name: As in the tables.
-        backend: What computes: cpu, triton, cuda, reference, torch, inductor.
+        backend: What computes: cpu, triton, cuda, reference, torch, inductor; of ours ``cpu+reference``
+            where a call has items for both.
         role: See ``Role``.
         call: Does the work once; returns tensors that hold the result.
         reset: Puts state that ``call`` mutates back, in place.
@@ -63,7 +64,9 @@ class Case:
         limit: A larger error is a red check: no timing is taken.
         contenders: Who takes part.
         modes: ``eager``, ``graph``; a graph only on a GPU.
+        states: ``warm``, ``cold``.
         repetitions: Calls per sample, where one call alone has no meaning.
+        max_s: Less time for the rounds than the plan gives, where calls are long.
         notes: Remarks for every row.
     """
 
@@ -77,7 +80,9 @@ class Case:
     limit: float
     contenders: list[Contender]
     modes: tuple[str, ...] = ("eager", "graph")
+    states: tuple[str, ...] = ("warm", "cold")
     repetitions: int | None = None
+    max_s: float = math.inf
     notes: tuple[str, ...] = ()
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 
@@ -107,6 +108,7 @@ def _compare(
         repetitions = None
     else:
         calls = {c.name: c.call for c in sound}
+    effort = dataclasses.replace(plan.effort, max_s=min(plan.effort.max_s, case.max_s))
     timings: dict[str, Timing] = {}
     load = None
     if calls:
@@ -114,7 +116,7 @@ def _compare(
             lambda: interleave(
                 calls,
                 stopwatch_for(plan.device),
-                plan.effort,
+                effort,
                 before=flush if state == "cold" else None,
                 repetitions=repetitions,
             ),
@@ -151,6 +153,7 @@ def measure_case(case: Case, plan: Plan, ceilings: Ceilings) -> list[Row]:
     return [
         row
         for state in plan.states
+        if state in case.states
         # Consecutive calls that belong together cannot each start from an empty cache.
         if not (case.repetitions and state == "cold")
         for mode in plan.modes

@@ -175,6 +175,25 @@ def test_roofline_is_the_slower_of_arithmetic_and_memory():
     assert row.notes == ["foreign load 30%: upper bound"]
 
 
+@pytest.mark.parametrize(("nbytes", "remark"), [(1e9, "memory"), (1e6, "the arithmetic")])
+def test_what_is_faster_than_the_roofline_says_which_side_it_passed(nbytes, remark):
+    from harness.case import Contender
+    from harness.row import Ceilings, make_row
+    from harness.timer import Timing
+
+    row = make_row(
+        make_case(bytes=nbytes, flops=1e11),
+        Contender("grng", "cpu", "ours", list),
+        Ceilings(copy_gb_s=100.0, tflop_s={"float32": 1.0}),
+        state="warm",
+        mode="eager",
+        timing=Timing(5.0, 5.0, 5.0, 5),
+        error=1e-7,
+    )
+    assert row.roofline_share == pytest.approx(20.0)
+    assert [note.startswith(f"faster than {remark}") for note in row.notes] == [True]
+
+
 def test_ratio_is_against_the_fastest_rival_that_is_right():
     from harness.case import Bench, Contender, Plan
     from harness.measure import measure_bench
@@ -251,9 +270,45 @@ def test_lora_shapes_share_the_input_of_query_and_value():
     vit = [factor.n for factor in MODELS["vit-b16-lora-r16"].factors]
     assert (vit.count(768), vit.count(16)) == (36, 48)
     assert len(MODELS["vit-b16-lora-r16"].weights) == 48
+    llama = [factor.n for factor in MODELS["llama-7b-lora-r16"].factors]
+    assert (llama.count(4096), llama.count(16)) == (96, 128)
     mlp = MODELS["mlp-fashion"]
+    assert mlp.inputs == (0, 1, 2)
     assert [f.n for f in mlp.factors] == [785, 257, 257, 256, 256, 10]
     assert mlp.weights == ((256, 785), (256, 257), (10, 257))
+
+
+@pytest.mark.parametrize("name", ["mlp-fashion", "minilm-lora", "llama-7b-lora-r16"])
+def test_every_weight_has_the_factor_of_its_input(name):
+    from shapes import MODELS
+
+    model = MODELS[name]
+    orders = [model.factors[i].n for i in model.inputs]
+    assert orders == [n for _, n in model.weights]
+    readers = [model.inputs.count(i) for i in model.inputs]
+    assert readers == ([1] * 3 if name == "mlp-fashion" else [2, 1, 2, 1] * (len(orders) // 4))
+
+
+def test_convolutions_have_the_rows_and_columns_of_their_patches():
+    from shapes import CONVOLUTIONS
+
+    for c in CONVOLUTIONS["resnet50-convs"].convolutions:
+        x = torch.empty(1, c.channels, c.size, c.size)
+        patches = torch.nn.functional.unfold(x, c.kernel, padding=c.padding, stride=c.stride)
+        assert list(patches.shape) == [1, c.order, c.places]
+        assert c.rows == 16 * c.places
+
+
+def test_names_of_the_other_kind_of_shapes_are_passed_over():
+    from shapes import chosen_convolutions, chosen_models
+
+    names = ("minilm-lora", "resnet50-convs")
+    assert [m.name for m in chosen_models(names, ())] == ["minilm-lora"]
+    assert [c.name for c in chosen_convolutions(names, ())] == ["resnet50-convs"]
+    for choose in (chosen_models, chosen_convolutions):
+        assert choose(("none",), names) == []
+        with pytest.raises(ValueError, match=r"shapes must be of mlp-fashion, .*, got nothing"):
+            choose(("nothing",), ())
 
 
 def test_quick_run_writes_a_result_file(tmp_path):
@@ -279,6 +334,72 @@ def test_quick_run_writes_a_result_file(tmp_path):
         {"rank_one.png"} if importlib.util.find_spec("matplotlib") else set()
     )
     assert {path.name for path in tmp_path.iterdir()} == wanted
+
+
+def test_quick_run_of_the_convolutions(tmp_path):
+    done = command(
+        BENCHMARKS / "run.py", "--quick", "--device", "cpu", "--only", "kron_factor_conv2d",
+        "--sizes", "3", "--rounds", "2", "--no-plot", "--out", tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "kron_factor_conv2d.json").read_text())["rows"]
+    assert [row["provider"] for row in rows if row["role"] == "rival"] == [
+        "unfold, addmm out=",
+        "double unfold",
+    ]
+    assert all(row["p50_ms"] is not None and row["error"] < 5e-6 for row in rows)
+    assert {(row["dims"]["rows"], row["dims"]["order"]) for row in rows} == {(392, 27)}
+
+
+def test_precondition_benchmark_shares_inverses_and_all_rivals_are_right():
+    import bench_precondition
+    from harness.case import Plan
+    from harness.measure import check
+
+    plan = Plan(
+        torch.device("cpu"), quick=True, shapes=("mlp-fashion", "minilm-lora"), compile=False
+    )
+    cases = {case.shape: case for case in bench_precondition.cases(plan)}
+    assert {"mlp-fashion bias", "minilm-lora dot"} < set(cases)
+    for case in cases.values():
+        for contender in case.contenders:
+            error, problem = check(case, contender)
+            assert problem is None and error < 5e-6, (case.shape, contender.name)
+    lora, mlp = cases["minilm-lora"], cases["mlp-fashion bias"]
+    assert (lora.dims["weights"], lora.dims["right_inverses"]) == (24, 18)
+    assert (mlp.dims["weights"], mlp.dims["right_inverses"]) == (3, 3)
+    assert "matmul, shared joined" in {c.name for c in lora.contenders}
+
+
+@pytest.mark.parametrize(
+    ("shapes", "backend"),
+    [
+        ([(16, 768), (768, 8)], "cpu"),
+        ([(256, 785), (10, 257)], "cpu+reference"),
+        ([(17, 17)], "reference"),
+    ],
+)
+def test_precondition_benchmark_names_what_serves_its_items(shapes, backend):
+    import bench_precondition
+
+    import grng_kernels
+
+    if not grng_kernels.backends()["cpu"].available:
+        pytest.skip("the extension is not built")
+    assert bench_precondition._backend(shapes, torch.device("cpu")) == (backend, ())
+
+
+def test_extra_memory_is_that_of_the_call_and_not_of_its_arguments():
+    code = (
+        "import torch; from harness.memory import extra_bytes; a = torch.ones(1 << 21); a + 1;"
+        "print(extra_bytes(lambda: (a + 1) * 2, a.device), extra_bytes(lambda: a.add_(1), a.device))"
+    )
+    done = command("-c", code, PYTHONPATH=os.pathsep.join([str(BENCHMARKS), *sys.path]))
+    assert done.returncode == 0, done.stderr
+    two_copies, none = map(int, done.stdout.split())
+    # What the allocator holds already may serve one of the copies.
+    assert 7e6 < two_copies < 18e6
+    assert none < 1e6
 
 
 def test_run_names_the_benchmarks_it_knows():
