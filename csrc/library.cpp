@@ -129,15 +129,20 @@ void kron_factor_update(const Tensors factors, const Tensors xs, const Tensor in
 
 // Height and width of: kernel, stride, padding, dilation; then the number of groups.
 constexpr size_t kGeometrySize = 9;
+// Their largest value: sizes computed from them stay far from the end of int64.
+constexpr int64_t kMaxGeometry = 1 << 20;
 
 grng::PatchGrid patch_grid(const Tensor& x, const std::vector<int64_t>& g) {
   grng::PatchGrid grid{
       x.size(2),    x.size(3),    0,           0,           {g[0], g[1]}, {g[2], g[3]},
       {g[4], g[5]}, {g[6], g[7]}, x.stride(0), x.stride(1), x.stride(2),  x.stride(3)};
   const auto outputs = [&](int i, int64_t size) {
-    STD_TORCH_CHECK(
-        grid.kernel[i] > 0 && grid.stride[i] > 0 && grid.padding[i] >= 0 && grid.dilation[i] > 0,
-        "grng: the geometry of the convolution is out of range");
+    const auto in_range = [](int64_t value, int64_t least) {
+      return value >= least && value <= kMaxGeometry;
+    };
+    STD_TORCH_CHECK(in_range(grid.kernel[i], 1) && in_range(grid.stride[i], 1) &&
+                        in_range(grid.padding[i], 0) && in_range(grid.dilation[i], 1) && size > 0,
+                    "grng: the geometry of the convolution is out of range");
     const int64_t room = size + 2 * grid.padding[i] - grid.dilation[i] * (grid.kernel[i] - 1) - 1;
     STD_TORCH_CHECK(room >= 0, "grng: the kernel is larger than its padded input");
     return room / grid.stride[i] + 1;

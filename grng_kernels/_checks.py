@@ -177,6 +177,16 @@ def check_scalar(
         )
 
 
+def check_flag(op: str, name: str, value: bool) -> None:
+    """Check an argument that is true or false.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be True or False, got {value!r}")
+
+
 def check_choice(op: str, name: str, value: str, choices: Sequence[str]) -> None:
     """Check an argument that names one of a few things.
 

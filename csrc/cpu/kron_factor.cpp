@@ -216,21 +216,20 @@ int64_t tiles_workspace(const FactorUpdate& item) {
 }
 
 template <class T, class P>
-Info update_by_tiles(const FactorUpdate& item, T* packed, const Threads& threads) {
+Info update_by_tiles(const FactorUpdate& item, T* packed, double* largest, const Threads& threads) {
   constexpr int64_t kWidth = kWidthOf<T, P>;
   const ConstMatrix& x = item.x;
   const int64_t panels = ceil_div(x.cols + item.bias, kWidth);
   const int64_t blocks = ceil_div(panels, kPanelsPerBlock);
   const int64_t height = std::min(kRowsPerPhase, x.rows);
   T* const sums = packed + panels * height * kWidth;
-  std::vector<double> largest(panels);
   double amax = 0;
   for (int64_t row = 0; row < x.rows; row += height) {
     const int64_t rows = std::min(height, x.rows - row);
     run_dynamic(threads, panels, [&](auto isa, int64_t p) GRNG_INLINE_LAMBDA {
       largest[p] = pack<decltype(isa), T, P>(packed, x, item.bias, row, rows, height, p, p + 1);
     });
-    for (double m : largest) amax = larger(amax, m);
+    for (int64_t p = 0; p < panels; ++p) amax = larger(amax, largest[p]);
     if (!std::isfinite(amax)) return kNonfiniteInput;
     const bool first = row == 0, last = row + rows == x.rows;
     if (last) {
@@ -324,77 +323,87 @@ GRNG_INLINE void commit_rows(const FactorUpdate& item, T* sums, int64_t parts) {
     commit_tile<T, P>(item, sums + t * kTileSize, TileIndex(t));
 }
 
+// The updates of one state dtype. Making it takes all the memory that they need, so that where
+// there is none nothing has been written.
 template <class T>
-void update_by_rows(const std::vector<FactorUpdate*>& items, const Threads& threads) {
+class Updates {
+ public:
+  explicit Updates(const std::vector<FactorUpdate*>& items) {
+    int64_t tiles = 0, panels = 0, sums = 0;
+    for (FactorUpdate* item : items) {
+      const int64_t n = item->x.cols + item->bias;
+      with_panels<T>(n, [&](auto p) {
+        using P = decltype(p);
+        const int64_t count = ceil_div(n, kWidthOf<T, P>);
+        if (count * kWidthOf<T, P> > kMaxChunkedColumns) {
+          large_.push_back(item);
+          panels = std::max(panels, count);
+          tiles = std::max(tiles, tiles_workspace<T, P>(*item));
+          return;
+        }
+        const int64_t rows = item->x.rows, step = chunk_rows(rows, n);
+        for (int64_t row = 0; row < rows; row += step, sums += sums_size<T, P>(n))
+          chunks_.push_back(
+              {static_cast<int64_t>(small_.size()), row, std::min(rows, row + step), sums, 0.0});
+        small_.push_back(item);
+        first_chunk_.push_back(static_cast<int64_t>(chunks_.size()));
+      });
+    }
+    tiles_ = allocate<T>(tiles);
+    sums_ = allocate<T>(sums);
+    largest_.resize(panels);
+  }
+
+  void run(const Threads& threads) {
+    run_small(threads);
+    for (FactorUpdate* item : large_)
+      with_panels<T>(item->x.cols + item->bias, [&](auto p) {
+        item->info = update_by_tiles<T, decltype(p)>(*item, tiles_.get(), largest_.data(), threads);
+      });
+  }
+
+ private:
   struct Chunk {
     int64_t item, begin, end, sums;
     double amax;
   };
-  std::vector<Chunk> chunks;
-  std::vector<int64_t> first_chunk{0};
-  int64_t total = 0;
-  for (size_t i = 0; i < items.size(); ++i) {
-    const ConstMatrix& x = items[i]->x;
-    const int64_t n = x.cols + items[i]->bias, step = chunk_rows(x.rows, n);
-    int64_t size = 0;
-    with_panels<T>(n, [&](auto p) { size = sums_size<T, decltype(p)>(n); });
-    for (int64_t row = 0; row < x.rows; row += step, total += size)
-      chunks.push_back({static_cast<int64_t>(i), row, std::min(x.rows, row + step), total, 0.0});
-    first_chunk.push_back(static_cast<int64_t>(chunks.size()));
-  }
-  const Buffer<T> sums = allocate<T>(total);
-  run_dynamic(threads, static_cast<int64_t>(chunks.size()),
-              [&](auto isa, int64_t c) GRNG_INLINE_LAMBDA {
-                Chunk& chunk = chunks[c];
-                const FactorUpdate& item = *items[chunk.item];
-                with_panels<T>(item.x.cols + item.bias, [&](auto p) GRNG_INLINE_LAMBDA {
-                  chunk.amax = sum_rows<decltype(isa), T, decltype(p)>(
-                      sums.get() + chunk.sums, item, chunk.begin, chunk.end);
-                });
-              });
-  const auto commit = [&](auto, int64_t i) GRNG_INLINE_LAMBDA {
-    FactorUpdate& item = *items[i];
-    double amax = 0;
-    for (int64_t c = first_chunk[i]; c < first_chunk[i + 1]; ++c)
-      amax = larger(amax, chunks[c].amax);
-    item.info = verdict<T>(item, amax);
-    if (item.info != kOk) return;
-    with_panels<T>(item.x.cols + item.bias, [&](auto p) GRNG_INLINE_LAMBDA {
-      commit_rows<T, decltype(p)>(item, sums.get() + chunks[first_chunk[i]].sums,
-                                  first_chunk[i + 1] - first_chunk[i]);
-    });
-  };
-  if (items.size() > 1) {
-    run_dynamic(threads, static_cast<int64_t>(items.size()), commit);
-  } else {  // waking the threads would take longer
-    for_this_cpu([&](auto isa) GRNG_INLINE_LAMBDA { commit(isa, 0); });
-  }
-}
 
-template <class T>
-void update(const std::vector<FactorUpdate*>& items, const Threads& threads) {
-  std::vector<FactorUpdate*> small, large;
-  int64_t workspace = 0;
-  for (FactorUpdate* item : items) {
-    const int64_t n = item->x.cols + item->bias;
-    with_panels<T>(n, [&](auto p) {
-      const int64_t padded = ceil_div(n, kWidthOf<T, decltype(p)>) * kWidthOf<T, decltype(p)>;
-      if (padded <= kMaxChunkedColumns) {
-        small.push_back(item);
-      } else {
-        large.push_back(item);
-        workspace = std::max(workspace, tiles_workspace<T, decltype(p)>(*item));
-      }
-    });
+  void run_small(const Threads& threads) {
+    if (small_.empty()) return;
+    run_dynamic(threads, static_cast<int64_t>(chunks_.size()),
+                [&](auto isa, int64_t c) GRNG_INLINE_LAMBDA {
+                  Chunk& chunk = chunks_[c];
+                  const FactorUpdate& item = *small_[chunk.item];
+                  with_panels<T>(item.x.cols + item.bias, [&](auto p) GRNG_INLINE_LAMBDA {
+                    chunk.amax = sum_rows<decltype(isa), T, decltype(p)>(
+                        sums_.get() + chunk.sums, item, chunk.begin, chunk.end);
+                  });
+                });
+    const auto commit = [&](auto, int64_t i) GRNG_INLINE_LAMBDA {
+      FactorUpdate& item = *small_[i];
+      double amax = 0;
+      for (int64_t c = first_chunk_[i]; c < first_chunk_[i + 1]; ++c)
+        amax = larger(amax, chunks_[c].amax);
+      item.info = verdict<T>(item, amax);
+      if (item.info != kOk) return;
+      with_panels<T>(item.x.cols + item.bias, [&](auto p) GRNG_INLINE_LAMBDA {
+        commit_rows<T, decltype(p)>(item, sums_.get() + chunks_[first_chunk_[i]].sums,
+                                    first_chunk_[i + 1] - first_chunk_[i]);
+      });
+    };
+    if (small_.size() > 1) {
+      run_dynamic(threads, static_cast<int64_t>(small_.size()), commit);
+    } else {  // waking the threads would take longer
+      for_this_cpu([&](auto isa) GRNG_INLINE_LAMBDA { commit(isa, 0); });
+    }
   }
-  // One piece of memory for all, before anything is written: where there is none, nothing changes.
-  const Buffer<T> work = allocate<T>(workspace);
-  if (!small.empty()) update_by_rows<T>(small, threads);
-  for (FactorUpdate* item : large)
-    with_panels<T>(item->x.cols + item->bias, [&](auto p) {
-      item->info = update_by_tiles<T, decltype(p)>(*item, work.get(), threads);
-    });
-}
+
+  std::vector<FactorUpdate*> small_, large_;
+  std::vector<Chunk> chunks_;
+  std::vector<int64_t> first_chunk_{0};
+  std::vector<double> largest_;
+  Buffer<T> tiles_{nullptr, std::free}, sums_{nullptr, std::free};
+};
 
 }  // namespace
 
@@ -409,8 +418,10 @@ void kron_factor_update_cpu(FactorUpdate* items, int64_t count, const Threads& t
     }
     (item->x.dtype == Dtype::kFloat64 ? wide : narrow).push_back(item);
   }
-  update<float>(narrow, threads);
-  update<double>(wide, threads);
+  Updates<float> in_fp32(narrow);
+  Updates<double> in_fp64(wide);
+  in_fp32.run(threads);
+  in_fp64.run(threads);
 }
 
 }  // namespace grng

@@ -16,6 +16,7 @@
 #include <atomic>
 #include <cmath>
 #include <limits>
+#include <map>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -30,37 +31,40 @@ namespace grng {
 namespace {
 
 // Memory of one thread: sums of the pieces, and lines of two panels.
-constexpr int64_t kSumsBytes = 144 << 10, kLinesBytes = 64 << 10;
+constexpr int64_t kSumsBytes = 144 << 10, kLinesBytes = 48 << 10;
 // Packing a panel for one pair of panels costs about as much as this many products per element.
 constexpr double kPackingCost = 40;
+// Adding a piece to an entry costs about as much as this many products, and writing an entry.
+constexpr double kPieceCost = 4, kEntryCost = 40;
+// More memory than this for a thread is too much: very wide images.
+constexpr int64_t kMaxWorkspace = 8 << 20;
 // Products that cost less than those of patches by less than this are not worth the packing.
 constexpr double kAdvantage = 1.3;
 
 // ---- positions of one dimension ----
 
-// Positions u = first, first + step, ... (`count`) that every tap in [tap_begin, tap_end) by
-// `step_taps` visits, with u + distance * dilation inside the image too.
+// Positions u = first, first + stride, ... (`count`) that each tap in `visits` meets, with the
+// position at `distance` taps from u inside the image too.
 struct Segment {
   int64_t distance, first, count;
-  std::vector<int64_t> taps;
+  std::vector<char> visits;  // of every tap whether it is one of them
 };
 
 int64_t ceil_positive(int64_t a, int64_t b) { return a <= 0 ? 0 : ceil_div(a, b); }
 
-// Cuts the positions of all taps of a dimension into segments.
+// Cuts the positions of all taps of a dimension into segments, in the order of their distances.
 std::vector<Segment> segments_of(const PatchGrid& g, int dim) {
   const int64_t taps = g.kernel[dim], stride = g.stride[dim];
   const int64_t size = dim ? g.width : g.height, outputs = dim ? g.out_width : g.out_height;
+  struct Visit {
+    int64_t tap, begin, end;
+  };
   std::vector<Segment> segments;
   for (int64_t distance = 1 - taps; distance < taps; ++distance) {
     const int64_t shift = distance * g.dilation[dim];
     // The positions [begin, end) of each tap, in steps of the stride; taps whose positions differ
     // by a whole number of steps share segments.
-    struct Visit {
-      int64_t tap, begin, end;
-    };
-    std::vector<std::vector<Visit>> classes(stride);
-    std::vector<std::vector<int64_t>> cuts(stride);
+    std::map<int64_t, std::vector<Visit>> classes;
     for (int64_t tap = std::max<int64_t>(0, -distance); tap < std::min(taps, taps - distance);
          ++tap) {
       const int64_t start = tap * g.dilation[dim] - g.padding[dim];
@@ -68,21 +72,21 @@ std::vector<Segment> segments_of(const PatchGrid& g, int dim) {
       const int64_t first = ceil_positive(low - start, stride);
       const int64_t last = std::min(outputs, ceil_positive(high - start, stride));
       if (first >= last) continue;
-      const int64_t begin = start + first * stride, end = start + last * stride;
-      const int64_t c = begin % stride;
-      classes[c].push_back({tap, begin, end});
-      cuts[c].push_back(begin);
-      cuts[c].push_back(end);
+      const int64_t begin = start + first * stride;
+      classes[begin % stride].push_back({tap, begin, start + last * stride});
     }
-    for (int64_t c = 0; c < stride; ++c) {
-      std::sort(cuts[c].begin(), cuts[c].end());
-      for (size_t i = 0; i + 1 < cuts[c].size(); ++i) {
-        const int64_t begin = cuts[c][i], end = cuts[c][i + 1];
+    for (const auto& [residue, visits] : classes) {
+      std::vector<int64_t> cuts;
+      for (const Visit& v : visits) cuts.insert(cuts.end(), {v.begin, v.end});
+      std::sort(cuts.begin(), cuts.end());
+      for (size_t i = 0; i + 1 < cuts.size(); ++i) {
+        const int64_t begin = cuts[i], end = cuts[i + 1];
         if (begin == end) continue;
-        Segment segment{distance, begin, (end - begin) / stride, {}};
-        for (const Visit& v : classes[c])
-          if (v.begin <= begin && end <= v.end) segment.taps.push_back(v.tap);
-        if (!segment.taps.empty()) segments.push_back(segment);
+        Segment segment{distance, begin, (end - begin) / stride, std::vector<char>(taps)};
+        bool any = false;
+        for (const Visit& v : visits)
+          if (v.begin <= begin && end <= v.end) any = segment.visits[v.tap] = true;
+        if (any) segments.push_back(std::move(segment));
       }
     }
   }
@@ -104,48 +108,51 @@ struct Distance {
 struct Plan {
   std::vector<Segment> down, right;
   std::vector<Distance> distances;
-  int64_t halo_up = 0,
-          halo_down = 0;  // lines of the right panel before and after those of the left
+  int64_t halo;  // lines of the right panel before and after those of the left
 };
 
 bool is_canonical(const Distance& d) { return d.down > 0 || (d.down == 0 && d.right >= 0); }
 bool is_zero(const Distance& d) { return d.down == 0 && d.right == 0; }
 
-Plan make_plan(const PatchGrid& g) {
-  Plan plan;
-  plan.down = segments_of(g, 0);
-  plan.right = segments_of(g, 1);
-  for (int64_t down = 1 - g.kernel[0]; down < g.kernel[0]; ++down)
-    for (int64_t right = 1 - g.kernel[1]; right < g.kernel[1]; ++right) {
-      Distance d{down, right, {}};
-      for (const Segment& i : plan.down)
-        for (const Segment& j : plan.right)
-          if (i.distance == down && j.distance == right) {
-            d.pieces.push_back({&i, &j});
-            d.positions += static_cast<double>(i.count) * static_cast<double>(j.count);
-          }
+void add_distances(Plan& plan, const PatchGrid& g) {
+  const auto by_distance = [](const std::vector<Segment>& segments, int64_t taps) {
+    std::vector<std::vector<const Segment*>> found(2 * taps - 1);
+    for (const Segment& s : segments) found[s.distance + taps - 1].push_back(&s);
+    return found;
+  };
+  const auto down = by_distance(plan.down, g.kernel[0]);
+  const auto right = by_distance(plan.right, g.kernel[1]);
+  for (int64_t i = 0; i < static_cast<int64_t>(down.size()); ++i)
+    for (int64_t j = 0; j < static_cast<int64_t>(right.size()); ++j) {
+      Distance d{i + 1 - g.kernel[0], j + 1 - g.kernel[1], {}};
+      for (const Segment* a : down[i])
+        for (const Segment* b : right[j]) {
+          d.pieces.push_back({a, b});
+          d.positions += static_cast<double>(a->count) * static_cast<double>(b->count);
+        }
       // Taps that meet nowhere have entries too: zeros, which age what the factor holds.
       plan.distances.push_back(std::move(d));
     }
-  plan.halo_up = (g.kernel[0] - 1) * g.dilation[0];
-  plan.halo_down = plan.halo_up;
-  return plan;
 }
 
 // ---- one unit of work: a pair of panels, some distances, every image ----
 
-// All groups of one call that share a plan.
-struct Job {
-  const ConvFactorUpdate* item;
-  std::vector<FactorUpdate> groups;
-  const Plan* plan;
-  int64_t channels;  // of a group
-};
-
 struct Unit {
   int64_t group, row, col;  // panels row >= col
-  int64_t begin, end;       // of the job's distances
+  int64_t begin, end;       // of the plan's distances
   double cost;
+};
+
+// One item, and what is prepared for it before anything is written.
+struct Job {
+  ConvFactorUpdate* item;
+  std::vector<FactorUpdate> groups;
+  int64_t channels;  // of a group
+  bool by_distances = false;
+  Plan plan;
+  std::vector<Unit> units;
+  int64_t max_pieces = 0;
+  int64_t bytes = 0;  // of the workspace of a thread
 };
 
 // Lines [begin, end) of the channels of a panel as [line][column][width].
@@ -187,15 +194,16 @@ GRNG_INLINE void with_elements(Dtype dtype, const F& f) {
 template <class T, class P>
 int64_t lines_per_strip(const PatchGrid& g) {
   const int64_t line = g.width * kWidthOf<T, P> * int64_t{sizeof(T)};
-  return std::clamp<int64_t>(kLinesBytes / line, 1, g.height);
+  return std::min(g.height, std::max<int64_t>(1, kLinesBytes / line));
 }
 
 // Elements of memory of one thread: the sums of the pieces and of the ones, then two panels.
 template <class T, class P>
-int64_t workspace_size(const Plan& plan, const PatchGrid& g, int64_t max_pieces) {
+int64_t workspace_size(const Job& job) {
+  const PatchGrid& g = job.item->grid;
   const int64_t line = g.width * kWidthOf<T, P>, lines = lines_per_strip<T, P>(g);
-  return max_pieces * (kTileSizeOf<T, P> + kWidthOf<T, P>)+line *
-         (2 * lines + plan.halo_up + plan.halo_down);
+  return job.max_pieces * (kTileSizeOf<T, P> + kWidthOf<T, P>)+line *
+         (lines + std::min(g.height, lines + 2 * job.plan.halo));
 }
 
 template <class Isa, class T, class P>
@@ -216,11 +224,11 @@ template <class Isa, class T, class P, class In>
 GRNG_INLINE void sum_pieces(T* sums, T* ones, T* lines, const Job& job, const Unit& unit) {
   constexpr int64_t kWidth = kWidthOf<T, P>;
   const PatchGrid& g = job.item->grid;
-  const Plan& plan = *job.plan;
+  const Plan& plan = job.plan;
   const bool diagonal = unit.row == unit.col;
   const int64_t strip = lines_per_strip<T, P>(g);
   // About as many rows at a time as the matrix kernel takes: they stay in L1 for all distances.
-  const int64_t few = std::clamp<int64_t>(kRowsPerBlock / g.width, 1, strip);
+  const int64_t few = std::min(strip, std::max<int64_t>(1, kRowsPerBlock / g.width));
   T* const left_lines = lines;
   T* const right_lines = diagonal ? lines : lines + strip * g.width * kWidth;
   for (int64_t b = 0; b < job.item->batch; ++b) {
@@ -232,8 +240,8 @@ GRNG_INLINE void sum_pieces(T* sums, T* ones, T* lines, const Job& job, const Un
     for (int64_t top = 0; top < g.height; top += strip) {
       const int64_t bottom = std::min(g.height, top + strip);
       // On the diagonal one set of lines serves both sides.
-      const int64_t right_top = diagonal ? top : std::max<int64_t>(0, top - plan.halo_up);
-      const int64_t right_bottom = std::min(g.height, bottom + plan.halo_down);
+      const int64_t right_top = diagonal ? top : std::max<int64_t>(0, top - plan.halo);
+      const int64_t right_bottom = std::min(g.height, bottom + plan.halo);
       pack_lines<T, P>(right_lines, panel(unit.col), g, filled(unit.col), right_top, right_bottom);
       if (!diagonal)
         pack_lines<T, P>(left_lines, panel(unit.row), g, filled(unit.row), top, bottom);
@@ -290,11 +298,8 @@ GRNG_INLINE void commit_pieces(const T* sums, const T* ones, const Job& job, con
   const int64_t height = std::min(kWidth, job.channels - unit.row * kWidth);
   const int64_t width = std::min(kWidth, job.channels - unit.col * kWidth);
   const bool diagonal = unit.row == unit.col;
-  const auto has = [](const Segment& s, int64_t tap) {
-    return std::find(s.taps.begin(), s.taps.end(), tap) != s.taps.end();
-  };
   for (int64_t d = unit.begin; d < unit.end; ++d) {
-    const Distance& distance = job.plan->distances[d];
+    const Distance& distance = job.plan.distances[d];
     if (diagonal && !is_canonical(distance)) continue;
     const bool lower_only = diagonal && is_zero(distance);
     const int64_t count = static_cast<int64_t>(distance.pieces.size());
@@ -304,7 +309,8 @@ GRNG_INLINE void commit_pieces(const T* sums, const T* ones, const Job& job, con
            k2 < std::min(g.kernel[1], g.kernel[1] - distance.right); ++k2) {
         T total[kWidth * kWidth] = {}, total_ones[kWidth] = {};
         for (int64_t p = 0; p < count; ++p) {
-          if (!has(*distance.pieces[p].down, k1) || !has(*distance.pieces[p].right, k2)) continue;
+          const Piece& piece = distance.pieces[p];
+          if (!piece.down->visits[k1] || !piece.right->visits[k2]) continue;
           for (int64_t e = 0; e < kWidth * kWidth; ++e) total[e] += sums[p * kWidth * kWidth + e];
           for (int64_t e = 0; e < kWidth; ++e) total_ones[e] += ones[p * kWidth + e];
         }
@@ -328,29 +334,28 @@ int64_t pieces_of(const Distance& d, bool diagonal) {
   return diagonal && !is_canonical(d) ? 0 : static_cast<int64_t>(d.pieces.size());
 }
 
-// The units of a job, the longest first, and the most pieces that one of them has. More units than
-// threads need split the distances; the sums, and so the bits, are the same for any split.
+// Adds the units of a job, the longest first. More units than threads need split the distances; the
+// sums, and so the bits, are the same for any split.
 template <class T, class P>
-std::vector<Unit> make_units(const Job& job, int64_t threads, int64_t* max_pieces) {
+void add_units(Job& job, int64_t threads) {
   const int64_t panels = ceil_div(job.channels, kWidthOf<T, P>);
   const int64_t pairs = tile_count(panels) * job.item->groups;
   const int64_t budget =
       std::max<int64_t>(1, kSumsBytes / (kTileSizeOf<T, P> * int64_t{sizeof(T)}));
   const int64_t parts = ceil_div(2 * threads, pairs);
-  const int64_t count = static_cast<int64_t>(job.plan->distances.size());
-  std::vector<Unit> units;
-  *max_pieces = 0;
+  const int64_t count = static_cast<int64_t>(job.plan.distances.size());
+  std::vector<Unit>& units = job.units;
   for (int64_t group = 0; group < job.item->groups; ++group)
     for (int64_t t = 0; t < tile_count(panels); ++t) {
       const TileIndex tile(t);
       const bool diagonal = tile.row == tile.col;
       double total = 0;
-      for (const Distance& d : job.plan->distances)
+      for (const Distance& d : job.plan.distances)
         total += pieces_of(d, diagonal) ? d.positions : 0;
       Unit unit{group, tile.row, tile.col, 0, 0, 0};
       int64_t pieces = 0;
       for (int64_t d = 0; d < count; ++d) {
-        const int64_t more = pieces_of(job.plan->distances[d], diagonal);
+        const int64_t more = pieces_of(job.plan.distances[d], diagonal);
         const bool enough = unit.cost * static_cast<double>(parts) >= total;
         if (unit.end > unit.begin && (pieces + more > budget || enough)) {
           units.push_back(unit);
@@ -358,40 +363,33 @@ std::vector<Unit> make_units(const Job& job, int64_t threads, int64_t* max_piece
           pieces = 0;
         }
         pieces += more;
-        *max_pieces = std::max(*max_pieces, pieces);
-        unit.cost += more ? job.plan->distances[d].positions : 0;
+        job.max_pieces = std::max(job.max_pieces, pieces);
+        unit.cost += more ? job.plan.distances[d].positions : 0;
         unit.end = d + 1;
       }
       units.push_back(unit);
     }
   std::stable_sort(units.begin(), units.end(),
                    [](const Unit& a, const Unit& b) { return a.cost > b.cost; });
-  return units;
 }
 
 template <class T, class P>
-void update_by_distances(const Job& job, const Threads& threads) {
-  const PatchGrid& g = job.item->grid;
-  int64_t max_pieces = 0;
-  const std::vector<Unit> units = make_units<T, P>(job, threads.count, &max_pieces);
-  const int64_t size = workspace_size<T, P>(*job.plan, g, max_pieces);
-  const int64_t slots = std::min<int64_t>(threads.count, static_cast<int64_t>(units.size()));
-  const int64_t padded = ceil_div(size, kCacheLine) * kCacheLine;
-  const Buffer<T> workspace = allocate<T>(slots * padded);
+void update_by_distances(const Job& job, char* workspace, const Threads& threads) {
+  const int64_t units = static_cast<int64_t>(job.units.size());
   std::atomic<int64_t> next{0}, next_slot{0};
-  threads.run(slots, 1, [&](int64_t, int64_t) {
+  threads.run(std::min(threads.count, units), 1, [&](int64_t, int64_t) {
     const int64_t slot = next_slot++;
-    T* const sums = workspace.get() + slot * padded;
-    T* const ones = sums + max_pieces * kTileSizeOf<T, P>;
-    T* const lines = ones + max_pieces * kWidthOf<T, P>;
+    T* const sums = reinterpret_cast<T*>(workspace + slot * job.bytes);
+    T* const ones = sums + job.max_pieces * kTileSizeOf<T, P>;
+    T* const lines = ones + job.max_pieces * kWidthOf<T, P>;
     for_this_cpu([&](auto isa) GRNG_INLINE_LAMBDA {
-      for (int64_t i = next++; i < static_cast<int64_t>(units.size()); i = next++) {
+      for (int64_t i = next++; i < units; i = next++) {
         std::memset(sums, 0, (lines - sums) * sizeof(T));
         with_elements<T>(job.item->dtype, [&](const auto* none) GRNG_INLINE_LAMBDA {
           using In = std::remove_const_t<std::remove_pointer_t<decltype(none)>>;
-          sum_pieces<decltype(isa), T, P, In>(sums, ones, lines, job, units[i]);
+          sum_pieces<decltype(isa), T, P, In>(sums, ones, lines, job, job.units[i]);
         });
-        commit_pieces<T, P>(sums, ones, job, units[i]);
+        commit_pieces<T, P>(sums, ones, job, job.units[i]);
       }
     });
   });
@@ -404,21 +402,32 @@ void update_by_distances(const Job& job, const Threads& threads) {
 
 // ---- which of the two ways ----
 
+// Decided from the segments of the two dimensions: of all pairs of them, the sums are products of
+// sums.
 template <class T, class P>
 bool distances_pay(const Job& job) {
   const PatchGrid& g = job.item->grid;
   if (g.kernel[0] * g.kernel[1] == 1) return false;
+  const auto totals = [](const std::vector<Segment>& segments) {
+    std::array<double, 2> sums{};  // positions, and visits by taps
+    for (const Segment& s : segments) {
+      sums[0] += static_cast<double>(s.count);
+      for (char v : s.visits) sums[1] += v;
+    }
+    return sums;
+  };
+  const auto down = totals(job.plan.down), right = totals(job.plan.right);
   const double width = static_cast<double>(kWidthOf<T, P>);
   const double panels = static_cast<double>(ceil_div(job.channels, kWidthOf<T, P>));
-  double all = 0;
-  for (const Distance& d : job.plan->distances) all += d.positions;
   const double images = static_cast<double>(job.item->batch);
-  const double mine =
-      images * (panels * panels / 2 * all * width * width +
-                panels * panels * width * static_cast<double>(g.height * g.width) * kPackingCost);
   const FactorUpdate& group = job.groups[0];
   const double n = static_cast<double>(group.x.cols);
-  return mine * kAdvantage < static_cast<double>(group.x.rows) * n * n / 2;
+  const double products = panels * panels / 2 * width * width * images * down[0] * right[0];
+  const double packing =
+      images * panels * panels * width * static_cast<double>(g.height * g.width) * kPackingCost;
+  const double commit = panels * panels / 2 * width * width * down[1] * right[1] * kPieceCost +
+                        n * n / 2 * kEntryCost;
+  return (products + packing + commit) * kAdvantage < static_cast<double>(group.x.rows) * n * n / 2;
 }
 
 // ---- the check, over the images: their elements are far fewer than those of the patches ----
@@ -481,17 +490,16 @@ double largest_of(const ConvFactorUpdate& item, const Threads& threads) {
   return all;
 }
 
-// ---- one item ----
+// ---- all items: first whatever can fail, then the updates ----
 
 template <class T>
-Info update(ConvFactorUpdate& item, const Threads& threads) {
+void prepare(Job& job, const Threads& threads) {
+  ConvFactorUpdate& item = *job.item;
   const PatchGrid& g = item.grid;
-  const int64_t channels = item.channels / item.groups;
-  const int64_t columns = channels * g.kernel[0] * g.kernel[1], n = columns + item.bias;
-  Job job{&item, {}, nullptr, channels};
+  const int64_t columns = job.channels * g.kernel[0] * g.kernel[1], n = columns + item.bias;
   for (int64_t group = 0; group < item.groups; ++group) {
     const ConstMatrix patches{static_cast<const char*>(item.x) +
-                                  group * channels * g.channel_stride * size_of(item.dtype),
+                                  group * job.channels * g.channel_stride * size_of(item.dtype),
                               item.dtype,
                               item.batch * g.out_height * g.out_width,
                               columns,
@@ -503,34 +511,67 @@ Info update(ConvFactorUpdate& item, const Threads& threads) {
   }
   // One verdict for all groups, before any is written.
   const double amax = largest_of<T>(item, threads);
-  Info info = kOk;
   for (const FactorUpdate& group : job.groups)
-    if (info == kOk) info = verdict<T>(group, amax);
-  if (info != kOk) return info;
-  const Plan plan = make_plan(g);
-  job.plan = &plan;
-  with_panels<T>(channels, [&](auto p) {
-    if (distances_pay<T, decltype(p)>(job)) {
-      update_by_distances<T, decltype(p)>(job, threads);
-    } else {
-      kron_factor_update_cpu(job.groups.data(), item.groups, threads);
-    }
+    if (item.info == kOk) item.info = verdict<T>(group, amax);
+  if (item.info != kOk) return;
+  job.plan.down = segments_of(g, 0);
+  job.plan.right = segments_of(g, 1);
+  job.plan.halo = std::min(g.height, (g.kernel[0] - 1) * g.dilation[0]);
+  with_panels<T>(job.channels, [&](auto p) {
+    using P = decltype(p);
+    if (!distances_pay<T, P>(job)) return;
+    add_distances(job.plan, g);
+    add_units<T, P>(job, threads.count);
+    const int64_t size = workspace_size<T, P>(job) * int64_t{sizeof(T)};
+    job.bytes = ceil_div(size, kCacheLine) * kCacheLine;
+    job.by_distances = job.bytes <= kMaxWorkspace;
   });
-  return kOk;
+}
+
+template <class T>
+void run(const Job& job, char* workspace, const Threads& threads) {
+  with_panels<T>(job.channels,
+                 [&](auto p) { update_by_distances<T, decltype(p)>(job, workspace, threads); });
 }
 
 }  // namespace
 
 void kron_factor_conv2d_update_cpu(ConvFactorUpdate* items, int64_t count, const Threads& threads) {
+  std::vector<Job> jobs;
+  std::vector<FactorUpdate> patches;
+  int64_t bytes = 0;
+  jobs.reserve(count);
   for (ConvFactorUpdate* item = items; item < items + count; ++item) {
     item->info = kOk;
     if (item->batch == 0 || item->channels == 0) continue;
     if (!(item->decay >= 0 && item->decay <= 1) || !std::isfinite(item->scale)) {
       item->info = kNonfiniteInput;
-    } else if (item->dtype == Dtype::kFloat64) {
-      item->info = update<double>(*item, threads);
+      continue;
+    }
+    Job& job = jobs.emplace_back();
+    job.item = item;
+    job.channels = item->channels / item->groups;
+    if (item->dtype == Dtype::kFloat64) {
+      prepare<double>(job, threads);
     } else {
-      item->info = update<float>(*item, threads);
+      prepare<float>(job, threads);
+    }
+    if (item->info != kOk) continue;
+    if (job.by_distances) {
+      bytes = std::max(bytes,
+                       job.bytes * std::min(threads.count, static_cast<int64_t>(job.units.size())));
+    } else {
+      patches.insert(patches.end(), job.groups.begin(), job.groups.end());
+    }
+  }
+  const Buffer<char> workspace = allocate<char>(bytes);
+  kron_factor_update_cpu(patches.data(), static_cast<int64_t>(patches.size()), threads);
+  for (const Job& job : jobs) {
+    if (job.item->info != kOk || !job.by_distances) continue;
+    if (job.item->dtype == Dtype::kFloat64) {
+      run<double>(job, workspace.get(), threads);
+    } else {
+      run<float>(job, workspace.get(), threads);
     }
   }
 }

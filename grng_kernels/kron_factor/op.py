@@ -69,6 +69,7 @@ def kron_factor_update_(
     factors, xs = _checks.as_list(OP, "factor", factor), _checks.as_list(OP, "x", x)
     _checks.check_same_form(OP, factor=factor, x=x)
     _checks.check_lengths(OP, factor=factors, x=xs)
+    _checks.check_flag(OP, "bias", bias)
     _checks.check_scalar(OP, "decay", decay, low=0.0, high=1.0)
     if scale is not None:
         _checks.check_scalar(OP, "scale", scale)
@@ -113,7 +114,7 @@ def _usual_call(
     What is accepted here passes every check of the general way; it costs a fifth of the time, which is
     what decides how small factors compare with a plain ``addmm``.
     """
-    if not _dispatch.runs_at_once():
+    if not _dispatch.runs_at_once() or not isinstance(bias, bool):
         return None
     single = isinstance(factor, Tensor)
     factors = [factor] if isinstance(factor, Tensor) else factor
@@ -131,11 +132,11 @@ def _usual_call(
     if not _dispatch.serves_cpu():
         return None
     scales = [(1.0 - decay) / max(item.shape[0], 1) if scale is None else scale for item in xs]
-    info = torch.empty(() if single else (len(factors),), dtype=torch.int32)
+    info = torch.empty(() if single else (len(factors),), dtype=torch.int32, device="cpu")
     try:
         torch.ops.grng._kron_factor_update_.default(factors, xs, info, bias, decay, scales)
     except RuntimeError:
-        # Nothing was written (tensors overlap, or memory ran out): the general way says what is wrong.
+        # Nothing was written, tensors overlap: the general way says which.
         return None
     torch.autograd.graph.increment_version(factors)
     return info

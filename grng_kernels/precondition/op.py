@@ -168,11 +168,11 @@ def _usual_call(
     if not all(map(_is_usual, grads, lefts, rights, biases)):
         return None
     shapes = [lo.shape[:1] + hi.shape[:1] for lo, hi in zip(lefts, rights, strict=True)]
-    narrow = [i for i, shape in enumerate(shapes) if min(shape) <= CPU_NARROW]
+    narrow = [i for i, shape in enumerate(shapes) if 0 < min(shape) <= CPU_NARROW]
     if len(narrow) < len(shapes) and _dispatch.requested_backend() == "cpu":
         return None
-    outs = [torch.empty(shape, dtype=torch.float32) for shape in shapes]
-    dots = torch.empty(len(outs) if dot else 0, dtype=torch.float32)
+    outs = [torch.empty(shape, dtype=torch.float32, device="cpu") for shape in shapes]
+    dots = torch.empty(len(outs) if dot else 0, dtype=torch.float32, device="cpu")
     _run_items(outs, dots, grads, lefts, rights, biases, {"cpu": narrow})
     return outs, dots
 
@@ -285,6 +285,8 @@ def _precondition_op(
     chosen: dict[tuple[str | None, str | None], str] = {}
     places: dict[str, list[int]] = {}
     for i in count:
+        if outs[i].numel() == 0:  # an empty product: the reference has nothing to do
+            continue
         cpu = _cpu_unsupported(lefts[i], rights[i], outs[i])
         triton = _triton_unsupported(outs[i])
         if (cpu, triton) not in chosen:

@@ -155,6 +155,22 @@ def test_empty_gradients(backend, shape):
     assert dot.item() == 0
 
 
+def test_no_rows_and_a_bias(backend):
+    empty, right = torch.zeros(0, 3, device=backend.device), torch.eye(4, device=backend.device)
+    got = precondition(
+        empty, empty.new_zeros(0, 0), right, bias_grad=empty.new_zeros(0), return_dot=True
+    )
+    assert got[0].shape == (0, 4)
+    assert got[1].item() == 0
+
+
+def test_the_default_device_does_not_matter():
+    arguments = case(4, 30, type("Device", (), {"device": "cpu"}))[:3]
+    with torch.device("meta"):
+        got = precondition(*arguments)
+    assert torch.equal(got.double(), plain(*arguments))
+
+
 @pytest.mark.parametrize("place", ["grad", "left", "right", "bias"])
 @pytest.mark.parametrize("shape", [(8, 65), (65, 8)], ids=str)
 def test_nan_is_seen_in_the_result(backend, shape, place):

@@ -243,3 +243,18 @@ def test_an_empty_batch_changes_nothing_but_decay(first):
 def test_numbers_of_the_wrong_kind_are_named(name, value):
     with pytest.raises(ValueError, match=f"RING: {name} must be a"):
         RING(nn.Linear(4, 3), **{name: value})
+
+
+def test_a_bias_of_another_dtype_than_its_weight():
+    linear = torch.nn.Linear(8, 4)
+    linear.bias.data = linear.bias.data.bfloat16()
+    opt = RING(linear)
+    before = linear.bias.detach().clone()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = linear(torch.randn(16, 8))
+        opt.observe(logits)
+        loss = logits.float().square().mean()
+    loss.backward()
+    opt.step()
+    assert linear.bias.dtype == torch.bfloat16
+    assert not torch.equal(linear.bias, before)

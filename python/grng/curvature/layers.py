@@ -39,12 +39,17 @@ class KroneckerLayer:
         return output_grad.detach().reshape(-1, self.weight.shape[0])
 
     def grads(self) -> tuple[Tensor, Tensor | None]:
-        """Return the gradients of the weight ``[d_out, d_in]`` and of the bias, None without a bias."""
+        """Return the gradients of the weight ``[d_out, d_in]`` and of the bias, None without a bias.
+
+        Both have one dtype, the wider of the two.
+        """
         grad = self.weight.grad
         assert grad is not None, "asked only for layers that have a gradient"
         if self.bias is None:
             return grad, None
-        return grad, self.bias.grad if self.bias.grad is not None else torch.zeros_like(self.bias)
+        column = self.bias.grad if self.bias.grad is not None else torch.zeros_like(self.bias)
+        dtype = torch.promote_types(grad.dtype, column.dtype)
+        return grad.to(dtype), column.to(dtype)
 
     def apply_step(self, step: Tensor, *, decay: float | Tensor) -> None:
         """Shrink the parameters by ``1 − decay`` and subtract ``step [d_out, d_in (+ 1)]``, in place."""
