@@ -23,11 +23,11 @@ def _info() -> int:
 def _check() -> int:
     rows = _selfcheck.check_all()
     print("largest error against the fp64 reference, relative to the largest value; fp32 inputs")
-    print(f"{'op':22s} {'backend':18s} {'error':>9s} {'PyTorch':>9s}")
+    print(f"{'op':27s} {'backend':18s} {'error':>9s} {'PyTorch':>9s}")
     for row in rows:
         verdict = "ok" if row.ok else f"FAILED {row.note}".rstrip()
         print(
-            f"{row.op:22s} {row.backend:18s} {row.error:9.1e} {row.reference_error:9.1e}  {verdict}"
+            f"{row.op:27s} {row.backend:18s} {row.error:9.1e} {row.reference_error:9.1e}  {verdict}"
         )
     failed = sum(not row.ok for row in rows)
     print(f"{len(rows) - failed} of {len(rows)} within twice the error of PyTorch")

@@ -39,6 +39,16 @@ def _kron_factor(cast: Callable[[Tensor], Tensor]) -> list[Tensor]:
     return factors
 
 
+def _kron_factor_conv2d(cast: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    # Twenty channels take the way of the distances on a CPU, three that of the patches.
+    factors = [cast(_spd(9 * channels + 1)) for channels in (20, 3)]
+    images = [cast(torch.randn(2, channels, 14, 15)) for channels in (20, 3)]
+    k.kron_factor_conv2d_update_(
+        factors, images, kernel_size=3, padding=1, stride=(1, 2), decay=0.9, bias=True
+    )
+    return factors
+
+
 def _damped_inverse(cast: Callable[[Tensor], Tensor]) -> list[Tensor]:
     inverse = k.damped_inverse([cast(_spd(n)) for n in (7, 100)], damping=0.05).inverse
     return list(inverse)
@@ -60,16 +70,29 @@ def _precondition(cast: Callable[[Tensor], Tensor]) -> list[Tensor]:
     return [k.precondition(cast(torch.randn(33, 65)), cast(_spd(33)), cast(_spd(65)))]
 
 
+def _precondition_narrow(cast: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    results, dots = k.precondition(
+        [cast(torch.randn(8, 64)), cast(torch.randn(65, 8))],
+        [cast(_spd(8)), cast(_spd(65))],
+        [cast(_spd(65)), cast(_spd(8))],
+        bias_grad=[cast(torch.randn(8)), None],
+        return_dot=True,
+    )
+    return [*results, dots]
+
+
 def _rank_one(cast: Callable[[Tensor], Tensor]) -> list[Tensor]:
     return [k.rank1_precondition(cast(torch.randn(5000)), cast(torch.randn(5000)), damping=0.1)]
 
 
 CASES: dict[str, Case] = {
     "kron_factor_update_": _kron_factor,
+    "kron_factor_conv2d_update_": _kron_factor_conv2d,
     "damped_inverse": _damped_inverse,
     "kalman_update_ fdekf": _kalman("fdekf"),
     "kalman_update_ vdekf": _kalman("vdekf"),
     "precondition": _precondition,
+    "precondition narrow": _precondition_narrow,
     "rank1_precondition": _rank_one,
 }
 
