@@ -37,7 +37,7 @@ L2_TB_S, L1_TB_S, L2_BYTES, LATENCY_US = 5.5, 28.0, 40e6, 0.7
 # A kernel on an otherwise full queue; the same in a CUDA graph.
 LAUNCH_US, NODE_US, EAGER_US = 2.0, 0.6, 6.0
 # Share of the peak that a tile can reach: public symmetric Triton kernels stay at about half.
-REACH = {32: 0.20, 64: 0.35, 128: 0.50}
+REACH = {16: 0.10, 32: 0.20, 64: 0.35, 128: 0.50}
 # The same for tiles whose elements are loaded one by one.
 GATHER = 0.4
 # What cuBLAS reaches on a product of order 768, which fills a quarter of the machine, and the moving average
@@ -501,7 +501,7 @@ def report() -> str:
         "",
         "Model: launch 2 us + the slowest of arithmetic, memory, L2, L1 and latency. Ceilings (planning",
         f"values): bf16 {BF16:.0f}, tf32x3 {TF32X3:.0f}, fp32 {FP32:.0f} TFLOP/s; copy 3.0 TB/s (H100),",
-        f"4.3 TB/s (H200); L2 {L2_TB_S} TB/s. Tiles of 128, 64, 32 are taken to reach 50, 35, 20 % of",
+        f"4.3 TB/s (H200); L2 {L2_TB_S} TB/s. Tiles of 128, 64, 32, 16 reach 50, 35, 20, 10 % of",
         "the peak, and 40 % of that where patches are gathered. *Least* is the roofline of the problem,",
         "without a launch.",
         "",
