@@ -12,8 +12,9 @@ from grng_kernels._register import operator
 from grng_kernels.precondition import reference
 
 OP = "precondition"
-# The C++ kernel is faster than a library product where one side is at most this long.
-CPU_NARROW = 16
+# The C++ kernel is faster than library products where one side is at most this long, and for so many
+# gradients that waking the threads for all of them together does not show.
+CPU_NARROW, CPU_LEAST = 16, 4
 
 Tensors = Sequence[Tensor]
 Bias = Tensor | Sequence[Tensor | None] | None
@@ -169,8 +170,11 @@ def _usual_call(
         return None
     shapes = [lo.shape[:1] + hi.shape[:1] for lo, hi in zip(lefts, rights, strict=True)]
     narrow = [i for i, shape in enumerate(shapes) if 0 < min(shape) <= CPU_NARROW]
-    if len(narrow) < len(shapes) and _dispatch.requested_backend() == "cpu":
-        return None
+    if _dispatch.requested_backend() == "cpu":
+        if len(narrow) < len(shapes):
+            return None
+    elif len(narrow) < CPU_LEAST:
+        narrow = []
     outs = [torch.empty(shape, dtype=torch.float32, device="cpu") for shape in shapes]
     dots = torch.empty(len(outs) if dot else 0, dtype=torch.float32, device="cpu")
     _run_items(outs, dots, grads, lefts, rights, biases, {"cpu": narrow})
@@ -292,6 +296,8 @@ def _precondition_op(
         if (cpu, triton) not in chosen:
             chosen[cpu, triton] = _dispatch.select(OP, outs[i].device, cpu=cpu, triton=triton)
         places.setdefault(chosen[cpu, triton], []).append(i)
+    if len(places.get("cpu", [])) < CPU_LEAST and _dispatch.requested_backend() != "cpu":
+        places.pop("cpu", None)
     if "triton" in places:
         from grng_kernels.precondition.triton_kernel import supports
 
