@@ -2,7 +2,7 @@
 """``damped_inverse``: the public function, its checks, and the grouping of equal sizes."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,8 +10,8 @@ from torch import Tensor
 from grng_kernels import _checks, _dispatch
 from grng_kernels._register import operator
 from grng_kernels.damped_inverse import reference
+from grng_kernels.damped_inverse.entry import Entry
 from grng_kernels.damped_inverse.reference import DampedInverse
-from grng_kernels.info import Info
 
 OP = "damped_inverse"
 METHODS = ("auto", "cholesky", "newton_schulz")
@@ -181,32 +181,43 @@ def _damped_inverse_op(
     ``damping`` and ``vectors`` may be empty. The vectors are not mutated here: the compiler accepts no
     operator that does so and returns a list.
     """
-    _dispatch.select(OP, factors[0].device)
     _checks.check_no_overlap(
         OP,
         [(f"spectral_vector[{i}]", v) for i, v in enumerate(vectors)],
         [(f"factor[{i}]", f) for i, f in enumerate(factors)],
     )
-    results = [_empty_result(f) for f in factors]
-    new_vectors = [v.clone() for v in vectors]
-    for indices in _same_size(factors):
-        counts = [factors[i].shape[0] for i in indices]
-        batch = torch.cat([factors[i].to(_state_dtype(factors[i])) for i in indices])
-        *fields, vector = reference.damped_inverse(
-            batch,
-            rho=rho,
-            damping=torch.cat([damping[i].flatten() for i in indices]) if damping else None,
-            method=method,
-            vector=torch.cat([vectors[i] for i in indices]) if vectors else None,
-        )
-        for i, *parts in zip(indices, *(f.split(counts) for f in fields), strict=True):
-            # A batch of one can come out of the factorisation with its columns contiguous.
-            results[i] = [part.clone(memory_format=torch.contiguous_format) for part in parts]
-        if vectors:
-            for i, part in zip(indices, vector.split(counts), strict=True):
-                good = (results[i][4] == int(Info.OK)).unsqueeze(-1)
-                new_vectors[i] = torch.where(good, part.to(vectors[i].dtype), vectors[i])
-    return [*(tensor for result in results for tensor in result), *new_vectors]
+    entries = [
+        _entry(f, damping[i] if damping else None, vectors[i] if vectors else None)
+        for i, f in enumerate(factors)
+    ]
+    places: dict[str, list[Entry]] = {}
+    for entry in entries:
+        if entry.factor.numel():
+            places.setdefault(_backend(entry, rho, method), []).append(entry)
+    for backend, group in places.items():
+        _RUN[backend](group, rho, method)
+    new = [entries[i].vector.to(v.dtype) for i, v in enumerate(vectors)]
+    return [*(tensor for e in entries for tensor in e[3:]), *new]
+
+
+def _entry(factor: Tensor, damping: Tensor | None, vector: Tensor | None) -> Entry:
+    inverse, *rest = _empty_result(factor)
+    if damping is not None:
+        damping = damping.reshape(-1).to(inverse.dtype).contiguous()
+    start = inverse.new_zeros(factor.shape[:2])
+    if vector is not None:
+        start.copy_(vector)
+    return Entry(factor, damping, start, inverse, *rest)
+
+
+def _backend(entry: Entry, rho: float | None, method: str) -> str:
+    return _dispatch.select(OP, entry.factor.device)
+
+
+# What runs entries of one backend: ``(entries, rho, method)``.
+_RUN: dict[str, Callable[[Sequence[Entry], float | None, str], None]] = {
+    "reference": reference.run,
+}
 
 
 @_damped_inverse_op.register_fake
@@ -228,12 +239,3 @@ def _empty_result(factor: Tensor) -> list[Tensor]:
     inverse = torch.empty(factor.shape, dtype=dtype, device=factor.device)
     scalars = [torch.zeros(length, dtype=dtype, device=factor.device) for _ in range(3)]
     return [inverse, *scalars, torch.zeros(length, dtype=torch.int32, device=factor.device)]
-
-
-def _same_size(factors: Sequence[Tensor]) -> list[list[int]]:
-    """Indices of the non-empty factors, grouped by order and dtype."""
-    groups: dict[tuple[int, torch.dtype], list[int]] = {}
-    for i, f in enumerate(factors):
-        if f.numel():
-            groups.setdefault((f.shape[-1], _state_dtype(f)), []).append(i)
-    return list(groups.values())
