@@ -11,7 +11,7 @@ class Entry(NamedTuple):
 
     Attributes:
         factor: ``[L, N, N]``, any strides, fp32, bf16, fp16 or fp64. Read only.
-        damping: ``[L]`` contiguous, dtype of ``inverse``: the one asked for, or None where ``rho`` decides it.
+        damping: ``[L]`` contiguous, dtype of ``inverse``: the one asked for, or None with ``rho``.
         vector: ``[L, N]`` contiguous, dtype of ``inverse``: start of the norm estimate, all zero for a cold
             start. Replaced by the new one where ``info`` is 0, and untouched elsewhere.
         inverse: ``[L, N, N]`` contiguous, fp32 (fp64 for fp64). Written, both triangles from one value.
