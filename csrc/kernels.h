@@ -97,6 +97,25 @@ struct Precondition {
 
 void precondition_cpu(Precondition* items, int64_t count, bool with_dot, const Threads& threads);
 
+// ---- damped_inverse (csrc/cpu/damped_inverse.cpp) ----
+
+// inverse [n, n] (row-major) <- (factor + damping * I)^-1, both triangles from one value, of the
+// symmetrised factor [n, n]. Not for fp64.
+struct DampedInverse {
+  ConstMatrix factor;
+  float* inverse;
+  // [n]: the start of the norm estimate, all zero for none; replaced where info is kOk.
+  float* vector;
+  // Relative: rho's root, times the norm. Otherwise the damping itself; `used` is what was added.
+  bool relative;
+  double damping;
+  float used, norm, residual;
+  Info info;
+};
+
+// Performs every item and sets its results; where info is not kOk, the inverse must not be used.
+void damped_inverse_cpu(DampedInverse* items, int64_t count, const Threads& threads);
+
 // ---- kalman_update (csrc/cpu/kalman_update.cpp, csrc/cuda/kalman_update.cu) ----
 
 // One block of parameters: mean and variance [d] are contiguous, jacobian [outputs, d] has unit

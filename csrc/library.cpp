@@ -238,6 +238,70 @@ void precondition(const Tensors outs, const Tensor dots, const Tensors grads, co
   for (size_t i = 0; with_dot && i < count; ++i) values[i] = static_cast<float>(items[i].dot);
 }
 
+// ---- damped_inverse ----
+
+// `results` [3, matrices] (fp32): damping, norm and residual. `dampings` is empty where rho
+// decides.
+void damped_inverse(const Tensors inverses, const Tensors vectors, const Tensor results,
+                    const Tensor info, const Tensors factors, const Tensors dampings,
+                    double rho_root) {
+  const size_t count = factors.size();
+  STD_TORCH_CHECK(count == inverses.size() && count == vectors.size() &&
+                      (dampings.empty() || count == dampings.size()),
+                  "grng: inverses, vectors, factors and dampings must have the same length");
+  std::vector<grng::DampedInverse> items;
+  std::vector<Span> spans;
+  for (size_t i = 0; i < count; ++i) {
+    const Tensor& factor = factors[i];
+    const int64_t dim = factor.dim();
+    STD_TORCH_CHECK((dim == 2 || dim == 3) && factor.size(dim - 1) == factor.size(dim - 2),
+                    "grng: factor must be [N, N] or [L, N, N]");
+    const grng::Dtype dtype = dtype_of(factor);
+    STD_TORCH_CHECK(dtype != grng::Dtype::kFloat64, "grng: factor must not be float64");
+    const int64_t n = factor.size(dim - 1), length = dim == 3 ? factor.size(0) : 1;
+    const int64_t step = dim == 3 ? factor.stride(0) : 0;
+    const auto check = [&](const Tensor& t, int64_t numel, const char* name) {
+      STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.is_contiguous() &&
+                          static_cast<int64_t>(t.numel()) == numel,
+                      "grng: ", name, " has the wrong dtype, size or layout");
+    };
+    check(inverses[i], length * n * n, "inverse");
+    check(vectors[i], length * n, "vector");
+    if (!dampings.empty()) check(dampings[i], length, "damping");
+    const char* data = static_cast<const char*>(factor.data_ptr());
+    float* inverse = static_cast<float*>(inverses[i].data_ptr());
+    float* vector = static_cast<float*>(vectors[i].data_ptr());
+    for (int64_t l = 0; l < length; ++l) {
+      const double damping =
+          dampings.empty() ? rho_root : static_cast<const float*>(dampings[i].data_ptr())[l];
+      const grng::ConstMatrix matrix{data + l * step * factor.element_size(),
+                                     dtype,
+                                     n,
+                                     n,
+                                     factor.stride(dim - 2),
+                                     factor.stride(dim - 1)};
+      items.push_back({matrix, inverse + l * n * n, vector + l * n, dampings.empty(), damping, 0, 0,
+                       0, grng::kOk});
+    }
+    spans.push_back(span_of(inverses[i], true));
+    spans.push_back(span_of(vectors[i], true));
+    spans.push_back(span_of(factor, false));
+  }
+  const int64_t total = static_cast<int64_t>(items.size());
+  check_dense(results, ScalarType::Float, {3, total}, "results");
+  check_dense(info, ScalarType::Int, {total}, "info");
+  check_no_overlap(std::move(spans));
+  grng::damped_inverse_cpu(items.data(), total, threads_of_torch());
+  float* values = static_cast<float*>(results.data_ptr());
+  int32_t* codes = static_cast<int32_t*>(info.data_ptr());
+  for (int64_t i = 0; i < total; ++i) {
+    values[i] = items[i].used;
+    values[total + i] = items[i].norm;
+    values[2 * total + i] = items[i].residual;
+    codes[i] = items[i].info;
+  }
+}
+
 // ---- kalman_update ----
 
 grng::KalmanBlock kalman_block(const Tensor* mean, const Tensor& variance, const Tensor& jacobian,
@@ -355,6 +419,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(grng, m) {
   m.def(
       "_precondition_(Tensor(a!)[] outs, Tensor(b!) dots, Tensor[] grads, Tensor[] lefts, Tensor[] "
       "rights, Tensor[] biases) -> ()");
+  m.def(
+      "_damped_inverse_(Tensor(a!)[] inverses, Tensor(b!)[] vectors, Tensor(c!) results, "
+      "Tensor(d!) "
+      "info, Tensor[] factors, Tensor[] dampings, float rho_root) -> ()");
   m.def("_kalman_gram_(Tensor(a!) gram, Tensor[] variances, Tensor[] jacobians) -> ()");
   m.def(
       "_kalman_apply_(Tensor(a!)[] means, Tensor(b!)[] variances, Tensor[] jacobians, Tensor "
@@ -367,6 +435,7 @@ STABLE_TORCH_LIBRARY_IMPL(grng, CPU, m) {
   m.impl("_kron_factor_update_", TORCH_BOX(&kron_factor_update));
   m.impl("_kron_factor_conv2d_update_", TORCH_BOX(&kron_factor_conv2d_update));
   m.impl("_precondition_", TORCH_BOX(&precondition));
+  m.impl("_damped_inverse_", TORCH_BOX(&damped_inverse));
   m.impl("_kalman_gram_", TORCH_BOX(&kalman_gram));
   m.impl("_kalman_apply_", TORCH_BOX(&kalman_apply));
 }

@@ -24,6 +24,26 @@ void run_dynamic(const Threads& threads, int64_t count, const F& f) {
   });
 }
 
+// Loops inside of one piece of work, in code that is compiled for one instruction set: by this
+// thread alone, or by all. The body is compiled once for both.
+template <class Isa>
+struct Loop {
+  const Threads* threads;  // null: this thread alone
+
+  // Calls f(i) for every i in [0, count), in any order.
+  template <class F>
+  void operator()(int64_t count, const F& f) const {
+    const auto part = [&](int64_t begin, int64_t end) GRNG_INLINE_LAMBDA {
+      for (int64_t i = begin; i < end; ++i) f(i);
+    };
+    if (!threads) return run_on<Isa>(part, 0, count);
+    std::atomic<int64_t> next{0};
+    threads->run(count, 1, [&](int64_t, int64_t) {
+      for (int64_t i = next++; i < count; i = next++) run_on<Isa>(part, i, i + 1);
+    });
+  }
+};
+
 template <class T>
 using Buffer = std::unique_ptr<T, decltype(&std::free)>;
 

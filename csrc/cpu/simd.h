@@ -146,10 +146,26 @@ void for_this_cpu(const F& f) {
     f(Baseline{});
   }
 }
+// Calls f(arguments...), compiled for an instruction set that this CPU is known to have.
+template <class Isa, class F, class... Arguments>
+void run_on(const F& f, Arguments... arguments) {
+  const auto call = [&](auto) GRNG_INLINE_LAMBDA { f(arguments...); };
+  if constexpr (std::is_same_v<Isa, Avx512>) {
+    run_avx512(call);
+  } else if constexpr (std::is_same_v<Isa, Avx2>) {
+    run_avx2(call);
+  } else {
+    f(arguments...);
+  }
+}
 #else
 template <class F>
 void for_this_cpu(const F& f) {
   f(Baseline{});
+}
+template <class Isa, class F, class... Arguments>
+void run_on(const F& f, Arguments... arguments) {
+  f(arguments...);
 }
 #endif
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """``damped_inverse``: the public function, its checks, and the grouping of equal sizes."""
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -9,14 +8,15 @@ from torch import Tensor
 
 from grng_kernels import _checks, _dispatch
 from grng_kernels._register import operator
-from grng_kernels.damped_inverse import reference
+from grng_kernels.damped_inverse import cpu, reference
 from grng_kernels.damped_inverse.entry import Entry
 from grng_kernels.damped_inverse.reference import DampedInverse
 
 OP = "damped_inverse"
 METHODS = ("auto", "cholesky", "newton_schulz")
 PRECISIONS = ("auto", "fp32")
-FIELDS = len(DampedInverse._fields)
+# Damping below the rounding of the diagonal is no damping at all.
+SMALLEST_RHO = (4 * torch.finfo(torch.float32).eps) ** 2
 
 
 def damped_inverse(
@@ -63,6 +63,9 @@ def damped_inverse(
     Cost: ``N³`` FLOPs for the inverse, ``2N³`` for the residual, ``O(N²)`` for the norm.
     Source: Dash et al. 2026 (GRNG) for the spectral damping.
     """
+    usual = _usual_call(factor, rho, damping, method, precision, warm_start, spectral_vector)
+    if usual is not None:
+        return usual
     factors = _checks.as_list(OP, "factor", factor)
     single = isinstance(factor, Tensor)
     for i, f in enumerate(factors):
@@ -76,21 +79,109 @@ def damped_inverse(
     _per_matrix("warm_start", warm_start, factors, single, trailing=2)
     if not factors:
         return DampedInverse([], [], [], [], [])
-    flat = _damped_inverse_op(
+    *tensors, results, wide, info = _damped_inverse_op(
         [_batched(f) for f in factors],
         None if rho is None else float(rho),
         [d.detach() for d in dampings],
         method,
         [v.detach() if v.dim() == 2 else v.detach().unsqueeze(0) for v in vectors],
     )
-    groups = [flat[i : i + FIELDS] for i in range(0, FIELDS * len(factors), FIELDS)]
-    for vector, new in zip(vectors, flat[FIELDS * len(factors) :], strict=True):
+    inverses = tensors[: len(factors)]
+    for vector, new in zip(vectors, tensors[len(factors) :], strict=True):
         vector.detach().copy_(new.view(vector.shape))
-    if single:
-        shapes = (factors[0].shape, *[factors[0].shape[:-2]] * 4)
-        return DampedInverse(*[t.view(s) for t, s in zip(groups[0], shapes, strict=True)])
-    columns = [[t[0] for t in column] for column in zip(*groups, strict=True)]
-    return DampedInverse(*columns)
+    if not single:
+        for k, f in enumerate(factors):
+            inverses[k] = inverses[k].view(f.shape)
+        return _listed(inverses, results, wide, info)
+    inverse = inverses[0].view(factors[0].shape)
+    values = wide if inverse.dtype == torch.float64 else results
+    scalars = [v.view(inverse.shape[:-2]) for v in (*values, info)]
+    return DampedInverse(inverse, *scalars)
+
+
+def _listed(inverses: list[Tensor], results: Tensor, wide: Tensor, info: Tensor) -> DampedInverse:
+    columns = [list(row.unbind()) for row in results]
+    if wide.numel():
+        for column, row in zip(columns, wide, strict=True):
+            for i, x in enumerate(inverses):
+                if x.dtype == torch.float64:
+                    column[i] = row[i]
+    return DampedInverse(inverses, *columns, list(info.unbind()))
+
+
+def _usual_call(
+    factor: Tensor | Sequence[Tensor],
+    rho: float | None,
+    damping: object,
+    method: str,
+    precision: str,
+    warm_start: object,
+    vector: Tensor | Sequence[Tensor] | None,
+) -> DampedInverse | None:
+    """Run a call on CPU tensors at once where nothing about it is unusual, else return None.
+
+    What is accepted here passes every check of the general way but the one that the C++ operator repeats.
+    The general way takes longer than the inverses of a small LoRA model.
+    """
+    if not _dispatch.runs_at_once() or not _dispatch.serves_cpu():
+        return None
+    if damping is not None or warm_start is not None or type(rho) is not float:
+        return None
+    if not SMALLEST_RHO <= rho <= 1 or method not in ("auto", "cholesky"):
+        return None
+    if precision not in PRECISIONS:
+        return None
+    single = isinstance(factor, Tensor)
+    factors = [factor] if single else factor
+    if not isinstance(factors, list) or not factors or not all(map(_is_usual, factors)):
+        return None
+    if not single and any(f.dim() != 2 for f in factors):
+        return None
+    if vector is None:
+        sizes = [f.shape[:-1].numel() for f in factors]
+        flat = torch.zeros(sum(sizes), dtype=torch.float32, device="cpu")
+        vectors = [v.view(f.shape[:-1]) for v, f in zip(flat.split(sizes), factors, strict=True)]
+    else:
+        vectors = [vector] if single else vector  # type: ignore[list-item,assignment]
+        if not isinstance(vectors, list) or len(vectors) != len(factors):
+            return None
+        if not all(map(_is_usual_vector, vectors, factors)):
+            return None
+    inverses = [torch.empty(f.shape, dtype=torch.float32, device="cpu") for f in factors]
+    try:
+        results, info = cpu.call(inverses, vectors, factors, [], rho)
+    except RuntimeError:  # an overlap, found before anything was written: said in the user's terms
+        return None
+    if not single:
+        return DampedInverse(
+            inverses, *(list(row.unbind()) for row in results), list(info.unbind())
+        )
+    shape = factors[0].shape[:-2]
+    return DampedInverse(inverses[0], *(v.view(shape) for v in (*results, info)))
+
+
+def _is_usual(f: Tensor) -> bool:
+    return (
+        type(f) is Tensor
+        and f.dtype is torch.float32
+        and f.is_cpu
+        and f.layout is torch.strided
+        and not f.requires_grad
+        and f.dim() in (2, 3)
+        and f.shape[-1] == f.shape[-2]
+        and f.numel() > 0
+    )
+
+
+def _is_usual_vector(v: Tensor, f: Tensor) -> bool:
+    return (
+        type(v) is Tensor
+        and v.dtype is torch.float32
+        and v.is_cpu
+        and not v.requires_grad
+        and v.shape == f.shape[:-1]
+        and v.is_contiguous()
+    )
 
 
 def _batched(factor: Tensor) -> Tensor:
@@ -113,11 +204,9 @@ def _check_numbers(rho: float | None, damping: object, method: str, precision: s
         if isinstance(rho, Tensor):
             raise TypeError(f"{OP}: rho must be a number: it decides the schedule, got a tensor")
         _checks.check_scalar(OP, "rho", rho, low=0.0, open_low=True)
-        # Damping below the rounding of the diagonal is no damping at all.
-        smallest = 4 * torch.finfo(torch.float32).eps
-        if math.sqrt(rho) < smallest:
+        if rho < SMALLEST_RHO:
             raise ValueError(
-                f"{OP}: rho must be at least {smallest**2:.1e}: its root is added relative to the largest "
+                f"{OP}: rho must be at least {SMALLEST_RHO:.1e}: its root is added relative to the largest "
                 f"eigenvalue and would round away in fp32, got {rho}"
             )
     if isinstance(damping, (int, float)):
@@ -176,47 +265,52 @@ def _damped_inverse_op(
     method: str,
     vectors: Sequence[Tensor],
 ) -> list[Tensor]:
-    """Five tensors per entry of ``factors`` ``[L, N, N]``, then the new ``vectors``.
+    """The inverse per entry of ``factors`` ``[L, N, N]``, the new ``vectors``, and the scalars of all.
 
-    ``damping`` and ``vectors`` may be empty. The vectors are not mutated here: the compiler accepts no
-    operator that does so and returns a list.
+    Those are ``[3, matrices]`` (damping, norm, residual) in fp32, the same in fp64 (empty where no factor
+    is), and ``info`` ``[matrices]``. ``damping`` and ``vectors`` may be empty. The vectors are not mutated
+    here: the compiler accepts no operator that does so and returns a list.
     """
     _checks.check_no_overlap(
         OP,
         [(f"spectral_vector[{i}]", v) for i, v in enumerate(vectors)],
         [(f"factor[{i}]", f) for i, f in enumerate(factors)],
     )
-    entries = [
-        _entry(f, damping[i] if damping else None, vectors[i] if vectors else None)
-        for i, f in enumerate(factors)
+    inverses, results, wide, info = _empty_results(factors)
+    lengths = [f.shape[0] for f in factors]
+    columns = [
+        [*zip(*(row.split(lengths) for row in scalars), strict=True)]
+        for scalars in (results, wide)
+        if scalars.numel()
     ]
+    codes = info.split(lengths)
+    entries, starts = [], []
+    for i, (f, x) in enumerate(zip(factors, inverses, strict=True)):
+        start = x.new_zeros(f.shape[:2])
+        if vectors:
+            start.copy_(vectors[i])
+        given = damping[i].reshape(-1).to(x.dtype).contiguous() if damping else None
+        if x.numel():
+            scalars = columns[-1 if x.dtype == torch.float64 else 0][i]
+            entries.append(Entry(f, given, start, x, *scalars, codes[i]))
+        starts.append(start)
     places: dict[str, list[Entry]] = {}
     for entry in entries:
-        if entry.factor.numel():
-            places.setdefault(_backend(entry, rho, method), []).append(entry)
+        places.setdefault(_backend(entry, rho, method), []).append(entry)
     for backend, group in places.items():
         _RUN[backend](group, rho, method)
-    new = [entries[i].vector.to(v.dtype) for i, v in enumerate(vectors)]
-    return [*(tensor for e in entries for tensor in e[3:]), *new]
-
-
-def _entry(factor: Tensor, damping: Tensor | None, vector: Tensor | None) -> Entry:
-    inverse, *rest = _empty_result(factor)
-    if damping is not None:
-        damping = damping.reshape(-1).to(inverse.dtype).contiguous()
-    start = inverse.new_zeros(factor.shape[:2])
-    if vector is not None:
-        start.copy_(vector)
-    return Entry(factor, damping, start, inverse, *rest)
+    new = [starts[i].to(v.dtype) for i, v in enumerate(vectors)]
+    return [*inverses, *new, results, wide, info]
 
 
 def _backend(entry: Entry, rho: float | None, method: str) -> str:
-    return _dispatch.select(OP, entry.factor.device)
+    return _dispatch.select(OP, entry.factor.device, cpu=cpu.unsupported(entry, method))
 
 
 # What runs entries of one backend: ``(entries, rho, method)``.
 _RUN: dict[str, Callable[[Sequence[Entry], float | None, str], None]] = {
     "reference": reference.run,
+    "cpu": cpu.run,
 }
 
 
@@ -228,14 +322,19 @@ def _(
     method: str,
     vectors: Sequence[Tensor],
 ) -> list[Tensor]:
-    return [
-        *(tensor for f in factors for tensor in _empty_result(f)),
-        *(torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in vectors),
-    ]
+    inverses, *scalars = _empty_results(factors)
+    new = [torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in vectors]
+    return [*inverses, *new, *scalars]
 
 
-def _empty_result(factor: Tensor) -> list[Tensor]:
-    dtype, length = _state_dtype(factor), factor.shape[0]
-    inverse = torch.empty(factor.shape, dtype=dtype, device=factor.device)
-    scalars = [torch.zeros(length, dtype=dtype, device=factor.device) for _ in range(3)]
-    return [inverse, *scalars, torch.zeros(length, dtype=torch.int32, device=factor.device)]
+def _empty_results(factors: Sequence[Tensor]) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    device = factors[0].device
+    inverses = [torch.empty(f.shape, dtype=_state_dtype(f), device=device) for f in factors]
+    total = sum(f.shape[0] for f in factors)
+    wide = total if any(x.dtype == torch.float64 for x in inverses) else 0
+    return (
+        inverses,
+        torch.zeros(3, total, dtype=torch.float32, device=device),
+        torch.zeros(3, wide, dtype=torch.float64, device=device),
+        torch.zeros(total, dtype=torch.int32, device=device),
+    )
