@@ -483,9 +483,23 @@ def test_errors_name_the_argument(name):
         kron_factor_conv2d_update_(factor, x, **arguments)
 
 
-def test_overlapping_memory_is_refused():
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_overlapping_memory_is_refused(sharing):
     memory = torch.zeros(2000)
-    with pytest.raises(ValueError, match="overlap in memory"):
+    with pytest.raises(ValueError, match=r"factor\[0\] and x\[0\]|x\[0\] and factor\[0\]"):
         kron_factor_conv2d_update_(
-            memory[:1296].view(36, 36), memory[1000:1100].view(1, 4, 5, 5), kernel_size=3, decay=0.5
+            memory[:1296].view(36, 36),
+            memory[1000:1100].view(1, 4, 5, 5),
+            kernel_size=3,
+            decay=0.5,
+            sharing=sharing,
+        )
+    assert (memory == 0).all()
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_one_factor_for_two_images_is_refused(sharing):
+    with pytest.raises(ValueError, match=r"factor\[1\] and factor\[0\] overlap in memory"):
+        kron_factor_conv2d_update_(
+            [F, F], [X, X], kernel_size=3, decay=0.5, padding=1, sharing=sharing
         )
