@@ -471,7 +471,12 @@ def test_correctness_sweep_passes_on_the_kernels_of_this_cpu():
     if not grng_kernels.backends()["cpu"].available:
         pytest.skip("the extension is not built")
     verdicts, _ = gpu_correctness.sweep(
-        torch.device("cpu"), math.inf, factors=[(1, 1), (17, 65)], outputs=[1, 9]
+        torch.device("cpu"),
+        math.inf,
+        factors=[(1, 1), (17, 65)],
+        together=[(17, 300), (65, 0), (400, 90)],
+        images=[(2, 3, 9, 8), (2, 20, 7, 7), (0, 4, 5, 5)],
+        outputs=[1, 9],
     )
     assert len(verdicts) == 2 * 3 + 6 + 3 + 6 + 12 + 6 + 3 * 3 + 2 * 3
     assert [v for v in verdicts if not v.passed] == []
@@ -522,9 +527,10 @@ def test_correctness_sweep_runs_in_the_interpreter():
     code = (
         "import sys, math, torch; sys.path.insert(0, 'benchmarks'); import gpu_correctness as g\n"
         "g._factor_checks = lambda *a: iter(())\n"
-        "v, out = g.sweep(torch.device('cpu'), math.inf, together=[(3, 20), (64, 0), (33, 70)], "
-        "images=[(1, 2, 5, 5), (2, 1, 4, 4)], weights=[(3, 20), (20, 3), (17, 18)], outputs=[])\n"
-        "assert len(v) == 6 + 12 + 6, (len(v), out)\n"
+        "g.DTYPES, g.CONVOLUTIONS = g.DTYPES[::2], g.CONVOLUTIONS[:2]\n"
+        "v, out = g.sweep(torch.device('cpu'), math.inf, together=[(3, 0), (5, 9)], "
+        "images=[(1, 1, 4, 4), (1, 2, 3, 3)], weights=[(3, 5), (5, 3)], outputs=[])\n"
+        "assert len(v) == 4 + 6 + 4, (len(v), out)\n"
         "assert all(x.passed for x in v), [x for x in v if not x.passed]"
     )
     done = subprocess.run(
