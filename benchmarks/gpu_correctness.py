@@ -10,15 +10,23 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from harness.case import relative_error
 from harness.files import write_json
 from torch import Tensor
+from torch.nn import functional
 
 import grng_kernels
-from grng_kernels import kalman_update_, kron_factor_update_, use_backend
+from grng_kernels import (
+    kalman_update_,
+    kron_factor_conv2d_update_,
+    kron_factor_update_,
+    precondition,
+    use_backend,
+)
+from grng_kernels._dispatch import interpreting_triton
 from grng_kernels.kalman_update.reference import kalman_update as kalman_reference
 
 # Below this PyTorch itself may round to nothing, and twice nothing would be asked for.
@@ -29,6 +37,24 @@ FACTORS = (
     (1, 1), (2, 300), (16, 64), (17, 65), (32, 1), (33, 129), (64, 64), (65, 1000), (127, 63),
     (128, 128), (129, 257), (200, 5), (769, 2048),
 )  # fmt: skip
+# The same in one call: every tile and both alignments, one factor without rows, one of a single element.
+TOGETHER = (
+    (1, 3), (17, 300), (32, 64), (65, 1000), (64, 0), (96, 513), (130, 257), (256, 2100), (769, 70),
+)  # fmt: skip
+# [B, C, H, W] of the images of one call: one and several tiles of columns, several splits.
+IMAGES = ((2, 3, 19, 18), (3, 7, 8, 9), (1, 33, 6, 5), (16, 16, 28, 28), (0, 4, 5, 5))
+# Kernel, stride, padding, dilation, groups.
+CONVOLUTIONS: tuple[dict[str, Any], ...] = (
+    {"kernel_size": 1},
+    {"kernel_size": 3, "padding": 1},
+    {"kernel_size": (3, 2), "stride": (2, 1), "padding": (1, 0), "dilation": (1, 2)},
+)
+# [m, n] of the gradients of one call: both tiles of the small side, both orientations, several splits.
+WEIGHTS = (
+    (1, 1), (5, 67), (67, 5), (16, 768), (768, 16), (12, 0), (16, 1100), (64, 520), (1030, 33), (101, 130),
+)  # fmt: skip
+# The longest small side that a kernel serves.
+NARROW = {"cpu": 16, "triton": 128}
 OUTPUTS = (1, 2, 7, 8, 9, 10, 16, 17, 33, 64, 100)
 PARAMETERS = (1, 1000, 4097)
 DRAWS = 4
@@ -52,6 +78,11 @@ def _normal(device: torch.device, *shape: int) -> Tensor:
     return torch.randn(shape, device=device)
 
 
+def _spd(device: torch.device, n: int) -> Tensor:
+    root = _normal(device, n, n)
+    return root @ root.mT / max(n, 1)
+
+
 def check_factor(
     device: torch.device, n: int, rows: int, dtype: torch.dtype, bias: bool, layout: str
 ) -> Verdict:
@@ -63,8 +94,7 @@ def check_factor(
         x = x.mT.contiguous().mT
     elif layout == "every second row":
         x = torch.cat([x, x], dim=1).view(2 * rows, width)[::2]
-    start = _normal(device, n, n)
-    start = start @ start.mT / n
+    start = _spd(device, n)
     ours, again = start.clone(), start.clone()
     info = kron_factor_update_(ours, x, decay=decay, bias=bias)
     kron_factor_update_(again, x, decay=torch.tensor(decay, device=device), bias=bias)
@@ -91,6 +121,158 @@ def check_bad_factor(device: torch.device, dtype: torch.dtype) -> Verdict:
     info = kron_factor_update_(factor, x, decay=0.9)
     kept = torch.equal(factor, start) and int(info) == int(grng_kernels.Info.NONFINITE_INPUT)
     return Verdict(f"kron_factor NaN {dtype}", 0.0, 0.0, None if kept else "NaN got through")
+
+
+def _other_bits_in_a_graph(
+    device: torch.device, states: Sequence[Tensor], call: Callable[[], object]
+) -> bool:
+    """Whether the replay of a captured call leaves other bits in ``states`` than the call; not on a CPU."""
+    if device.type != "cuda":
+        return False
+    start = [s.clone() for s in states]
+    call()
+    want = [s.clone() for s in states]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    for state, value in zip(states, start, strict=True):
+        state.copy_(value)
+    graph.replay()
+    torch.cuda.synchronize()
+    return not all(torch.equal(s, w) for s, w in zip(states, want, strict=True))
+
+
+def _problem_of_a_list(
+    device: torch.device,
+    starts: Sequence[Tensor],
+    items: Sequence[Tensor],
+    update: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor],
+) -> str | None:
+    """What is wrong with a grouped update beside its error: it must be the single calls, bitwise."""
+    together, alone, faulty, captured = ([s.clone() for s in starts] for _ in range(4))
+    if int(update(together, items).abs().sum()) != 0:
+        return "info is not 0"
+    for factor, item in zip(alone, items, strict=True):
+        update([factor], [item])
+    if not all(torch.equal(a, b) for a, b in zip(together, alone, strict=True)):
+        return "a list gives other bits than its items"
+    bad = max(range(len(items)), key=lambda i: items[i].numel())
+    spoiled = [item.clone() if i == bad else item for i, item in enumerate(items)]
+    spoiled[bad][(-1,) * spoiled[bad].dim()] = torch.nan
+    info = update(faulty, spoiled).tolist()
+    if [code != 0 for code in info] != [i == bad for i in range(len(items))]:
+        return f"info {info} with NaN in item {bad}"
+    together[bad] = starts[bad]
+    if not all(torch.equal(a, b) for a, b in zip(together, faulty, strict=True)):
+        return "NaN in one item reached a factor"
+    if _other_bits_in_a_graph(device, captured, lambda: update(captured, items)):
+        return "a graph gives other bits"
+    return None
+
+
+def check_factors_together(
+    device: torch.device, sizes: Sequence[tuple[int, int]], dtype: torch.dtype, bias: bool
+) -> Verdict:
+    """Update factors of mixed sizes in one call; compare with fp64, PyTorch and single calls."""
+    name = f"kron_factor list of {len(sizes)} {dtype} bias={bias}".replace("torch.", "")
+    decay = 0.9
+    xs = [_normal(device, rows, n).to(dtype) for n, rows in sizes]
+    starts = [_spd(device, n + bias) for n, _ in sizes]
+
+    def update(factors: Sequence[Tensor], items: Sequence[Tensor]) -> Tensor:
+        return kron_factor_update_(factors, items, decay=decay, bias=bias)
+
+    def plain(kind: torch.dtype) -> list[Tensor]:
+        results = []
+        for start, x in zip(starts, xs, strict=True):
+            columns = torch.cat([x, x.new_ones(len(x), bias)], dim=1).to(kind)
+            scale = (1 - decay) / max(len(x), 1)
+            new = torch.addmm(start.to(kind), columns.mT, columns, beta=decay, alpha=scale)
+            results.append(new if len(x) else start.to(kind))
+        return results
+
+    ours = [s.clone() for s in starts]
+    update(ours, xs)
+    judge = relative_error(plain(torch.float64))
+    problem = _problem_of_a_list(device, starts, xs, update)
+    return Verdict(name, judge(ours), judge(plain(torch.float32)), problem)
+
+
+def check_convolutions(
+    device: torch.device,
+    shapes: Sequence[tuple[int, ...]],
+    dtype: torch.dtype,
+    geometry: dict[str, Any],
+    bias: bool,
+    memory_format: torch.memory_format,
+) -> Verdict:
+    """Update the factors of convolutions of mixed sizes in one call; compare as above."""
+    form = "channels_last" if memory_format == torch.channels_last else "contiguous"
+    given = " ".join(f"{k}={v}" for k, v in geometry.items())
+    name = f"kron_factor_conv2d {given} {dtype} bias={bias} {form}".replace("torch.", "")
+    decay = 0.9
+    xs = [_normal(device, *s).to(dtype).contiguous(memory_format=memory_format) for s in shapes]
+    kernel = geometry["kernel_size"]
+    taps = kernel * kernel if isinstance(kernel, int) else kernel[0] * kernel[1]
+    starts = [_spd(device, x.shape[1] * taps + bias) for x in xs]
+
+    def update(factors: Sequence[Tensor], items: Sequence[Tensor]) -> Tensor:
+        return kron_factor_conv2d_update_(factors, items, **geometry, decay=decay, bias=bias)
+
+    def plain(kind: torch.dtype) -> list[Tensor]:
+        results = []
+        for start, x in zip(starts, xs, strict=True):
+            if not len(x):
+                results.append(start.to(kind))
+                continue
+            rows = functional.unfold(x.to(kind), **geometry).mT.flatten(0, 1)
+            rows = torch.cat([rows, rows.new_ones(len(rows), bias)], dim=1)
+            scale = (1 - decay) / len(rows)
+            results.append(torch.addmm(start.to(kind), rows.mT, rows, beta=decay, alpha=scale))
+        return results
+
+    ours = [s.clone() for s in starts]
+    update(ours, xs)
+    judge = relative_error(plain(torch.float64))
+    problem = _problem_of_a_list(device, starts, xs, update)
+    return Verdict(name, judge(ours), judge(plain(torch.float32)), problem)
+
+
+def check_precondition(
+    device: torch.device, shapes: Sequence[tuple[int, int]], dtype: torch.dtype, bias: bool
+) -> Verdict:
+    """Precondition gradients of mixed sizes in one call; compare with fp64, PyTorch and single calls."""
+    name = f"precondition list of {len(shapes)} {dtype} bias={bias}".replace("torch.", "")
+    grads = [_normal(device, *shape).to(dtype) for shape in shapes]
+    biases = [_normal(device, m).to(dtype) if bias else None for m, _ in shapes]
+    lefts = [_spd(device, m) for m, _ in shapes]
+    rights = [_spd(device, n + bias) for _, n in shapes]
+    lists = (grads, lefts, rights)
+    ours, dots = precondition(*lists, bias_grad=biases, return_dot=True)
+    joint = [
+        g.double() if b is None else torch.cat([g, b[:, None]], dim=1).double()
+        for g, b in zip(grads, biases, strict=True)
+    ]
+
+    def plain(kind: torch.dtype) -> list[Tensor]:
+        triples = zip(lefts, joint, rights, strict=True)
+        return [left.to(kind) @ g.to(kind) @ right.to(kind) for left, g, right in triples]
+
+    problem = None
+    for i, (out, g, b, dot) in enumerate(zip(ours, joint, biases, dots, strict=True)):
+        one, single = precondition(grads[i], lefts[i], rights[i], bias_grad=b, return_dot=True)
+        products = out.double() * g
+        if not (torch.equal(one, out) and torch.equal(single, dot)):
+            problem = f"item {i} has other bits in a list"
+        elif float((dot - products.sum()).abs()) > 2**-20 * float(products.abs().sum()):
+            problem = f"inner product of item {i}"
+    outs = [torch.zeros_like(out) for out in ours]
+    if _other_bits_in_a_graph(
+        device, outs, lambda: precondition(*lists, bias_grad=biases, out=outs)
+    ):
+        problem = "a graph gives other bits"
+    judge = relative_error(plain(torch.float64))
+    return Verdict(name, judge(ours), judge(plain(torch.float32)), problem)
 
 
 def check_kalman(device: torch.device, outputs: int, d: int, form: str, likelihood: str) -> Verdict:
@@ -163,6 +345,30 @@ def _factor_checks(device: torch.device, factors: Sequence[tuple[int, int]]) -> 
         yield partial(check_bad_factor, device, dtype)
 
 
+def _list_checks(device: torch.device, sizes: Sequence[tuple[int, int]]) -> Iterator[Check]:
+    for dtype, bias in itertools.product(DTYPES, (False, True)):
+        yield partial(check_factors_together, device, sizes, dtype, bias)
+
+
+def _conv2d_checks(device: torch.device, images: Sequence[tuple[int, ...]]) -> Iterator[Check]:
+    for dtype, geometry in itertools.product(DTYPES, CONVOLUTIONS):
+        yield partial(
+            check_convolutions, device, images, dtype, geometry, True, torch.contiguous_format
+        )
+    for dtype in DTYPES:
+        yield partial(
+            check_convolutions, device, images, dtype, CONVOLUTIONS[1], False, torch.channels_last
+        )
+
+
+def _precondition_checks(
+    device: torch.device, shapes: Sequence[tuple[int, int]], narrow: int
+) -> Iterator[Check]:
+    for dtype, bias in itertools.product(DTYPES, (False, True)):
+        served = [(m, n) for m, n in shapes if min(m, n + bias) <= narrow]
+        yield partial(check_precondition, device, served, dtype, bias)
+
+
 def _kalman_checks(device: torch.device, outputs: Sequence[int]) -> Iterator[Check]:
     forms = (("fdekf", "gaussian"), ("vdekf", "gaussian"), ("fdekf", "categorical"))
     for count, d, (form, likelihood) in itertools.product(outputs, PARAMETERS, forms):
@@ -177,6 +383,9 @@ def sweep(
     budget_s: float,
     *,
     factors: Sequence[tuple[int, int]] = FACTORS,
+    together: Sequence[tuple[int, int]] = TOGETHER,
+    images: Sequence[tuple[int, ...]] = IMAGES,
+    weights: Sequence[tuple[int, int]] = WEIGHTS,
     outputs: Sequence[int] = OUTPUTS,
 ) -> tuple[list[Verdict], list[str]]:
     """Run every check on the kernels of a device.
@@ -185,6 +394,9 @@ def sweep(
         device: Where.
         budget_s: No new check is begun after this.
         factors: Orders and rows of the factor update.
+        together: The same, without the column of ones, for one call.
+        images: Images of one call of the convolution.
+        weights: Shapes of the gradients of one call of the two-sided product.
         outputs: Outputs of the Kalman update.
 
     Returns:
@@ -192,12 +404,17 @@ def sweep(
     """
     torch.manual_seed(0)
     first, second = {"cuda": ("triton", "cuda"), "cpu": ("cpu", "cpu")}[device.type]
+    if interpreting_triton():
+        first = "triton"
     start = time.monotonic()
     verdicts: list[Verdict] = []
     left_out: list[str] = []
     # Compiling the Triton variants must not starve the others: they get a part of the time.
     for name, backend, share, checks in (
-        ("kron_factor", first, 0.6, _factor_checks(device, factors)),
+        ("kron_factor", first, 0.35, _factor_checks(device, factors)),
+        ("kron_factor of lists", first, 0.45, _list_checks(device, together)),
+        ("kron_factor_conv2d", first, 0.65, _conv2d_checks(device, images)),
+        ("precondition", first, 0.85, _precondition_checks(device, weights, NARROW[first])),
         ("kalman_update", second, 1.0, _kalman_checks(device, outputs)),
     ):
         status = grng_kernels.backends()[backend]

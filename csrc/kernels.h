@@ -139,7 +139,8 @@ struct KalmanGain {
 // gram [outputs, outputs] (fp64, row-major, symmetric) += H diag(p) H^T.
 void kalman_gram_cpu(double* gram, const KalmanBlock& block, int64_t outputs,
                      const Threads& threads);
-void kalman_apply_cpu(const KalmanBlock& block, const KalmanGain& gain, const Threads& threads);
+void kalman_apply_cpu(const KalmanBlock* blocks, int64_t count, const KalmanGain& gain,
+                      const Threads& threads);
 
 // The CUDA versions enqueue on `stream` and return a cudaError_t. `workspace` holds
 // kalman_gram_cuda_workspace(outputs) floats. `info` is on the device: where *info != 0, apply

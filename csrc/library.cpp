@@ -364,8 +364,9 @@ void kalman_apply(const Tensors means, const Tensors variances, const Tensors ja
   STD_TORCH_CHECK(means.size() == variances.size() && means.size() == jacobians.size(),
                   "grng: one mean, variance and jacobian per block");
   if (*static_cast<const int32_t*>(info.data_ptr()) != grng::kOk) return;
-  for (const grng::KalmanBlock& block : kalman_blocks(means, variances, jacobians, gain.outputs))
-    grng::kalman_apply_cpu(block, gain, threads_of_torch());
+  const auto blocks = kalman_blocks(means, variances, jacobians, gain.outputs);
+  grng::kalman_apply_cpu(blocks.data(), static_cast<int64_t>(blocks.size()), gain,
+                         threads_of_torch());
 }
 
 #ifdef GRNG_CUDA

@@ -2,7 +2,11 @@
 """Shapes, dtypes, layouts, spectra and error budgets shared by the tests of all ops."""
 
 import contextlib
+import os
+import subprocess
+import sys
 
+import pytest
 import torch
 
 ALL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -80,6 +84,86 @@ def guarded(values, margin=64, contiguous=True):
         assert buffer[~inside].isnan().all(), "memory around the output was written"
 
     return view, check
+
+
+# ---- addresses and memory ----
+
+# More elements than an int32 counts.
+FAR = 2**31 + 24
+
+
+def far_apart(values, dim, folder):
+    """``values``, of size 2 in ``dim``, with the two halves further apart than int32 reaches.
+
+    On a CPU in a file that is empty but for them: it takes no memory.
+    """
+    assert values.shape[dim] == 2
+    rest = list(values.shape)
+    rest[dim] = 1
+    strides = list(torch.empty(rest, device="meta").stride())
+    strides[dim] = FAR
+    count = FAR + values.numel()
+    if values.is_cuda:
+        free, _ = torch.cuda.mem_get_info()
+        if free < 2 * count * values.element_size():
+            pytest.skip(f"{free >> 30} GB of GPU memory are free")
+        buffer = torch.empty(count, dtype=values.dtype, device=values.device)
+    else:
+        name = folder / f"far_apart_{len(list(folder.iterdir()))}"
+        buffer = torch.from_file(str(name), shared=True, size=count, dtype=values.dtype)
+    return buffer.as_strided(values.shape, strides).copy_(values)
+
+
+# Run as `python -c ... name`: calls of an op with less and less memory, from enough to none at all.
+_SHORT_OF_MEMORY = """
+import resource, sys, torch
+import grng_kernels as gk
+torch.set_num_threads(2)
+make, call = __import__(sys.argv[1], fromlist=["x"]).SHORT_OF_MEMORY[sys.argv[2]]
+arguments, states = make()
+before = [s.clone() for s in states]
+with gk.use_backend("cpu"):
+    call(arguments)
+    want = [s.clone() for s in states]
+    failures = successes = 0
+    free = int(sys.argv[3])
+    while free > 0:
+        for s, b in zip(states, before):
+            s.copy_(b)
+        pages = int(open("/proc/self/statm").read().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * 4096 + free, resource.RLIM_INFINITY))
+        try:
+            call(arguments)
+            wanted, successes = want, successes + 1
+        except (MemoryError, RuntimeError) as error:
+            wanted, failures = before, failures + 1
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+        for s, w in zip(states, wanted):
+            assert torch.equal(s, w), f"changed with {free} bytes to spare"
+        free = free * 3 // 5 - 4096
+assert failures and successes, (failures, successes)
+"""
+
+
+def assert_memory_that_ends_changes_nothing(module, name, enough):
+    """Call an op on the CPU kernel with ever less memory: it does all of its work or none.
+
+    ``module.SHORT_OF_MEMORY[name]`` is ``(make, call)``: ``make()`` returns the arguments of ``call`` and the
+    states among them. ``enough`` is how many bytes are more than the call takes.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", _SHORT_OF_MEMORY, module, name, str(enough)],
+        # What is freed goes back to the system, and every larger piece must be asked for again.
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join(sys.path), "MALLOC_ARENA_MAX": "1"}
+        | {"MALLOC_MMAP_THRESHOLD_": "4096", "MALLOC_TRIM_THRESHOLD_": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 # ---- matrices ----

@@ -4,11 +4,13 @@
 // Pass 1 forms H diag(p) H^T, pass 2 applies the gain. Both walk the parameters in chunks that fit
 // in L1, so H is read from memory once per pass and neither H*p nor the gain is ever stored.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <limits>
 #include <vector>
 
 #include "../kernels.h"
+#include "parallel.h"
 #include "simd.h"
 
 namespace grng {
@@ -177,20 +179,27 @@ void kalman_gram_cpu(double* gram, const KalmanBlock& block, int64_t outputs,
   }
 }
 
-void kalman_apply_cpu(const KalmanBlock& block, const KalmanGain& gain, const Threads& threads) {
+void kalman_apply_cpu(const KalmanBlock* blocks, int64_t count, const KalmanGain& gain,
+                      const Threads& threads) {
   std::vector<int64_t> extent((gain.outputs + kRowTile - 1) / kRowTile);
   for (int64_t r = 0; r < gain.outputs; ++r)
     for (int64_t c = 0; c < gain.outputs; ++c)
       if (gain.whitener[r * gain.outputs + c] != 0)
         extent[r / kRowTile] = std::max(extent[r / kRowTile], c + 1);
-  const int64_t chunks = (block.d + kChunk - 1) / kChunk;
-  threads.run(chunks, 8, [&](int64_t b, int64_t e) {
-    std::vector<float> scratch((gain.outputs + 3) * kChunk);
-    for_this_cpu([&](auto isa) {
-      apply_range<decltype(isa)>(block, gain, extent.data(), scratch.data(), b * kChunk,
-                                 std::min(block.d, e * kChunk));
+  // All of it before any block is written: where there is no memory, no block has been.
+  const int64_t size = (gain.outputs + 3) * kChunk;
+  const Buffer<float> scratch = allocate<float>(threads.count * size);
+  for (const KalmanBlock* block = blocks; block < blocks + count; ++block) {
+    const int64_t chunks = (block->d + kChunk - 1) / kChunk;
+    std::atomic<int64_t> next_slot{0};
+    threads.run(chunks, 8, [&](int64_t b, int64_t e) {
+      float* const mine = scratch.get() + next_slot++ * size;
+      for_this_cpu([&](auto isa) {
+        apply_range<decltype(isa)>(*block, gain, extent.data(), mine, b * kChunk,
+                                   std::min(block->d, e * kChunk));
+      });
     });
-  });
+  }
 }
 
 }  // namespace grng

@@ -38,6 +38,8 @@ constexpr double kPackingCost = 40;
 constexpr double kPieceCost = 4, kEntryCost = 40;
 // More memory than this for a thread is too much: very wide images.
 constexpr int64_t kMaxWorkspace = 8 << 20;
+// Nor must the plan of an item take more, which grows with the third power of a kernel's length.
+constexpr int64_t kMaxPlan = 32 << 20;
 // Products that cost less than those of patches by less than this are not worth the packing.
 constexpr double kAdvantage = 1.3;
 
@@ -85,7 +87,7 @@ std::vector<Segment> segments_of(const PatchGrid& g, int dim) {
         Segment segment{distance, begin, (end - begin) / stride, std::vector<char>(taps)};
         bool any = false;
         for (const Visit& v : visits)
-          if (v.begin <= begin && end <= v.end) any = segment.visits[v.tap] = true;
+          if (v.begin <= begin && end <= v.end) any = (segment.visits[v.tap] = true);
         if (any) segments.push_back(std::move(segment));
       }
     }
@@ -402,12 +404,28 @@ void update_by_distances(const Job& job, char* workspace, const Threads& threads
 
 // ---- which of the two ways ----
 
+// Whether making the segments is worth while: each distance has up to two cuts for every tap, but
+// no more segments than positions, and a segment lists all taps.
+bool segments_pay(const Job& job) {
+  const PatchGrid& g = job.item->grid;
+  const FactorUpdate& group = job.groups[0];
+  const double n = static_cast<double>(group.x.cols);
+  const double products = static_cast<double>(group.x.rows) * n * n / 2;
+  for (int dim = 0; dim < 2; ++dim) {
+    const double taps = static_cast<double>(g.kernel[dim]);
+    const double size = static_cast<double>(dim ? g.width : g.height);
+    const double visits = 2 * taps * taps * std::min(2 * taps, size);
+    if (visits > kMaxPlan || visits > products) return false;
+  }
+  return g.kernel[0] * g.kernel[1] > 1;
+}
+
 // Decided from the segments of the two dimensions: of all pairs of them, the sums are products of
 // sums.
 template <class T, class P>
 bool distances_pay(const Job& job) {
   const PatchGrid& g = job.item->grid;
-  if (g.kernel[0] * g.kernel[1] == 1) return false;
+  if (job.plan.down.size() * job.plan.right.size() * sizeof(Piece) > kMaxPlan) return false;
   const auto totals = [](const std::vector<Segment>& segments) {
     std::array<double, 2> sums{};  // positions, and visits by taps
     for (const Segment& s : segments) {
@@ -513,7 +531,7 @@ void prepare(Job& job, const Threads& threads) {
   const double amax = largest_of<T>(item, threads);
   for (const FactorUpdate& group : job.groups)
     if (item.info == kOk) item.info = verdict<T>(group, amax);
-  if (item.info != kOk) return;
+  if (item.info != kOk || !segments_pay(job)) return;
   job.plan.down = segments_of(g, 0);
   job.plan.right = segments_of(g, 1);
   job.plan.halo = std::min(g.height, (g.kernel[0] - 1) * g.dilation[0]);

@@ -10,6 +10,8 @@
 // summed by one thread, so the number of threads cannot change a result.
 #include <algorithm>
 #include <cstring>
+#include <map>
+#include <tuple>
 #include <vector>
 
 #include "../kernels.h"
@@ -49,6 +51,9 @@ struct Group {
 
 std::vector<Group> make_groups(const Precondition* items, int64_t count) {
   std::vector<Group> groups;
+  // The last group of each inverse. With tens of thousands of gradients, looking through all groups
+  // would take longer than the products.
+  std::map<std::tuple<const float*, int64_t, int64_t, Reads>, size_t> last;
   for (int64_t i = 0; i < count; ++i) {
     const Precondition& item = items[i];
     if (item.m == 0 || item.n == 0) continue;
@@ -57,17 +62,15 @@ std::vector<Group> make_groups(const Precondition* items, int64_t count) {
     const int64_t stride = wide ? item.right_stride : item.left_stride;
     const int64_t d = std::max(item.m, item.n);
     const Reads reads = wide ? Reads::kColumns : Reads::kRows;
-    auto found = std::find_if(groups.begin(), groups.end(), [&](const Group& g) {
-      return g.large == large && g.stride == stride && g.d == d && g.reads == reads &&
-             g.width + small_side(item) <= kMaxWidth;
-    });
-    if (found == groups.end()) {
+    const auto [found, is_new] = last.try_emplace({large, stride, d, reads}, groups.size());
+    if (is_new || groups[found->second].width + small_side(item) > kMaxWidth) {
+      found->second = groups.size();
       groups.push_back({large, stride, d, 0, reads, {}, {}, 0, 0});
-      found = groups.end() - 1;
     }
-    found->items.push_back(i);
-    found->first_column.push_back(found->width);
-    found->width += small_side(item);
+    Group& group = groups[found->second];
+    group.items.push_back(i);
+    group.first_column.push_back(group.width);
+    group.width += small_side(item);
   }
   return groups;
 }

@@ -96,23 +96,11 @@ def kron_factor_conv2d_update_(
         _checks.check_device(OP, {**first, f"factor{at}": f, f"x{at}": item, **scalars})
     if not factors:
         return torch.zeros(0, dtype=torch.int32)
-    images = [item.detach() for item in xs]
-    if sharing == "reduce":
-        images = [
-            item if item.shape[0] == 0 else reference.mean_patches(item, geometry)
-            for item in images
-        ]
-        if any(item.shape[0] == 0 for item in xs):
-            width = geometry.kernel_size[0] * geometry.kernel_size[1]
-            images = [
-                i.new_empty(0, x.shape[1] * width, 1, 1) if x.shape[0] == 0 else i
-                for i, x in zip(images, xs, strict=True)
-            ]
-        geometry = Conv2dGeometry((1, 1), groups=groups)
     info = _kron_factor_conv2d_update_op(
         [f.detach() if f.dim() == 3 else f.detach().unsqueeze(0) for f in factors],
-        images,
+        [item.detach() for item in xs],
         geometry.flat(),
+        sharing == "reduce",
         bias,
         *split_scalar(decay),
         *((None, None) if scale is None else split_scalar(scale)),
@@ -188,6 +176,7 @@ def _kron_factor_conv2d_update_op(
     factors: Sequence[Tensor],
     xs: Sequence[Tensor],
     geometry: Sequence[int],
+    reduce: bool,
     bias: bool,
     decay: float | None,
     decay_tensor: Tensor | None,
@@ -201,6 +190,9 @@ def _kron_factor_conv2d_update_op(
     )
     k1, k2, s1, s2, p1, p2, d1, d2, groups = geometry
     form = Conv2dGeometry((k1, k2), (s1, s2), (p1, p2), (d1, d2), groups)
+    if reduce:
+        xs = [reference.mean_patches(x, form) for x in xs]
+        form = Conv2dGeometry((1, 1), groups=groups)
     the_decay = either(decay, decay_tensor)
     per_row = scale is None and scale_tensor is None
     scales = [
@@ -243,6 +235,7 @@ def _(
     factors: Sequence[Tensor],
     xs: Sequence[Tensor],
     geometry: Sequence[int],
+    reduce: bool,
     bias: bool,
     decay: float | None,
     decay_tensor: Tensor | None,

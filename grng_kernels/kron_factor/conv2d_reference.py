@@ -66,14 +66,8 @@ def kron_factor_conv2d_update(
     returned factor is the given one, for all groups.
     """
     rows = x.shape[0] * geometry.places(x)
-    infos = [
-        # A matrix of the same elements and as many rows as there are patches has the same bounds.
-        batch_info(f, x, decay=decay, scale=scale, bias=bias, rows=rows)
-        for f in factor
-    ]
-    info = torch.stack(infos).amax()
-    nonfinite = (torch.stack(infos) == int(Info.NONFINITE_INPUT)).any()
-    info = torch.where(nonfinite, int(Info.NONFINITE_INPUT), info).to(torch.int32)
+    # A matrix of the same elements and as many rows as there are patches has the same bounds.
+    info = batch_info(factor, x, decay=decay, scale=scale, bias=bias, rows=rows)
     rows_of = patches(x.to(factor.dtype), geometry)
     if bias:
         rows_of = torch.cat([rows_of, rows_of.new_ones(*rows_of.shape[:2], 1)], dim=2)

@@ -28,7 +28,7 @@ def batch_info(
     ``amax² · rows · max(1, |scale|)`` bounds every partial sum of ``scale·xᵀx``, and the diagonal what a PSD
     ``factor`` already holds. Together below the largest number of its dtype they exclude NaN, infinity and
     overflow at once, before anything is written. ``rows`` is how many ``x`` stands for, if not as many as it
-    has.
+    has. Several factors ``[groups, N, N]`` of one batch have one verdict.
     """
     if x.numel() == 0:
         amax = torch.zeros((), dtype=torch.float64, device=x.device)
@@ -47,7 +47,8 @@ def batch_info(
         weight = max(1.0, abs(scale))
     bound = amax * amax * (x.shape[0] if rows is None else rows) * weight
     # The diagonal bounds the magnitudes of a PSD matrix.
-    held = torch.linalg.vector_norm(factor.diagonal(), ord=torch.inf).double()
+    diagonal = factor.diagonal(dim1=-2, dim2=-1)
+    held = torch.linalg.vector_norm(diagonal, ord=torch.inf).double()
     if isinstance(decay, Tensor):
         finite = finite & (decay >= 0) & (decay <= 1)
         held = torch.where(decay == 0, 0.0, decay * held)

@@ -433,14 +433,17 @@ def launch(
         return _table.upload(torch.tensor(numbers, dtype=torch.int64), device), plan
 
     key = ("precondition", *map(_key, lists))
-    table, plan = _table.cached(key, device, build)
-    sums = torch.empty(plan.sums, dtype=torch.float32, device=device)
-    parts = (
-        torch.empty(plan.parts, dtype=torch.float32, device=device) if dots is not None else sums
-    )
-    # The interpreter multiplies the bit patterns of bf16; in fp32 the pieces are the same numbers.
-    piece = tl.float32 if interpreting_triton() else tl.bfloat16
+    # The table too: whether a graph is being captured is asked of the current device.
     with torch.cuda.device_of(outs[0]):
+        table, plan = _table.cached(key, device, build)
+        sums = torch.empty(plan.sums, dtype=torch.float32, device=device)
+        parts = (
+            torch.empty(plan.parts, dtype=torch.float32, device=device)
+            if dots is not None
+            else sums
+        )
+        # The interpreter multiplies the bit patterns of bf16; in fp32 the pieces are the same numbers.
+        piece = tl.float32 if interpreting_triton() else tl.bfloat16
         for variant, partial_at, partials, finish_at, finishes in plan.groups:
             config = variant.config
             tiles: dict[str, Any] = {

@@ -221,6 +221,52 @@ def test_precondition_offsets_are_64_bit(layout, kernel):
         assert_offsets_are_64_bit(ttir)
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+def test_precondition_dots_take_a_stride_of_one(arch):
+    """The launcher makes an argument that is 1 a constant, and that is what ``dots`` usually has."""
+    from grng_kernels.precondition import triton_kernel
+
+    compiled = resources.compile_triton(
+        triton_kernel._dots_kernel,
+        {
+            "dots_ptr": "*fp32",
+            "parts_ptr": "*fp32",
+            "table_ptr": "*i64",
+            "stride": "constexpr",
+            "BLOCK": "constexpr",
+        },
+        {"stride": 1, "BLOCK": triton_kernel.DOTS_BLOCK},
+        ["dots_ptr", "parts_ptr", "table_ptr"],
+        arch,
+        num_warps=1,
+        num_stages=3,
+    )
+    assert_fits(resources.report_triton(compiled, "dots", arch), arch)
+
+
+def test_no_kernel_is_tuned_and_no_size_is_specialised():
+    """Tuning runs a kernel many times, which an update in place does not survive; and a size that is 1 in one
+    call and 2 in the next would be compiled twice."""
+    from grng_kernels.kron_factor import triton_conv2d, triton_kernel
+    from grng_kernels.precondition import triton_kernel as precondition
+
+    for module, names in (
+        (triton_kernel, resources.KRON_FACTOR_KERNELS),
+        (triton_conv2d, resources.CONV2D_KERNELS),
+        (precondition, resources.PRECONDITION_KERNELS),
+    ):
+        for name in names:
+            kernel = getattr(module, name)
+            assert isinstance(kernel, triton.JITFunction)
+            sizes = {
+                p.name
+                for p in kernel.params
+                if not p.is_constexpr and not p.name.endswith("_ptr") and not p.do_not_specialize
+            }
+            # A number in floating point is never a constant; the stride is 1 in every call of ours.
+            assert sizes <= {"decay", "stride"}
+
+
 def test_the_check_of_offsets_has_teeth():
     compiled = resources.compile_triton(
         _old_offsets,

@@ -471,10 +471,78 @@ def test_correctness_sweep_passes_on_the_kernels_of_this_cpu():
     if not grng_kernels.backends()["cpu"].available:
         pytest.skip("the extension is not built")
     verdicts, _ = gpu_correctness.sweep(
-        torch.device("cpu"), math.inf, factors=[(1, 1), (17, 65)], outputs=[1, 9]
+        torch.device("cpu"),
+        math.inf,
+        factors=[(1, 1), (17, 65)],
+        together=[(17, 300), (65, 0), (400, 90)],
+        images=[(2, 3, 9, 8), (2, 20, 7, 7), (0, 4, 5, 5)],
+        outputs=[1, 9],
     )
-    assert len(verdicts) == 2 * 3 + 6 + 3 + 3 * 3 + 2 * 3
-    assert [v.name for v in verdicts if not v.passed] == []
+    assert len(verdicts) == 2 * 3 + 6 + 3 + 6 + 12 + 6 + 3 * 3 + 2 * 3
+    assert [v for v in verdicts if not v.passed] == []
+
+
+@pytest.mark.parametrize("fault", ["wrong", "one item"])
+def test_correctness_sweep_sees_a_wrong_list(monkeypatch, fault):
+    import gpu_correctness
+
+    import grng_kernels
+
+    if not grng_kernels.backends()["cpu"].available:
+        pytest.skip("the extension is not built")
+
+    def spoiled(call):
+        def run(first, *args, **options):
+            result = call(first, *args, **options)
+            outs = result[0] if isinstance(result, tuple) else first
+            if isinstance(outs, list) and (fault == "wrong" or len(outs) == 2):
+                outs[-1].mul_(1 + 1e-4)
+            return result
+
+        return run
+
+    for name in ("kron_factor_update_", "kron_factor_conv2d_update_", "precondition"):
+        monkeypatch.setattr(gpu_correctness, name, spoiled(getattr(gpu_correctness, name)))
+    verdicts, _ = gpu_correctness.sweep(
+        torch.device("cpu"),
+        math.inf,
+        factors=[],
+        together=[(3, 20), (17, 40)],
+        images=[(1, 2, 5, 5), (2, 1, 4, 4)],
+        weights=[(3, 20), (20, 3)],
+        outputs=[],
+    )
+    lists = [v for v in verdicts if "NaN" not in v.name and "every" not in v.name]
+    lists = [v for v in lists if "list" in v.name or "conv2d" in v.name]
+    assert len(lists) == 6 + 12 + 6
+    assert not any(v.passed for v in lists)
+
+
+def test_correctness_sweep_runs_in_the_interpreter():
+    """The checks of the Triton kernels, of which nothing else runs before there is a GPU."""
+    from tests.ops.test_interpreter import problem
+
+    if problem() is not None:
+        pytest.skip(problem())
+    code = (
+        "import sys, math, torch; sys.path.insert(0, 'benchmarks'); import gpu_correctness as g\n"
+        "g._factor_checks = lambda *a: iter(())\n"
+        "g.DTYPES, g.CONVOLUTIONS = g.DTYPES[::2], g.CONVOLUTIONS[:2]\n"
+        "v, out = g.sweep(torch.device('cpu'), math.inf, together=[(3, 0), (5, 9)], "
+        "images=[(1, 1, 4, 4), (1, 2, 3, 3)], weights=[(3, 5), (5, 3)], outputs=[])\n"
+        "assert len(v) == 4 + 6 + 4, (len(v), out)\n"
+        "assert all(x.passed for x in v), [x for x in v if not x.passed]"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_prediction_is_reproduced_exactly():

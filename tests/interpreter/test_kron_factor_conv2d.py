@@ -209,6 +209,31 @@ def test_grouped_equals_one_by_one_bitwise_and_tables_are_reused(monkeypatch):
     torch.testing.assert_close(factors[0], (0.25 * rows.mT @ rows).float())
 
 
+def test_programs_lie_on_the_first_dimension_of_the_grid(monkeypatch):
+    """The other dimensions end at 65,535 programs."""
+    grids = {}
+    for module, name in (
+        (triton_conv2d, "_conv2d_extremes_kernel"),
+        (triton_conv2d, "_conv2d_products_kernel"),
+        (triton_conv2d.linear, "_commit_kernel"),
+    ):
+        original = getattr(module, name)
+
+        class Seen:
+            def __getitem__(self, grid, kernel=original, name=name):
+                grids[name] = grid
+                return kernel[grid]
+
+        monkeypatch.setattr(module, name, Seen())
+    geometry = GEOMETRIES["depthwise"]
+    factor, x, want = integer_case((2, 4, 5, 5), geometry, torch.float32, False)
+    run([factor], [x], geometry)
+    assert torch.equal(factor, want)
+    assert [len(grid) for grid in grids.values()] == [1, 1, 1]
+    # One program for each group.
+    assert grids["_conv2d_products_kernel"] == (4,)
+
+
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_output_size_is_that_of_torch(name):
     kernel, stride, padding, dilation, _ = GEOMETRIES[name]

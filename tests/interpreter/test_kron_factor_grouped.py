@@ -34,6 +34,8 @@ def launches(monkeypatch):
 
         class Counted:
             def __getitem__(self, grid, kernel=kernel, name=name):
+                # The other dimensions of a grid end at 65,535 programs.
+                assert len(grid) == 1
                 names.append(name)
                 return kernel[grid]
 

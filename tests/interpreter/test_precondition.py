@@ -41,6 +41,8 @@ class Counted:
         self.kernel = getattr(triton_kernel, name)
 
     def __getitem__(self, grid):
+        # The other dimensions of a grid end at 65,535 programs.
+        assert len(grid) == 1
         self.calls.append((self.name, grid[0]))
         return self.kernel[grid]
 

@@ -28,6 +28,24 @@ def _conv2d(t):
     return [factor, info]
 
 
+def _patches(t):
+    factor = t["factor"].clone()
+    info = gk.kron_factor_conv2d_update_(factor, t["x"], kernel_size=(3, 2), decay=0.9, bias=True)
+    return [factor, info]
+
+
+def _narrow(t):
+    # As many as the C++ kernel serves: both orientations, two of them on one inverse, one with a bias.
+    grads = [t["wide"], t["wide"].clone(), t["tall"], t["tall"][:, :-1]]
+    lefts, rights = (
+        [t["small"], t["small"], t["large"], t["large"]],
+        [t["large"]] * 2 + [t["small"]] * 2,
+    )
+    biases = [None, None, None, t["tall"][:, -1]]
+    outs, dots = gk.precondition(grads, lefts, rights, bias_grad=biases, return_dot=True)
+    return [*outs, dots]
+
+
 def _inverse(method):
     def run(t):
         return list(gk.damped_inverse(t["factor"], rho=1e-2, method=method))
@@ -69,6 +87,11 @@ OPS = {
         lambda: {"factor": spd(180), "x": torch.randn(2, 20, 9, 8)},
         _conv2d,
     ),
+    "kron_factor_conv2d_update_-patches": Op(
+        ("reference", "cpu"),
+        lambda: {"factor": spd(13), "x": torch.randn(2, 2, 9, 8)},
+        _patches,
+    ),
     "damped_inverse-cholesky": Op(("auto",), lambda: {"factor": spd(65)}, _inverse("cholesky")),
     "damped_inverse-newton_schulz": Op(
         ("auto",), lambda: {"factor": spd(65)}, _inverse("newton_schulz")
@@ -77,6 +100,16 @@ OPS = {
         ("auto",),
         lambda: {"grad": torch.randn(65, 33), "left": spd(65), "right": spd(33)},
         lambda t: [gk.precondition(t["grad"], t["left"], t["right"])],
+    ),
+    "precondition-narrow": Op(
+        ("reference", "cpu"),
+        lambda: {
+            "wide": torch.randn(8, 65),
+            "tall": torch.randn(65, 8),
+            "small": spd(8),
+            "large": spd(65),
+        },
+        _narrow,
     ),
     "rank1_precondition": Op(
         ("auto",),

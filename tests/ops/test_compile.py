@@ -36,6 +36,9 @@ def inputs():
         "innovation": torch.randn(3),
         "noise": spd(3) + torch.eye(3),
         "vector": torch.zeros(9),
+        "patches": spd(8),
+        "reduced": spd(9),
+        "image": torch.randn(3, 2, 5, 4),
         "grad": torch.randn(5, 9),
         "out": torch.zeros(5, 9),
         "score": torch.randn(5, 9),
@@ -54,6 +57,12 @@ def updates(t):
     info = gk.kron_factor_update_(
         [t["factor"], t["other_factor"]], [t["x"], t["other_x"]], decay=t["decay"]
     )
+    conv = gk.kron_factor_conv2d_update_(
+        t["patches"], t["image"], kernel_size=2, padding=1, decay=t["decay"]
+    )
+    reduced = gk.kron_factor_conv2d_update_(
+        t["reduced"], t["image"], kernel_size=2, decay=0.9, bias=True, sharing="reduce"
+    )
     preconditioned = gk.precondition(t["grad"], t["other_factor"], t["factor"])
     gk.precondition(t["grad"], t["other_factor"], t["factor"], out=t["out"])
     kalman = gk.kalman_update_(
@@ -62,8 +71,8 @@ def updates(t):
     )  # fmt: skip
     rank1 = gk.rank1_precondition(preconditioned, t["score"], damping=0.1)
     gk.rank1_precondition(t["grad"], t["score"], damping=0.1, out=t["rank1_out"])
-    used = t["factor"].sum() + t["mean"].sum() + t["out"].sum()
-    return [info, preconditioned, kalman, rank1, used]
+    used = t["factor"].sum() + t["mean"].sum() + t["out"].sum() + t["patches"].sum()
+    return [info, conv, reduced, preconditioned, kalman, rank1, used]
 
 
 def step(t):
@@ -75,6 +84,7 @@ def step(t):
 
 UPDATED = (
     "factor", "other_factor", "mean", "variance", "first_block", "block_variance", "out", "rank1_out",
+    "patches", "reduced",
 )  # fmt: skip
 
 
@@ -164,13 +174,17 @@ def test_numbers_that_change_from_step_to_step():
         assert len(graphs) <= most
 
 
-@pytest.mark.parametrize("name", ["kron", "precondition", "rank1", "kalman"])
+@pytest.mark.parametrize("name", ["kron", "conv2d", "precondition", "rank1", "kalman"])
 def test_inputs_that_require_grad_compile(name):
     """Ops are often called on parameters: the graph has no gradient, and no error either."""
     t = inputs()
     grad, jacobian = t["grad"].requires_grad_(), t["jacobian"].requires_grad_()
+    image = t["image"].requires_grad_()
     calls = {
         "kron": lambda: gk.kron_factor_update_(t["factor"], grad, decay=0.9),
+        "conv2d": lambda: gk.kron_factor_conv2d_update_(
+            t["patches"], image, kernel_size=2, decay=0.9
+        ),
         "precondition": lambda: gk.precondition(grad, spd(5), spd(9)),
         "rank1": lambda: gk.rank1_precondition(grad, t["score"], damping=0.1),
         "kalman": lambda: gk.kalman_update_(

@@ -16,6 +16,7 @@ from tests.cases import (
     STATE_DTYPES,
     assert_within_budget,
     dtype_id,
+    far_apart,
     inverse64,
     offset_by_one,
     spd,
@@ -351,6 +352,35 @@ def test_unaligned_pointer_after_an_aligned_call(device):
     factor = spd(17, device=device)
     want = damped_inverse(factor, rho=1e-2)
     assert_fields_equal(damped_inverse(offset_by_one(factor), rho=1e-2), want)
+
+
+@methods
+@pytest.mark.parametrize("dim", [0, 1, 2], ids=["matrices", "rows", "columns"])
+def test_elements_further_apart_than_int32_reaches(device, method, dim, tmp_path):
+    factors = torch.stack([spd(2 if dim else 9, device=device) for _ in range(2)])
+    want = damped_inverse(factors, rho=1e-2, method=method)
+    got = damped_inverse(far_apart(factors, dim, tmp_path), rho=1e-2, method=method)
+    assert_fields_equal(got, want)
+
+
+@methods
+def test_more_matrices_than_a_side_of_a_grid(device, method):
+    count = 66_000
+    scales = torch.arange(1, count + 1, device=device).float()
+    factors = scales[:, None, None] * torch.tensor([[2.0, 1], [1, 2]], device=device)
+    result = damped_inverse(factors, rho=1e-2, method=method)
+    assert (result.info == Info.OK).all()
+    # Every matrix is a multiple of the first, and its inverse the same part of that one's.
+    want = result.inverse[0] / scales[:, None, None]
+    # Newton-Schulz stops at a residual of 1e-5, which rounding moves.
+    torch.testing.assert_close(result.inverse, want, rtol=1e-4, atol=0)
+
+
+def test_a_batch_of_one_is_the_single_form(device):
+    factor = spd(17, device=device)
+    batch, single = damped_inverse(factor[None], rho=1e-2), damped_inverse(factor, rho=1e-2)
+    for got, want in zip(batch, single, strict=True):
+        assert torch.equal(got, want[None])
 
 
 def test_result_shares_no_memory_with_other_results(device):

@@ -151,6 +151,9 @@ def test_unknown_name_in_the_environment(monkeypatch):
 
 CALLS = {
     "kron_factor_update_": update,
+    "kron_factor_conv2d_update_": lambda: gk.kron_factor_conv2d_update_(
+        torch.eye(4), torch.ones(1, 1, 3, 3), kernel_size=2, decay=0.5
+    ),
     "damped_inverse": lambda: gk.damped_inverse(torch.eye(4), rho=0.1),
     "kalman_update_": lambda: gk.kalman_update_(
         torch.zeros(4), torch.ones(4), torch.ones(2, 4), torch.ones(2), 1.0
@@ -161,6 +164,7 @@ CALLS = {
 # What each op has beside the reference.
 KERNELS = {
     "kron_factor_update_": {"cpu", "triton"},
+    "kron_factor_conv2d_update_": {"cpu", "triton"},
     "kalman_update_": {"cpu", "cuda"},
     "precondition": {"cpu", "triton"},
 }
@@ -180,7 +184,12 @@ def test_named_backend_without_a_kernel_says_so(op, backend):
 
 @pytest.mark.parametrize(
     ("op", "backend"),
-    [("kron_factor_update_", "triton"), ("kalman_update_", "cuda"), ("precondition", "triton")],
+    [
+        ("kron_factor_update_", "triton"),
+        ("kron_factor_conv2d_update_", "triton"),
+        ("kalman_update_", "cuda"),
+        ("precondition", "triton"),
+    ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
 def test_named_backend_that_cannot_run_says_why(op, backend):
@@ -289,6 +298,9 @@ assert "triton does not import" in found["triton"].reason, found
 factor = torch.eye(4)
 assert gk.kron_factor_update_(factor, torch.ones(3, 4), decay=0.5, scale=1.0).item() == 0
 assert torch.equal(factor, 0.5 * torch.eye(4) + 3)
+patches = torch.eye(4)
+assert gk.kron_factor_conv2d_update_(patches, torch.ones(1, 1, 3, 3), kernel_size=2, decay=0.5).item() == 0
+assert torch.equal(patches, 0.5 * torch.eye(4) + 0.5)
 mean, variance = torch.zeros(4), torch.ones(4)
 assert gk.kalman_update_(mean, variance, torch.ones(2, 4), torch.ones(2), 1.0).item() == 0
 assert (variance < 1).all()

@@ -2,6 +2,8 @@
 """``kalman_update_``: the diagonal filter against the full one, its positivity, its faults and errors."""
 
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,11 +11,14 @@ import torch
 
 import grng_kernels as gk
 from grng_kernels import Info, kalman_update_
+from grng_kernels.kalman_update.op import MAX_CUDA_OUTPUTS
 from tests.cases import (
     MATRIX_LAYOUTS,
     STATE_DTYPES,
+    assert_memory_that_ends_changes_nothing,
     assert_within_budget,
     dtype_id,
+    far_apart,
     guarded,
     offset_by_one,
     spd,
@@ -299,6 +304,29 @@ def test_empty_input_changes_nothing(backend, likelihood, outputs, d):
     assert torch.equal(variance, state.variance)
 
 
+def test_more_blocks_than_a_side_of_a_grid():
+    count = 66_000
+    mean, variance = torch.zeros(count), torch.rand(count) + 0.1
+    jacobian, e, noise = torch.randn(1, count), torch.tensor([0.5]), 2.0
+    state = State(1, count)
+    state.mean, state.variance, state.jacobian = mean, variance, jacobian
+    state.innovation, state.noise = e, torch.tensor([[noise]])
+    want = state.plain()
+    means, variances = (list(t.clone().split(1)) for t in (mean, variance))
+    jacobians = list(jacobian.split(1, dim=1))
+    assert kalman_update_(means, variances, jacobians, e, noise).item() == Info.OK
+    torch.testing.assert_close(torch.cat(means), want[0])
+    torch.testing.assert_close(torch.cat(variances), want[1])
+
+
+def test_pairs_of_tiles_fit_in_a_side_of_a_grid():
+    """The CUDA kernel has one line of blocks for each pair of tiles of outputs."""
+    source = (Path(__file__).parents[2] / "csrc" / "cuda" / "kalman_update.cu").read_text("utf-8")
+    [tile] = re.findall(r"constexpr int kTile = (\d+)", source)
+    tiles = -(-MAX_CUDA_OUTPUTS // int(tile))
+    assert tiles * (tiles + 1) // 2 <= 65_535
+
+
 @sizes
 def test_memory_around_the_state_is_not_written(backend, outputs, d):
     state = State(outputs, d, device=backend.device)
@@ -327,6 +355,33 @@ def test_layout_of_the_jacobian_does_not_matter(backend, form, layout):
         assert_within_budget(got[1], ref[1], base[1])
     else:
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@forms
+@pytest.mark.parametrize("dim", [0, 1], ids=["rows", "columns"])
+def test_elements_further_apart_than_int32_reaches(backend, form, dim, tmp_path):
+    state = State(2, 300, device=backend.device) if dim == 0 else State(5, 2, device=backend.device)
+    want = state.update(form)
+    state.jacobian = far_apart(state.jacobian, dim, tmp_path)
+    got = state.update(form)
+    torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got[1], want[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["innovation", "noise"])
+def test_expanded_small_arguments(backend, name):
+    state = State(5, 60, device=backend.device)
+    if name == "noise":
+        state.noise, state.likelihood = (
+            torch.tensor(0.2).expand(5).to(backend.device),
+            "categorical",
+        )
+        state.innovation = state.innovation - state.innovation.mean()
+    else:
+        state.innovation = state.innovation[:1].expand(5)
+    got = state.update()
+    setattr(state, name, getattr(state, name).contiguous())
+    assert all(torch.equal(a, b) for a, b in zip(got, state.update(), strict=True))
 
 
 @pytest.mark.parametrize("expand", [(1, 60), (5, 1)], ids=["rows", "columns"])
@@ -577,6 +632,28 @@ def test_symmetric_noise_only_needs_one_triangle(backend):
     got = state.update()
     assert got[2].item() == Info.OK
     torch.testing.assert_close(got[0], want[0], rtol=1e-4, atol=1e-5)
+
+
+def _blocks():
+    sizes, outputs = (70_000, 3, 20_000), 60
+    means, variances = [torch.zeros(d) for d in sizes], [torch.ones(d) for d in sizes]
+    jacobians = [torch.randn(outputs, d) / 300 for d in sizes]
+    return (
+        means,
+        variances,
+        jacobians,
+        torch.randn(outputs),
+        torch.eye(outputs),
+    ), means + variances
+
+
+SHORT_OF_MEMORY = {"blocks": (_blocks, lambda a: kalman_update_(*a))}
+
+
+def test_memory_that_ends_leaves_all_blocks_as_they_were():
+    if not gk.backends()["cpu"].available:
+        pytest.skip(gk.backends()["cpu"].reason)
+    assert_memory_that_ends_changes_nothing(__name__, "blocks", 64 << 20)
 
 
 # ---- errors ----

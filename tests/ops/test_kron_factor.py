@@ -12,8 +12,10 @@ from tests.cases import (
     ALL_DTYPES,
     MATRIX_LAYOUTS,
     ODD_SIZES,
+    assert_memory_that_ends_changes_nothing,
     assert_within_budget,
     dtype_id,
+    far_apart,
     guarded,
     offset_by_one,
     small_integers,
@@ -186,7 +188,8 @@ def test_large_offset_in_the_samples(backend):
 def test_many_updates_with_one_batch_converge_to_it(backend):
     x = torch.randn(20, 9).to(backend.device)
     factor = torch.zeros(9, 9, device=backend.device)
-    for _ in range(400):
+    # The reference rounds alike at every step: fewer of them say the same.
+    for _ in range(100_000 if backend.name == "cpu" else 400):
         kron_factor_update_(factor, x, decay=0.9)
     want = x.double().mT @ x.double() / 20
     # Each step rounds a few times (decay itself, two products, their sum), and old errors decay: what
@@ -248,6 +251,27 @@ def test_list_is_bitwise_the_single_form(backend, bias):
     info = kron_factor_update_(factors, tuple(xs), decay=0.9, bias=bias)
     assert torch.equal(info, torch.stack(infos))
     assert all(torch.equal(f, s) for f, s in zip(factors, singles, strict=True))
+
+
+def test_more_matrices_than_a_side_of_a_grid():
+    count = 66_000
+    factors = list(torch.ones(count, 1, 1).unbind())
+    xs = small_integers(count, 2, 1)
+    info = kron_factor_update_(factors, list(xs.unbind()), decay=0.5, scale=0.25)
+    assert info.shape == (count,)
+    assert (info == Info.OK).all()
+    assert torch.equal(torch.stack(factors), 0.5 + 0.25 * xs.square().sum(dim=1, keepdim=True))
+
+
+@pytest.mark.gpu
+def test_more_matrices_than_a_side_of_a_grid_on_a_gpu():
+    count = 66_000
+    factors = list(torch.ones(count, 1, 1, device="cuda").unbind())
+    xs = small_integers(count, 2, 1, dtype=torch.bfloat16, device="cuda")
+    info = kron_factor_update_(factors, list(xs.unbind()), decay=0.5, scale=0.25)
+    assert (info == Info.OK).all()
+    want = 0.5 + 0.25 * xs.float().square().sum(dim=1, keepdim=True)
+    assert torch.equal(torch.stack(factors), want)
 
 
 # ---- layouts ----
@@ -341,6 +365,15 @@ def test_unaligned_pointers_after_an_aligned_call(backend, dtype):
     kron_factor_update_(shifted_factor, shifted_x, decay=0.5, scale=0.25)
     assert torch.equal(factor.double().cpu(), want)
     assert torch.equal(shifted_factor, factor)
+
+
+@dtypes
+@pytest.mark.parametrize("dim", [0, 1], ids=["rows", "columns"])
+def test_elements_further_apart_than_int32_reaches(backend, dtype, dim, tmp_path):
+    factor, x = integer_case(2, 17 if dim == 0 else 2, dtype, backend.device)
+    want = yardstick(factor, x, 0.5, 0.25)
+    kron_factor_update_(factor, far_apart(x, dim, tmp_path), decay=0.5, scale=0.25)
+    assert torch.equal(factor.double().cpu(), want)
 
 
 # ---- scalars ----
@@ -475,6 +508,24 @@ def test_other_factors_of_the_call_are_updated(backend):
     assert torch.equal(factors[1], before)
     assert torch.equal(factors[0], alone[0])
     assert torch.equal(factors[2], alone[2])
+
+
+def _list_of_both_ways():
+    """Factors that split the rows, factors that split the tiles, and both dtypes of the state."""
+    sizes = [(3000, 64), (700, 500), (2000, 16), (600, 700), (1500, 100)]
+    dtypes = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float64]
+    xs = [torch.randn(size).to(dtype) for size, dtype in zip(sizes, dtypes, strict=True)]
+    factors = [torch.ones(x.shape[1], x.shape[1], dtype=state_dtype(x.dtype)) for x in xs]
+    return (factors, xs), factors
+
+
+SHORT_OF_MEMORY = {"list": (_list_of_both_ways, lambda a: kron_factor_update_(*a, decay=0.5))}
+
+
+def test_memory_that_ends_leaves_the_factors_as_they_were():
+    if not gk.backends()["cpu"].available:
+        pytest.skip(gk.backends()["cpu"].reason)
+    assert_memory_that_ends_changes_nothing(__name__, "list", 32 << 20)
 
 
 # ---- errors ----

@@ -2,6 +2,9 @@
 """``kron_factor_conv2d_update_``: the factor of a convolution's patches, on every backend."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,8 +15,10 @@ from grng_kernels import Info, kron_factor_conv2d_update_, kron_factor_update_
 from grng_kernels.kron_factor.geometry import Conv2dGeometry
 from tests.cases import (
     ALL_DTYPES,
+    assert_memory_that_ends_changes_nothing,
     assert_within_budget,
     dtype_id,
+    far_apart,
     guarded,
     offset_by_one,
     small_integers,
@@ -21,6 +26,7 @@ from tests.cases import (
     state_dtype,
     threads,
 )
+from tests.ops.errors import REFUSED, refused
 
 dtypes = pytest.mark.parametrize("dtype", ALL_DTYPES, ids=dtype_id)
 
@@ -114,6 +120,20 @@ def test_small_integers_are_exact(backend, name, dtype, bias):
     assert info.item() == Info.OK
     assert torch.equal(factor.double().cpu(), want)
     assert torch.equal(factor, factor.mT)
+
+
+@dtypes
+@pytest.mark.parametrize("content", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["3x3-same", "stem"])
+def test_decay_zero_ignores_what_was_there(backend, name, dtype, content):
+    if backend == ("auto", "cuda") and dtype == torch.float32:
+        pytest.skip("tf32x3 is not exact")
+    factor, x, geometry = integer_case(name, dtype, backend.device)
+    want = plain(torch.zeros_like(factor), x, geometry, 0.0, 0.25)
+    factor.fill_(content)
+    info = kron_factor_conv2d_update_(factor, x, **geometry, decay=0.0, scale=0.25)
+    assert info.item() == Info.OK
+    assert torch.equal(factor.double().cpu(), want)
 
 
 def test_a_1x1_kernel_is_the_matrix_update(backend):
@@ -229,6 +249,80 @@ def test_a_border_far_larger_than_the_inside_cancels_nothing(backend):
     torch.testing.assert_close(got, ref, rtol=1e-5, atol=1e-4)
 
 
+def test_many_updates_with_one_batch_converge_to_it(backend):
+    geometry = dict(kernel_size=3, padding=1)
+    x = torch.randn(2, 6, 4, 5, device=backend.device)
+    factor = torch.zeros(54, 54, device=backend.device)
+    for _ in range(400):
+        kron_factor_conv2d_update_(factor, x, **geometry, decay=0.9)
+    want = plain(torch.zeros_like(factor), x, geometry, 0.0, 1 / 40)
+    # As for matrices: what stays of the rounding of each step is at most 1/(1 - decay) = 10 times that.
+    unit = torch.finfo(torch.float32).eps / 2
+    error = (factor.double().cpu() - want).abs().max() / want.abs().max()
+    assert error.item() < 40 * unit
+    assert torch.equal(factor, factor.mT)
+
+
+# Kernels as long as their image: of the patches' columns few positions are left, and what is planned for
+# distances grows with the third power of the length.
+VERY_LARGE = {
+    "64x64": (1, 1, 70, 70, dict(kernel_size=64)),
+    "1x1000": (2, 1, 1, 2000, dict(kernel_size=(1, 1000))),
+    "1x200-panels": (1, 16, 1, 230, dict(kernel_size=(1, 200))),
+}
+
+
+@pytest.mark.parametrize("name", VERY_LARGE)
+def test_very_large_kernels(backend, name):
+    b, c, h, w, geometry = VERY_LARGE[name]
+    x = small_integers(b, c, h, w, device=backend.device)
+    n = c * math.prod(geometry["kernel_size"] if name != "64x64" else (64, 64))
+    factor = torch.zeros(n, n, device=backend.device)
+    want = plain(factor, x, geometry, 0.5, 0.25)
+    info = kron_factor_conv2d_update_(factor, x, **geometry, decay=0.5, scale=0.25)
+    assert info.item() == Info.OK
+    if backend == ("auto", "cuda"):
+        torch.testing.assert_close(factor.double().cpu(), want)
+    else:
+        assert torch.equal(factor.double().cpu(), want)
+
+
+def test_very_large_kernels_take_little_memory_and_time():
+    """All sums of the first take 70 MB; to plan the second for distances would take 2 GB and 10 s."""
+    if not gk.backends()["cpu"].available:
+        pytest.skip(gk.backends()["cpu"].reason)
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK_OF_THE_CALLS, repr(VERY_LARGE)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    megabytes, seconds = map(float, done.stdout.split())
+    assert megabytes < 150
+    assert seconds < 5
+
+
+PEAK_OF_THE_CALLS = """
+import resource, sys, time, torch
+import grng_kernels as gk
+calls = []
+for b, c, h, w, geometry in eval(sys.argv[1]).values():
+    k = geometry["kernel_size"]
+    n = c * (k * k if isinstance(k, int) else k[0] * k[1])
+    calls.append((torch.ones(n, n), torch.ones(b, c, h, w), geometry))
+with gk.use_backend("cpu"):
+    gk.kron_factor_conv2d_update_(torch.ones(4, 4), torch.ones(1, 1, 3, 3), kernel_size=2, decay=0.5)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    for factor, x, geometry in calls:
+        gk.kron_factor_conv2d_update_(factor, x, **geometry, decay=0.5)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print(time.perf_counter() - start)
+"""
+
+
 # ---- layouts ----
 
 LAYOUTS = {
@@ -265,6 +359,54 @@ def test_nothing_around_the_factor_is_written(backend, name):
     factor, check = guarded(factor)
     kron_factor_conv2d_update_(factor, x, **geometry, decay=0.5)
     check()
+
+
+@dtypes
+@pytest.mark.parametrize("name", ["3x3-panels", "groups", "stem", "1x1"])
+def test_memory_around_x_is_not_read(backend, name, dtype):
+    factor, values, geometry = integer_case(name, dtype, backend.device)
+    other = factor.clone()
+    kron_factor_conv2d_update_(factor, values, **geometry, decay=0.5)
+    x, _ = guarded(values)
+    assert kron_factor_conv2d_update_(other, x, **geometry, decay=0.5).item() == Info.OK
+    assert torch.equal(other, factor)
+
+
+@pytest.mark.parametrize("name", ["3x3-panels", "groups", "stem"])
+def test_unaligned_factor_after_an_aligned_call(backend, name):
+    factor, x, geometry = integer_case(name, torch.float32, backend.device)
+    shifted = offset_by_one(factor)
+    kron_factor_conv2d_update_(factor, x, **geometry, decay=0.5)
+    kron_factor_conv2d_update_(shifted, x, **geometry, decay=0.5)
+    assert torch.equal(shifted, factor)
+
+
+@pytest.mark.parametrize("dim", range(4), ids=["images", "channels", "lines", "columns"])
+@pytest.mark.parametrize("channels", [2, 34], ids=["patches", "distances"])
+def test_elements_further_apart_than_int32_reaches(backend, dim, channels, tmp_path):
+    shape = [3, channels, 6, 5]
+    shape[dim] = 2
+    geometry = dict(kernel_size=2, padding=1)
+    x = small_integers(*shape, dtype=torch.bfloat16, device=backend.device)
+    factor = random_factor(x, geometry, False)
+    want = plain(factor, x, geometry, 0.5, 0.25)
+    kron_factor_conv2d_update_(
+        factor, far_apart(x, dim, tmp_path), **geometry, decay=0.5, scale=0.25
+    )
+    assert torch.equal(factor.double().cpu(), want)
+
+
+@pytest.mark.parametrize("what", ["groups", "images"])
+def test_more_matrices_than_a_side_of_a_grid(backend, what):
+    count = 66_000
+    groups, images = (count, 1) if what == "groups" else (1, count)
+    x = small_integers(images, groups, 1, 2, device=backend.device)
+    factor = torch.ones(groups, 1, 1, device=backend.device)
+    kron_factor_conv2d_update_(
+        factor if groups > 1 else factor[0], x, kernel_size=1, groups=groups, decay=0.5, scale=0.25
+    )
+    want = 0.5 + 0.25 * x.double().square().sum(dim=(0, 2, 3))
+    torch.testing.assert_close(factor.double().flatten(), want)
 
 
 def test_a_factor_that_is_not_contiguous(backend):
@@ -322,10 +464,52 @@ def test_an_empty_list(backend):
 # ---- faults ----
 
 
+@dtypes
+@pytest.mark.parametrize("name", ["3x3-same", "groups", "stem", "1x1"])
+@pytest.mark.parametrize("magnitude", [0.0, 1e-30], ids=["zeros", "squares-underflow"])
+def test_samples_without_squares_only_decay(backend, name, dtype, magnitude):
+    if magnitude and dtype in (torch.float16, torch.float64):
+        magnitude = {torch.float16: 0.0, torch.float64: 1e-200}[dtype]
+    factor, x, geometry = integer_case(name, dtype, backend.device)
+    want = 0.75 * factor
+    x.fill_(magnitude)
+    assert kron_factor_conv2d_update_(factor, x, **geometry, decay=0.75).item() == Info.OK
+    assert torch.equal(factor, want)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "magnitude", "code"),
+    [
+        (torch.float32, 1.9e19, Info.OVERFLOW),
+        (torch.bfloat16, 3e38, Info.OVERFLOW),
+        (torch.float64, 1e155, Info.OVERFLOW),
+        (torch.float16, 65504.0, Info.OK),
+        (torch.float32, 1e18, Info.OK),
+        (torch.float64, 1e150, Info.OK),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["3x3-same", "stem"])
+def test_largest_samples(backend, name, dtype, magnitude, code):
+    factor, x, geometry = integer_case(name, dtype, backend.device)
+    before = factor.clone()
+    x.zero_()
+    x[-1, -1, 3, 2] = magnitude
+    info = kron_factor_conv2d_update_(factor, x, **geometry, decay=0.5, scale=0.125)
+    assert info.item() == code
+    if code == Info.OK:
+        torch.testing.assert_close(
+            factor.double().cpu(), plain(before, x, geometry, 0.5, 0.125), rtol=1e-6, atol=0
+        )
+    else:
+        assert torch.equal(factor, before)
+
+
+@dtypes
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("name", ["3x3-panels", "groups", "stem", "1x1"])
-def test_a_bad_sample_leaves_every_group_and_spares_the_others(backend, name, value):
-    factor, x, geometry = integer_case(name, torch.float32, backend.device)
+def test_a_bad_sample_leaves_every_group_and_spares_the_others(backend, name, dtype, value):
+    factor, x, geometry = integer_case(name, dtype, backend.device)
     bad = x.clone()
     bad[-1, -1, -1, -1] = value
     factors, before = [factor.clone(), factor.clone()], factor.clone()
@@ -375,6 +559,48 @@ def test_tensors_as_scalars_equal_numbers(backend):
         scale=torch.tensor(0.25, device=backend.device),
     )
     assert torch.equal(factor, other)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["decay", "scale"])
+@pytest.mark.parametrize("case", ["3x3-same", "stem"])
+def test_nonfinite_tensor_scalar_sets_info(backend, case, name, value):
+    factor, x, geometry = integer_case(case, torch.float32, backend.device)
+    before = factor.clone()
+    scalars = {"decay": 0.5, "scale": 1.0} | {name: torch.tensor(value, device=backend.device)}
+    info = kron_factor_conv2d_update_(factor, x, **geometry, **scalars)
+    assert info.item() == Info.NONFINITE_INPUT
+    assert torch.equal(factor, before)
+
+
+@pytest.mark.parametrize("value", [-0.5, 1.5])
+def test_tensor_decay_out_of_range_sets_info(backend, value):
+    factor, x, geometry = integer_case("3x3-same", torch.float32, backend.device)
+    before = factor.clone()
+    decay = torch.tensor(value, device=backend.device)
+    assert kron_factor_conv2d_update_(factor, x, **geometry, decay=decay).item() != Info.OK
+    assert torch.equal(factor, before)
+
+
+def _list_of_both_ways():
+    """Patches and distances in one call: the first must not be written before there is memory for all."""
+    xs = [torch.randn(2, c, 40, 40) for c in (3, 40, 5, 64)]
+    factors = [torch.ones(9 * x.shape[1], 9 * x.shape[1]) for x in xs]
+    return (factors, xs), factors
+
+
+SHORT_OF_MEMORY = {
+    "expand": (
+        _list_of_both_ways,
+        lambda a: kron_factor_conv2d_update_(*a, kernel_size=3, padding=1, decay=0.5),
+    ),
+}
+
+
+def test_memory_that_ends_leaves_the_factors_as_they_were():
+    if not gk.backends()["cpu"].available:
+        pytest.skip(gk.backends()["cpu"].reason)
+    assert_memory_that_ends_changes_nothing(__name__, "expand", 256 << 20)
 
 
 # ---- errors ----
@@ -454,7 +680,36 @@ ERRORS = {
         "sharing must be one of expand, reduce, got 'mean'",
     ),
     "decay": (dict(decay=1.5), ValueError, r"decay must be finite and in \[0.0, 1.0\], got 1.5"),
+    "decay below": (dict(decay=-0.1), ValueError, r"decay must be finite and in .*, got -0.1"),
+    "decay nan": (dict(decay=math.nan), ValueError, r"decay must be finite and in .*, got nan"),
+    "decay text": (dict(decay="0.5"), TypeError, "decay must be a number, got str"),
+    "decay vector": (
+        dict(decay=torch.ones(1)),
+        ValueError,
+        r"decay must be a number or a 0-d tensor, got \[1\]",
+    ),
     "scale": (dict(scale=math.nan), ValueError, "scale must be finite"),
+    "devices": (
+        dict(x=X.to("meta")),
+        ValueError,
+        "all tensors must be on one device, got factor on cpu and x on meta",
+    ),
+    "decay elsewhere": (
+        dict(decay=torch.tensor(0.5, device="meta")),
+        ValueError,
+        "all tensors must be on one device, got factor on cpu and decay on meta",
+    ),
+    "factor sparse": (
+        dict(factor=F.to_sparse()),
+        TypeError,
+        r"factor must be a dense \(strided\) tensor, got layout torch.sparse_coo",
+    ),
+    "lengths": (
+        dict(factor=[F.clone(), F.clone()], x=[X]),
+        ValueError,
+        "the lists must have the same length, got factor: 2, x: 1",
+    ),
+    "no tensor": (dict(x=3), TypeError, "x must be a tensor or a list of tensors, got int"),
     "dtype": (
         dict(x=X.int()),
         TypeError,
@@ -483,9 +738,33 @@ def test_errors_name_the_argument(name):
         kron_factor_conv2d_update_(factor, x, **arguments)
 
 
-def test_overlapping_memory_is_refused():
-    memory = torch.zeros(2000)
-    with pytest.raises(ValueError, match="overlap in memory"):
+@pytest.mark.parametrize("kind", REFUSED, ids=str)
+def test_refused_dtypes_and_layouts(kind):
+    with pytest.raises(
+        TypeError, match=r"x must (have dtype float32, bfloat16, float16, float64|be a dense)"
+    ):
         kron_factor_conv2d_update_(
-            memory[:1296].view(36, 36), memory[1000:1100].view(1, 4, 5, 5), kernel_size=3, decay=0.5
+            F.clone(), refused(kind, 2, 4, 5, 5), kernel_size=3, padding=1, decay=0.5
+        )
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_overlapping_memory_is_refused(sharing):
+    memory = torch.zeros(2000)
+    with pytest.raises(ValueError, match=r"factor\[0\] and x\[0\]|x\[0\] and factor\[0\]"):
+        kron_factor_conv2d_update_(
+            memory[:1296].view(36, 36),
+            memory[1000:1100].view(1, 4, 5, 5),
+            kernel_size=3,
+            decay=0.5,
+            sharing=sharing,
+        )
+    assert (memory == 0).all()
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_one_factor_for_two_images_is_refused(sharing):
+    with pytest.raises(ValueError, match=r"factor\[1\] and factor\[0\] overlap in memory"):
+        kron_factor_conv2d_update_(
+            [F, F], [X, X], kernel_size=3, decay=0.5, padding=1, sharing=sharing
         )

@@ -40,12 +40,13 @@ def conv2d_samples():
     def geometry(kernel, stride=1, padding=0, dilation=1, groups=1):
         return [v for v in (kernel, stride, padding, dilation) for _ in range(2)] + [groups]
 
-    image, rest = torch.randn(2, 2, 5, 6), (False, 0.9, None, None, None)
+    image, rest = torch.randn(2, 2, 5, 6), (False, False, 0.9, None, None, None)
     yield "single", ([spd(18)[None]], [image], geometry(3, padding=1), *rest)
     yield "groups", ([torch.stack(mats(4, 4))], [image], geometry(2, 2, groups=2), *rest)
-    yield "bias", ([spd(19)[None]], [image], geometry(3), True, 0.9, None, 0.1, None)
+    yield "bias", ([spd(19)[None]], [image], geometry(3), False, True, 0.9, None, 0.1, None)
+    yield "reduce", ([spd(18)[None]], [image], geometry(3, padding=1), True, *rest[1:])
     scalars = (None, torch.tensor(0.5), None, torch.tensor(1.0))
-    yield "tensors", ([spd(18)[None]], [image], geometry(3, dilation=2), False, *scalars)
+    yield "tensors", ([spd(18)[None]], [image], geometry(3, dilation=2), False, False, *scalars)
     yield "bf16", ([spd(2)[None]], [image.bfloat16()], geometry(1), *rest)
     yield "empty", ([spd(18)[None]], [image[:0]], geometry(3), *rest)
 

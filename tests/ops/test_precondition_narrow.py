@@ -12,7 +12,9 @@ from tests.cases import (
     MATRIX_LAYOUTS,
     assert_within_budget,
     dtype_id,
+    far_apart,
     guarded,
+    offset_by_one,
     small_integers,
     threads,
 )
@@ -117,8 +119,87 @@ def test_any_layout_of_the_gradient(backend, shape, layout):
     assert torch.equal(got, precondition(grad, left, right))
 
 
-@pytest.mark.parametrize("contiguous", [True, False], ids=["", "strided"])
+@pytest.mark.parametrize("layout", ["sliced", "offset_by_one", "expanded"])
 @pytest.mark.parametrize("shape", [(8, 65), (65, 8)], ids=str)
+def test_any_layout_of_the_bias(backend, shape, layout):
+    grad, left, right, bias = case(*shape, backend, bias=True)
+    if layout == "sliced":
+        view = torch.stack([bias, torch.full_like(bias, math.nan)], dim=1)[:, 0]
+    elif layout == "offset_by_one":
+        view = offset_by_one(bias)
+    else:
+        view = bias[:1].expand(bias.shape)
+    got = precondition(grad, left, right, bias_grad=view)
+    assert torch.equal(got.double().cpu(), plain(grad, left, right, view))
+
+
+@pytest.mark.parametrize("which", ["grad-rows", "grad-columns", "left", "right"])
+@pytest.mark.parametrize("shape", [(8, 65), (65, 8)], ids=str)
+def test_expanded_arguments(backend, shape, which):
+    """An inverse with one row, repeated, is read by its row stride like any other."""
+    grad, left, right, _ = case(*shape, backend)
+    if which == "grad-rows":
+        grad = grad[:1].expand(shape)
+    elif which == "grad-columns":
+        grad = grad[:, :1].expand(shape)
+    elif which == "left":
+        left = left[:1].expand(left.shape)
+    else:
+        right = right[:1].expand(right.shape)
+    assert torch.equal(precondition(grad, left, right).double().cpu(), plain(grad, left, right))
+
+
+@pytest.mark.parametrize("shape", [(8, 65), (65, 8), (16, 16)], ids=str)
+def test_unaligned_pointers_after_an_aligned_call(backend, shape):
+    arguments = case(*shape, backend)[:3]
+    want = precondition(*arguments)
+    out = offset_by_one(torch.zeros(shape, device=backend.device))
+    precondition(*(offset_by_one(a) for a in arguments), out=out)
+    assert torch.equal(out, want)
+
+
+@pytest.mark.parametrize("which", ["grad", "left", "right", "bias", "out"])
+@pytest.mark.parametrize("shape", [(2, 65), (65, 2)], ids=str)
+def test_elements_further_apart_than_int32_reaches(backend, shape, which, tmp_path):
+    grad, left, right, bias = case(*shape, backend, bias=which == "bias")
+    if which == "bias":
+        bias = bias[-2:] if shape[0] == 65 else bias
+        grad, left = grad[-2:], left[-2:, -2:]
+    elif which in ("left", "right"):
+        # Two rows, of which the second lies far away; the other side is the large one or a small one.
+        n = 65 if which == "left" else 2
+        grad, left, right = (
+            small_integers(a, b, device=backend.device)
+            for a, b in ((2, n), (2, 2), (n, n))
+        )  # fmt: skip
+    tensors = {"grad": grad, "left": left, "right": right, "bias": bias}
+    tensors["out"] = torch.zeros(len(left), len(right), device=backend.device)
+    want = plain(grad, left, right, bias)
+    dim = tensors[which].shape.index(2)
+    tensors[which] = far_apart(tensors[which], dim, tmp_path)
+    got = precondition(
+        tensors["grad"],
+        tensors["left"],
+        tensors["right"],
+        bias_grad=tensors["bias"],
+        out=tensors["out"],
+    )
+    assert torch.equal(got.double().cpu(), want)
+
+
+@pytest.mark.parametrize("sharing", [False, True], ids=["", "one inverse"])
+def test_more_items_than_a_side_of_a_grid(sharing):
+    count = 66_000
+    grads, lefts = small_integers(count, 1, 2), small_integers(count, 1, 1)
+    rights = small_integers(1 if sharing else count, 2, 2)
+    want = lefts * grads @ rights
+    rights = [rights[0]] * count if sharing else list(rights.unbind())
+    got = precondition(list(grads.unbind()), list(lefts.unbind()), rights)
+    assert torch.equal(torch.stack(got), want)
+
+
+@pytest.mark.parametrize("contiguous", [True, False], ids=["", "strided"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_nothing_around_the_output_is_written(backend, shape, contiguous):
     grad, left, right, _ = case(*shape, backend)
     out, check = guarded(torch.zeros(shape, device=backend.device), contiguous=contiguous)

@@ -10,8 +10,10 @@ import torch
 from grng_kernels import rank1_precondition
 from tests.cases import (
     ALL_DTYPES,
+    ODD_SIZES,
     assert_within_budget,
     dtype_id,
+    far_apart,
     guarded,
     offset_by_one,
     small_integers,
@@ -187,6 +189,25 @@ def test_layout_does_not_matter(device, dtype, layout):
     want = rank1_precondition(grad, score, damping=0.5)
     assert torch.equal(rank1_precondition(layout(grad), score, damping=0.5), want)
     assert torch.equal(rank1_precondition(grad, layout(score), damping=0.5), want)
+
+
+@dtypes
+@pytest.mark.parametrize("which", ["grad", "score", "out"])
+def test_elements_further_apart_than_int32_reaches(device, dtype, which, tmp_path):
+    tensors = {name: small_integers(2, 9, dtype=dtype, device=device) for name in ("grad", "score")}
+    want = rank1_precondition(**tensors, damping=0.5)
+    tensors["out"] = torch.zeros_like(want)
+    tensors[which] = far_apart(tensors[which], 0, tmp_path)
+    assert torch.equal(rank1_precondition(**tensors, damping=0.5), want)
+
+
+@pytest.mark.parametrize("n", ODD_SIZES)
+def test_nothing_is_written_around_an_output_of_odd_size(device, n):
+    grad, score = torch.randn(n, device=device), torch.randn(n, device=device)
+    out, check = guarded(torch.full_like(grad, math.nan))
+    rank1_precondition(grad, score, damping=0.1, out=out)
+    assert torch.equal(out, rank1_precondition(grad, score, damping=0.1))
+    check()
 
 
 def test_expanded_input(device):
