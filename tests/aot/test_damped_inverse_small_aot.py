@@ -58,7 +58,7 @@ def test_eliminating_two_columns_waits_for_no_other_warp(arch):
             if target and target.group(1) in labels:
                 loops.append(lines[labels[target.group(1)] :])
             lines.append(line)
-    innermost = [b for b in loops if sum("MUFU.RCP" in x for x in b) == 2 and len(b) < 500]
+    innermost = [b for b in loops if sum("MUFU.RCP" in x for x in b) == 2 and len(b) < 1000]
     pairs = [body for body in innermost if sum("SHFL" in x for x in body) > 20]
     assert pairs, "the loop over pairs of columns was not found"
     assert not any("BAR.SYNC" in line for line in min(pairs, key=len))
