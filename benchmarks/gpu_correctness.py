@@ -27,6 +27,7 @@ from grng_kernels import (
     use_backend,
 )
 from grng_kernels._dispatch import interpreting_triton
+from grng_kernels.damped_inverse.entry import Entry
 from grng_kernels.kalman_update.reference import kalman_update as kalman_reference
 
 # Below this PyTorch itself may round to nothing, and twice nothing would be asked for.
@@ -332,6 +333,59 @@ def _kalman_draw(device: torch.device, outputs: int, d: int, form: str, likeliho
     return Verdict("", judge(results[0]), judge(reference(arguments)), problem)
 
 
+# Each side of a tile edge of the kernel for small matrices.
+INVERSES = (1, 3, 16, 17, 32, 33, 64, 65, 100, 128)
+
+
+def check_small_inverse(
+    device: torch.device, n: int, dtype: torch.dtype, rho: float, method: str
+) -> Verdict:
+    """Invert a few matrices twice in one launch, beside one with NaN; compare with fp64 and PyTorch."""
+    from grng_kernels.damped_inverse import triton_small
+
+    name = f"damped_inverse n={n} {dtype} rho={rho:.0e} {method}".replace("torch.", "")
+    roots = _normal(device, DRAWS, n, n + 1)
+    factor = (roots @ roots.mT / n).to(dtype)
+    bad = torch.full((1, n, n), torch.nan, device=device, dtype=dtype)
+
+    def entry(values: Tensor) -> Entry:
+        count = len(values)
+        scalars = [torch.zeros(count, device=device) for _ in range(3)]
+        info = torch.zeros(count, dtype=torch.int32, device=device)
+        start = torch.zeros(count, n, device=device)
+        inverse = torch.zeros(count, n, n, device=device)
+        return Entry(values, None, start, inverse, *scalars, info)
+
+    ours, again, broken = entry(factor), entry(factor), entry(bad)
+    triton_small.launch([ours, broken, again], rho=rho, method=method)
+    eye = torch.eye(n, device=device)
+    damped = factor.float() + ours.used_damping[:, None, None] * eye
+    wide = factor.double() + ours.used_damping.double()[:, None, None] * eye.double()
+    judge = relative_error([torch.linalg.inv(wide)])
+    plain = torch.cholesky_inverse(torch.linalg.cholesky_ex(damped).L)
+    problem = None
+    if bool((ours.info != 0).any()):
+        problem = f"info {ours.info.tolist()}"
+    elif int(broken.info) != int(grng_kernels.Info.NONFINITE_INPUT):
+        problem = "NaN got through"
+    elif not torch.equal(ours.inverse, ours.inverse.mT):
+        problem = "not symmetric"
+    elif not torch.equal(ours.inverse, again.inverse):
+        problem = "two runs differ"
+    elif float(ours.residual.max()) > 5e-5:
+        problem = f"residual {float(ours.residual.max()):.1e}"
+    return Verdict(name, judge([ours.inverse]), judge([plain]), problem)
+
+
+def _small_inverse_checks(device: torch.device) -> Iterator[Check]:
+    for n, dtype in itertools.product(INVERSES, DTYPES):
+        yield partial(check_small_inverse, device, n, dtype, 1e-2, "cholesky")
+    for n in INVERSES:
+        yield partial(check_small_inverse, device, n, torch.float32, 1e-4, "cholesky")
+        if n <= 64:
+            yield partial(check_small_inverse, device, n, torch.float32, 1e-2, "newton_schulz")
+
+
 Check = Callable[[], Verdict]
 
 
@@ -415,6 +469,7 @@ def sweep(
         ("kron_factor of lists", first, 0.45, _list_checks(device, together)),
         ("kron_factor_conv2d", first, 0.65, _conv2d_checks(device, images)),
         ("precondition", first, 0.85, _precondition_checks(device, weights, NARROW[first])),
+        ("damped_inverse", "triton", 0.93, _small_inverse_checks(device)),
         ("kalman_update", second, 1.0, _kalman_checks(device, outputs)),
     ):
         status = grng_kernels.backends()[backend]

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from harness.files import write_text
 
+from grng_kernels.damped_inverse import triton_small
 from grng_kernels.kron_factor import triton_conv2d
 from grng_kernels.kron_factor.triton_kernel import (
     COMMIT_BLOCK,
@@ -416,6 +417,56 @@ def precondition(name: str, shapes: Sequence[tuple[int, int]]) -> list[Work]:
     ]  # fmt: skip
 
 
+# The damped inverse of small matrices is one chain of short steps. Cycles of each on sm_90, from counts in
+# the machine code: instructions times warps per scheduler, 40 for a barrier, and for the pair of columns
+# half as much again for sums between lanes that wait for each other. Of ``(64, 128)``.
+SMALL_INVERSE_CYCLES = {
+    "pair of columns": (450, 650),
+    "block of 16": (1000, 2000),
+    "four products of the norm": (1200, 1800),
+    "32 columns of the residual": (1300, 2300),
+    "loads and stores": (2500, 2500),
+}
+CYCLES_PER_US = 1700.0
+# Registers let so many programs share a multiprocessor.
+SMALL_INVERSE_PROGRAMS = (2, 1)
+
+
+def small_inverse(name: str, orders: Sequence[int]) -> Work:
+    """Return the launch for matrices of these orders, all at most 64 or all above, by elimination."""
+    largest = max(orders)
+    column = int(largest > triton_small.SMALL)
+    pair, block, norm, residual, rest = (v[column] for v in SMALL_INVERSE_CYCLES.values())
+    blocks = math.ceil(largest / 16)
+    cycles = blocks * (8 * pair + block) + 4 * norm + math.ceil(largest / 32) * residual + rest
+    waves = math.ceil(len(orders) / (MULTIPROCESSORS * SMALL_INVERSE_PROGRAMS[column]))
+    entries = sum(float(n * n) for n in orders)
+    return Work(
+        kernel="_small_inverse_kernel (Triton)",
+        variant=name,
+        blocks=len(orders),
+        # Three TF32 products of each block, and six of the residual with 16 vectors.
+        flops=sum(2.0 * 3 * n**3 for n in orders),
+        rate=TF32X3 * 3 * REACH[32],
+        hbm=8.0 * entries,
+        l2=16.0 * entries,
+        l1=0.0,
+        serial_us=waves * cycles / CYCLES_PER_US,
+        least_bytes=8.0 * entries,
+        least_flops=sum(float(n) ** 3 for n in orders),
+        peak=FP32,
+        first="the pair of columns: sums between lanes; then barriers of the norm",
+    )
+
+
+SMALL_INVERSES = (
+    ("48 of 16 (ViT-B/16 LoRA)", [16] * 48),
+    ("96 of 64", [64] * 96),
+    ("32 each of 8, 16, 32, 64", [8, 16, 32, 64] * 32),
+    ("64 of 128", [128] * 64),
+)
+
+
 LORA_SETS = (
     ("ViT-B/16 r16: 24 of [16, 768] + 24 of [768, 16]", ((16, 768), (768, 16)), 24),
     ("7B q,v r16: 64 of [16, 4096] + 64 of [4096, 16]", ((16, 4096), (4096, 16)), 64),
@@ -442,6 +493,8 @@ def works() -> Iterator[Work]:
         yield kalman_apply(outputs, d)
     for name, shapes, layers in LORA_SETS:
         yield from precondition(name, shapes * layers)
+    for name, orders in SMALL_INVERSES:
+        yield small_inverse(name, orders)
 
 
 class Call(NamedTuple):

@@ -41,7 +41,7 @@ def imported(path):
 
 
 # Imported by op.py when they are needed, and by each other.
-TRITON_FILES = {"triton_kernel.py", "triton_conv2d.py"}
+TRITON_FILES = {"triton_kernel.py", "triton_conv2d.py", "triton_small.py"}
 
 
 def test_kernels_import_torch_and_nothing_above():
