@@ -41,8 +41,9 @@ namespace grng::damped_small {
 // See grng_kernels/damped_inverse: reference.py, probes.py and spectral_norm.py.
 constexpr float kFloor = 1e-36f, kResidualLimit = 1e-2f, kNormSafety = 1.02f, kColdShare = 1e-3f;
 constexpr int kProbes = 16, kPowerSteps = 16;
-// Power steps between two normalisations: the matrix is scaled to a row sum near 1 for them.
-constexpr int kStepsPerUnit = 4;
+// Power steps between two normalisations. For them the matrix is scaled to a largest row sum near
+// 1, so its norm is at least 1/16, and squares of the lengths stay in range.
+constexpr int kStepsPerUnit = 8;
 // A thread holds a tile of 8 x 4; for products with a vector, as many elements of one row.
 constexpr int kTileRows = 8, kTileCols = 4, kOwn = kTileRows * kTileCols;
 constexpr uint32_t kInfinityBits = 0x7f800000u;
@@ -618,13 +619,13 @@ GRNG_LANE void run(Group& group, Shared<P>& shared, const float* signs, const Da
   const PowerOfTwo smaller(-again);
   group.each([&](int thread, Lane& lane) {
     const int i = slice_row<P>(thread);
+    // Of the row's threads, the one whose slice has the diagonal.
+    const bool owner = i / 4 % (P / kOwn) == thread % (P / kOwn);
+    const float diagonal = owner ? shared.matrix[i * kLd + i] + shift : 0.0f;
     GRNG_UNROLL
-    for (int m = 0; m < kOwn; ++m) {
-      const bool diagonal = slice_col<P>(thread, m) == i;
-      lane.a[m] = smaller.times(lane.a[m] + (diagonal ? shift : 0.0f));
-      if (diagonal && i >= n) lane.a[m] = 1;
-    }
+    for (int m = 0; m < kOwn; ++m) lane.a[m] = smaller.times(lane.a[m]);
     store_slice<P>(shared.matrix, thread, lane);
+    if (owner) shared.matrix[i * kLd + i] = i < n ? smaller.times(diagonal) : 1.0f;
   });
   group.sync();
   sweep<P>(group, shared, n);
