@@ -19,6 +19,9 @@ from torch import Tensor
 
 import grng_kernels
 from grng_kernels import kalman_update_, kron_factor_update_, use_backend
+from grng_kernels.damped_inverse.cuda_small import launch as launch_small
+from grng_kernels.damped_inverse.entry import Entry
+from grng_kernels.damped_inverse.spectral_norm import spectral_norm
 from grng_kernels.kalman_update.reference import kalman_update as kalman_reference
 
 # Below this PyTorch itself may round to nothing, and twice nothing would be asked for.
@@ -150,6 +153,64 @@ def _kalman_draw(device: torch.device, outputs: int, d: int, form: str, likeliho
     return Verdict("", judge(results[0]), judge(reference(arguments)), problem)
 
 
+# Around the 16 below which the probes are the identity, and around what one warp and four warps take.
+SMALL_ORDERS = (1, 2, 7, 8, 15, 16, 17, 31, 32, 33, 40, 63, 64)
+SMALL_RHOS = (1e-1, 1e-2, 1e-4)
+
+
+def _small_entry(factor: Tensor) -> Entry:
+    length, n, _ = factor.shape
+    return Entry(
+        factor,
+        None,
+        factor.new_zeros(length, n, dtype=torch.float32),
+        factor.new_empty(length, n, n, dtype=torch.float32),
+        *(factor.new_empty(length, dtype=torch.float32) for _ in range(3)),
+        factor.new_empty(length, dtype=torch.int32),
+    )
+
+
+def _small_factors(device: torch.device, n: int, dtype: torch.dtype) -> Tensor:
+    x = _normal(device, DRAWS, n + n // 2 + 1, n)
+    return (x.mT @ x / x.shape[1]).to(dtype)
+
+
+def check_small_inverse(device: torch.device, n: int, dtype: torch.dtype, rho: float) -> Verdict:
+    """Invert a few matrices, alone and beside others of all orders, one of them NaN: the same bits."""
+    factor = _small_factors(device, n, dtype)
+    alone, beside = _small_entry(factor), _small_entry(factor)
+    others = [_small_entry(_small_factors(device, m, torch.float32)) for m in SMALL_ORDERS]
+    others[-1].factor[1, -1, 0] = torch.nan
+    launch_small([alone], rho=rho)
+    launch_small([*others[:5], beside, *others[5:]], rho=rho)
+    wide = factor.double()
+    eye = torch.eye(n, dtype=torch.float64, device=device)
+    damped = (wide + wide.mT) / 2 + alone.used_damping.double()[:, None, None] * eye
+    judge = relative_error([torch.cholesky_inverse(torch.linalg.cholesky(damped))])
+    plain = torch.cholesky_inverse(torch.linalg.cholesky(damped.float()))
+    norm, _ = spectral_norm((wide + wide.mT) / 2)
+    problem = None
+    if bool((alone.info != 0).any()):
+        problem = f"info {alone.info.tolist()}"
+    elif not torch.equal(alone.inverse, alone.inverse.mT):
+        problem = "not symmetric"
+    elif not all(torch.equal(a, b) for a, b in zip(alone[2:], beside[2:], strict=True)):
+        problem = "other bits beside other matrices"
+    elif not torch.allclose(alone.spectral_norm.double(), norm, rtol=1e-5, atol=0.0):
+        problem = "wrong norm"
+    elif not bool((alone.residual < 1e-3).all()):
+        problem = "wrong residual"
+    elif others[-1].info.tolist() != [0, int(grng_kernels.Info.NONFINITE_INPUT), 0, 0]:
+        problem = "NaN not reported"
+    name = f"damped_inverse small n={n} {dtype} rho={rho:.0e}".replace("torch.", "")
+    return Verdict(name, judge([alone.inverse]), judge([plain]), problem)
+
+
+def _small_inverse_checks(device: torch.device) -> Iterator[Check]:
+    for n, dtype, rho in itertools.product(SMALL_ORDERS, DTYPES, SMALL_RHOS):
+        yield partial(check_small_inverse, device, n, dtype, rho)
+
+
 Check = Callable[[], Verdict]
 
 
@@ -196,10 +257,13 @@ def sweep(
     verdicts: list[Verdict] = []
     left_out: list[str] = []
     # Compiling the Triton variants must not starve the others: they get a part of the time.
-    for name, backend, share, checks in (
+    groups = [
         ("kron_factor", first, 0.6, _factor_checks(device, factors)),
         ("kalman_update", second, 1.0, _kalman_checks(device, outputs)),
-    ):
+    ]
+    if device.type == "cuda":
+        groups.append(("damped_inverse small", second, 1.0, _small_inverse_checks(device)))
+    for name, backend, share, checks in groups:
         status = grng_kernels.backends()[backend]
         if not status.available:
             left_out.append(f"{name} on {backend}: {status.reason}")
