@@ -105,6 +105,39 @@ def two_sided() -> int:
     return items
 
 
+def damped_inverse_small() -> int:
+    """Invert small matrices of every order and type in one list, and some alone; return how many calls."""
+    from grng_kernels.damped_inverse.cuda_small import MAX_N, launch
+    from grng_kernels.damped_inverse.entry import Entry
+
+    def entry(n: int, dtype: torch.dtype, damping: float | None) -> Entry:
+        factor = torch.eye(n, device="cuda", dtype=dtype).repeat(2, 1, 1)
+        # A transposed one, whose last element ends its allocation.
+        return Entry(
+            factor.mT,
+            None if damping is None else torch.full((2,), damping, device="cuda"),
+            torch.zeros(2, n, device="cuda"),
+            torch.empty(2, n, n, device="cuda"),
+            *(torch.empty(2, device="cuda") for _ in range(3)),
+            torch.empty(2, dtype=torch.int32, device="cuda"),
+        )
+
+    calls = 0
+    for damping in (None, 0.5):
+        rho = 0.01 if damping is None else None
+        entries = [
+            entry(n, dtype, damping)
+            for dtype in (torch.bfloat16, torch.float16, torch.float32)
+            for n in range(1, MAX_N + 1)
+        ]
+        launch(entries, rho=rho)
+        for one in entries[:: MAX_N // 8 - 1]:
+            launch([one], rho=rho)
+            calls += 1
+        calls += 1
+    return calls
+
+
 def main() -> int:
     """Run what is there; the last line counts it."""
     done = []
@@ -113,6 +146,7 @@ def main() -> int:
         ("triton", two_sided),
         ("triton", kron_factor_conv2d),
         ("cuda", kalman_update),
+        ("cuda", damped_inverse_small),
     ):
         status = grng_kernels.backends()[backend]
         if not status.available:

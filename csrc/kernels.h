@@ -151,4 +151,27 @@ int kalman_gram_cuda(double* gram, float* workspace, const KalmanBlock& block, i
 int kalman_apply_cuda(const KalmanBlock& block, const KalmanGain& gain, const int32_t* info,
                       void* stream);
 
+// ---- damped_inverse, small orders on CUDA (csrc/cuda/damped_inverse_small.cu) ----
+
+// `count` matrices of order n <= kMaxDampedSmall: factor [count, n, n] of any layout (not fp64),
+// damping [count] (null where rho decides it) and vector [count, n] are what
+// grng_kernels/damped_inverse/entry.py says, and so are the results. All are on the device, and
+// the results and the damping are contiguous fp32.
+constexpr int64_t kMaxDampedSmall = 64;
+struct DampedSmall {
+  const void* factor;
+  int64_t batch_stride, row_stride, col_stride;
+  const float* damping;
+  float *vector, *inverse, *used, *norm, *residual;
+  int32_t* info;
+  Dtype dtype;
+  int32_t n, count;
+  int32_t first;  // set by the launch
+};
+
+// Enqueues on `stream` and returns a cudaError_t; reorders the items. With `relative` the damping
+// is rho_root times the norm.
+int damped_inverse_small_cuda(DampedSmall* items, int64_t count, bool relative, float rho_root,
+                              void* stream);
+
 }  // namespace grng

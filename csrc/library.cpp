@@ -405,6 +405,61 @@ void kalman_apply_on_cuda(const Tensors means, const Tensors variances, const Te
     check_launch(grng::kalman_apply_cuda(block, gain, static_cast<const int32_t*>(info.data_ptr()),
                                          current_stream(info)));
 }
+
+// ---- damped_inverse, small orders ----
+
+// All lists have one tensor per group of equal matrices; `dampings` is empty where rho decides.
+void damped_inverse_small_on_cuda(const Tensors inverses, const Tensors vectors, const Tensors used,
+                                  const Tensors norms, const Tensors residuals, const Tensors infos,
+                                  const Tensors factors, const Tensors dampings, double rho_root) {
+  const size_t count = factors.size();
+  for (const Tensors* list : {&inverses, &vectors, &used, &norms, &residuals, &infos})
+    STD_TORCH_CHECK(list->size() == count, "grng: the lists must have the same length");
+  STD_TORCH_CHECK(dampings.empty() || dampings.size() == count,
+                  "grng: one damping per factor, or none");
+  if (count == 0) return;
+  const auto device = factors[0].get_device();
+  std::vector<grng::DampedSmall> items;
+  std::vector<Span> spans;
+  for (size_t i = 0; i < count; ++i) {
+    const Tensor& factor = factors[i];
+    STD_TORCH_CHECK(factor.dim() == 3 && factor.size(1) == factor.size(2) &&
+                        factor.size(1) <= grng::kMaxDampedSmall,
+                    "grng: factor must be [L, N, N] with N <= 64");
+    const grng::Dtype dtype = dtype_of(factor);
+    STD_TORCH_CHECK(dtype != grng::Dtype::kFloat64, "grng: factor must not be float64");
+    const int64_t length = factor.size(0), n = factor.size(1);
+    STD_TORCH_CHECK(length <= INT32_MAX / 2, "grng: too many matrices");
+    check_dense(inverses[i], ScalarType::Float, {length, n, n}, "inverse");
+    check_dense(vectors[i], ScalarType::Float, {length, n}, "vector");
+    check_dense(infos[i], ScalarType::Int, {length}, "info");
+    for (const Tensors* list : {&used, &norms, &residuals})
+      check_dense((*list)[i], ScalarType::Float, {length}, "a result");
+    if (!dampings.empty()) check_dense(dampings[i], ScalarType::Float, {length}, "damping");
+    for (const Tensors* list : {&inverses, &vectors, &used, &norms, &residuals, &infos}) {
+      STD_TORCH_CHECK((*list)[i].get_device() == device, "grng: tensors on several devices");
+      spans.push_back(span_of((*list)[i], true));
+    }
+    for (const Tensors* list : {&factors, &dampings}) {
+      if (list->empty()) continue;
+      STD_TORCH_CHECK((*list)[i].get_device() == device, "grng: tensors on several devices");
+      spans.push_back(span_of((*list)[i], false));
+    }
+    const auto floats = [i](const Tensors& list) {
+      return static_cast<float*>(list[i].data_ptr());
+    };
+    items.push_back({factor.data_ptr(), factor.stride(0), factor.stride(1), factor.stride(2),
+                     dampings.empty() ? nullptr : floats(dampings), floats(vectors),
+                     floats(inverses), floats(used), floats(norms), floats(residuals),
+                     static_cast<int32_t*>(infos[i].data_ptr()), dtype, static_cast<int32_t>(n),
+                     static_cast<int32_t>(length), 0});
+  }
+  check_no_overlap(std::move(spans));
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  check_launch(grng::damped_inverse_small_cuda(items.data(), static_cast<int64_t>(count),
+                                               dampings.empty(), static_cast<float>(rho_root),
+                                               current_stream(factors[0])));
+}
 #endif
 
 }  // namespace
@@ -430,6 +485,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(grng, m) {
       "direction, "
       "Tensor whitener, Tensor info, bool variational, float forgetting, float process_noise) -> "
       "()");
+  m.def(
+      "_damped_inverse_small_cuda(Tensor(a!)[] inverses, Tensor(b!)[] vectors, Tensor(c!)[] used, "
+      "Tensor(d!)[] norms, Tensor(e!)[] residuals, Tensor(f!)[] infos, Tensor[] factors, Tensor[] "
+      "dampings, float rho_root) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(grng, CPU, m) {
@@ -445,6 +504,7 @@ STABLE_TORCH_LIBRARY_IMPL(grng, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(grng, CUDA, m) {
   m.impl("_kalman_gram_", TORCH_BOX(&kalman_gram_on_cuda));
   m.impl("_kalman_apply_", TORCH_BOX(&kalman_apply_on_cuda));
+  m.impl("_damped_inverse_small_cuda", TORCH_BOX(&damped_inverse_small_on_cuda));
 }
 #endif
 

@@ -28,6 +28,19 @@ def test_kernels_do_not_spill(source, arch, tmp_path):
         assert report.shared <= 48 * 1024, "static shared memory ends there"
 
 
+@ARCHS
+def test_small_inverses_leave_room_for_other_blocks(arch, tmp_path, record_property):
+    [source] = [s for s in resources.CUDA_SOURCES if s.stem == "damped_inverse_small"]
+    reports, said = resources.report_cuda(source, arch, tmp_path)
+    # Of a list that fits in 4 KB of parameters, and of one that needs 32.
+    assert len(reports) == 2, said
+    for report in reports:
+        record_property(report.name, f"{report.registers} registers, {report.shared} bytes shared")
+        threads, blocks = 128, 3
+        assert report.registers * threads * blocks <= 64 * 1024, report
+        assert report.shared * blocks <= resources.SHARED_LIMIT[int(arch.rstrip("a"))], report
+
+
 def test_the_check_of_spills_has_teeth(tmp_path):
     source = tmp_path / "spilling.cu"
     source.write_text(

@@ -557,6 +557,8 @@ def test_prediction_is_reproduced_exactly():
         "gram_reduce_kernel",
         "apply_kernel<true>",
         "apply_kernel<false>",
+        "damped_inverse_small_kernel<false>",
+        "damped_inverse_small_kernel<true>",
     ):
         assert kernel in text
     assert text.count("never run on a GPU |") == len(list(predict.works()))
