@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
 import sys
 import time
@@ -19,6 +20,7 @@ from torch import Tensor
 
 import grng_kernels
 from grng_kernels import kalman_update_, kron_factor_update_, use_backend
+from grng_kernels.damped_inverse.entry import Entry
 from grng_kernels.kalman_update.reference import kalman_update as kalman_reference
 
 # Below this PyTorch itself may round to nothing, and twice nothing would be asked for.
@@ -172,6 +174,109 @@ def _kalman_checks(device: torch.device, outputs: Sequence[int]) -> Iterator[Che
             yield partial(check_kalman, device, count, d, form, likelihood)
 
 
+# ---- damped inverses of orders above 64 ----
+
+# Every call holds both tile sizes, a padded order and one that needs no padding.
+LARGE_ORDERS = (65, 128, 300, 512, 513, 768, 1100)
+LARGE_RHOS = (1e-1, 1e-2, 1e-3)
+
+
+def _large_entry(factor: Tensor, damping: Tensor | None = None) -> Entry:
+    length, n = factor.shape[:2]
+    scalars = [factor.new_zeros(length, dtype=torch.float32) for _ in range(3)]
+    inverse = torch.full(factor.shape, torch.nan, device=factor.device)
+    info = torch.full((length,), -1, dtype=torch.int32, device=factor.device)
+    vector = torch.zeros(length, n, device=factor.device)
+    return Entry(factor, damping, vector, inverse, *scalars, info)
+
+
+def _large_launch(method: str, entries: Sequence[Entry], rho: float | None) -> None:
+    # Here and not above: importing these imports Triton.
+    name = {"direct": "triton_direct", "newton_schulz": "triton_newton_schulz"}[method]
+    module = importlib.import_module(f"grng_kernels.damped_inverse.{name}")
+    module.launch(entries, rho=rho)
+
+
+def check_large_inverse(device: torch.device, method: str, rho: float) -> Verdict:
+    """Invert matrices of many orders in one call, twice, one of them with NaN; compare with fp64."""
+    factors = []
+    for n in LARGE_ORDERS:
+        x = _normal(device, 2, n + n // 2, n)
+        factors.append(x.mT @ x / x.shape[1])
+    entries = [_large_entry(f) for f in factors]
+    again = [_large_entry(f.clone()) for f in factors]
+    again[0].factor[1, 0, 3] = torch.nan
+    for group in (entries, again):
+        _large_launch(method, group, rho)
+    error = torch_error = 0.0
+    problem = None
+    for n, e, second in zip(LARGE_ORDERS, entries, again, strict=True):
+        eye = torch.eye(n, device=device, dtype=torch.float64)
+        m = (e.factor.double() + e.factor.mT.double()) / 2 + e.used_damping.double()[
+            :, None, None
+        ] * eye
+        judge = relative_error([torch.linalg.inv(m)])
+        plain = torch.cholesky_inverse(torch.linalg.cholesky_ex(m.float())[0])
+        error = max(error, judge([e.inverse]))
+        torch_error = max(torch_error, judge([plain]))
+        norm = torch.linalg.matrix_norm(e.factor.double(), 2)
+        if bool((e.info != 0).any()):
+            problem = f"n={n}: info {e.info.tolist()}, residual {e.residual.tolist()}"
+        elif not torch.equal(e.inverse, e.inverse.mT):
+            problem = f"n={n}: not symmetric"
+        elif bool((e.spectral_norm / norm - 1).abs().max() > 0.03):
+            problem = f"n={n}: norm {(e.spectral_norm / norm).tolist()} of the true one"
+        elif not torch.equal(e.inverse[0], second.inverse[0]):
+            problem = f"n={n}: two runs differ, or NaN in a neighbour was felt"
+    if again[0].info.tolist() != [0, int(grng_kernels.Info.NONFINITE_INPUT)]:
+        problem = f"NaN: info {again[0].info.tolist()}"
+    return Verdict(f"damped_inverse {method} rho={rho:g}", error, torch_error, problem)
+
+
+def check_large_inverse_graph(device: torch.device, method: str) -> Verdict:
+    """Capture a call and replay it on other contents: the same bits as a call outside of the graph."""
+    x = _normal(device, 3, 200, 130)
+    held = _large_entry(x.mT @ x / 200)
+    _large_launch(method, [held], 1e-2)
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        _large_launch(method, [held], 1e-2)
+    x = _normal(device, 3, 200, 130)
+    held.factor.copy_(x.mT @ x / 200)
+    held.vector.zero_()
+    graph.replay()
+    fresh = _large_entry(held.factor.clone())
+    _large_launch(method, [fresh], 1e-2)
+    same = all(torch.equal(a, b) for a, b in zip(held[2:], fresh[2:], strict=True))
+    name = f"damped_inverse {method} in a graph"
+    return Verdict(name, 0.0, 0.0, None if same else "the replay differs")
+
+
+def check_large_inverse_faults(device: torch.device) -> Verdict:
+    """Absolute damping: one that is not positive, and a matrix that is indefinite."""
+    x = _normal(device, 3, 200, 130)
+    factor = x.mT @ x / 200
+    factor[1, 129, 129] = -3.0
+    entry = _large_entry(factor, torch.tensor([0.1, 0.1, -1.0], device=device))
+    _large_launch("direct", [entry], None)
+    wanted = [0, int(grng_kernels.Info.NOT_CONVERGED), int(grng_kernels.Info.NONFINITE_INPUT)]
+    kept = entry.info.tolist() == wanted and not bool(entry.vector[1:].any())
+    return Verdict(
+        "damped_inverse direct, faults", 0.0, 0.0, None if kept else f"info {entry.info.tolist()}"
+    )
+
+
+def _large_inverse_checks(device: torch.device) -> Iterator[Check]:
+    if device.type != "cuda":
+        return
+    for method in ("direct", "newton_schulz"):
+        for rho in LARGE_RHOS:
+            yield partial(check_large_inverse, device, method, rho)
+        yield partial(check_large_inverse_graph, device, method)
+    yield partial(check_large_inverse_faults, device)
+
+
 def sweep(
     device: torch.device,
     budget_s: float,
@@ -198,6 +303,7 @@ def sweep(
     # Compiling the Triton variants must not starve the others: they get a part of the time.
     for name, backend, share, checks in (
         ("kron_factor", first, 0.6, _factor_checks(device, factors)),
+        ("damped_inverse", first, 0.8, _large_inverse_checks(device)),
         ("kalman_update", second, 1.0, _kalman_checks(device, outputs)),
     ):
         status = grng_kernels.backends()[backend]

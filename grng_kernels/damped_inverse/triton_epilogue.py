@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What both methods for large matrices end with on the GPU: results of exact shape, residual and info.
 
-1. ``_write_kernel``: the inverse in the units of the factor, and its products with the probes of the residual.
+1. ``_write_kernel``: the inverse in the units of the factor, and its products with the probes.
 2. ``_probe_kernel``: those products times the damped matrix, compared with the probes.
 3. ``_verdict_kernel``: residual, ``info`` and the scalars; the vector of the norm only where ``info`` is 0.
 """
@@ -29,6 +29,7 @@ from grng_kernels.damped_inverse.triton_prologue import (
     _VECTOR,
     CHUNK,
     COLUMNS,
+    GATHER_COLUMNS,
     LINE,
     ROWS,
     WARPS,
@@ -78,25 +79,30 @@ def _write_kernel(
     row = table_ptr + index * _FIELDS
     n = tl.load(row + _N).to(tl.int32)
     padded = tl.multiple_of(tl.load(row + _PADDED).to(tl.int32), 64)
-    inverse_ptr += tl.multiple_of(tl.load(row + _SQUARE), 64)
-    out = tl.load(row + _INVERSE).to(tl.pointer_type(tl.float32))
+    first = (block * ROWS).to(tl.int64)
+    inverse_ptr += tl.multiple_of(tl.load(row + _SQUARE), 64) + first * padded
+    out = tl.load(row + _INVERSE).to(tl.pointer_type(tl.float32)) + first * n
     exponent = tl.load(state_ptr + index * _STATE + _UNSCALE).to(tl.int32)
-    offs_m = block * ROWS + tl.arange(0, ROWS)
-    inside = tl.arange(0, COLUMNS)
-    bits = tl.zeros((ROWS, COLUMNS), dtype=tl.int32)
+    # From a 64-bit place, offsets inside a few rows: they fit in 32 bits.
+    inside_m, inside_n = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    offs_m = block * ROWS + inside_m
+    bits = tl.zeros((ROWS,), dtype=tl.int32)
     total = tl.zeros((ROWS, _COUNT), dtype=tl.float32)
     for start in range(0, padded, COLUMNS):
-        offs_n = start + inside
-        rows, columns = offs_m[:, None].to(tl.int64), offs_n[None, :].to(tl.int64)
-        x = tl.load(inverse_ptr + rows * padded + columns, mask=columns < padded, other=0.0)
-        mask = (rows < n) & (columns < n)
+        offs_n = start + inside_n
+        mask = (offs_m < n)[:, None] & (offs_n < n)[None, :]
+        x = tl.load(
+            inverse_ptr + inside_m[:, None] * padded + offs_n[None, :],
+            mask=(offs_n < padded)[None, :],
+            other=0.0,
+        )
         result = _scaled_down(x, exponent)
-        bits = tl.maximum(bits, tl.where(mask, _magnitudes(result), 0))
-        tl.store(out + rows * n + columns, result, mask=mask)
+        bits = tl.maximum(bits, tl.max(tl.where(mask, _magnitudes(result), 0), axis=1))
+        tl.store(out + inside_m[:, None] * n + offs_n[None, :], result, mask=mask)
         total = tl.dot(x, _signs(offs_n, n), total, input_precision="ieee")
     to = (tl.load(row + _LINE_AT) + offs_m.to(tl.int64))[:, None] * _COUNT
     tl.store(products_ptr + to + tl.arange(0, _COUNT).to(tl.int64)[None, :], total)
-    largest = tl.max(tl.max(bits, axis=1), axis=0)
+    largest = tl.max(bits, axis=0)
     tl.store(largest_ptr + tl.load(row + _BLOCKS) + block, largest)
 
 
@@ -180,7 +186,7 @@ def epilogue(batch: Batch, matrices: Matrices, inverse: Tensor) -> None:
     rows, count = batch.rows, len(batch.orders)
     _write_kernel[(rows.programs,)](
         rows.table, rows.ends, matrices.state, inverse, products, largest, count,
-        ROWS=ROWS, COLUMNS=COLUMNS, CHUNK=CHUNK, num_warps=WARPS,
+        ROWS=ROWS, COLUMNS=GATHER_COLUMNS, CHUNK=CHUNK, num_warps=WARPS,
     )  # fmt: skip
     _probe_kernel[(rows.programs,)](
         rows.table, rows.ends, matrices.wide, products, parts, count,

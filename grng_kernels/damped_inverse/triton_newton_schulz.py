@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Newton-Schulz for large matrices on the GPU: one launch per product, for all matrices of a call together.
+"""Newton-Schulz for large matrices on the GPU: one launch per product for all matrices of a call.
 
 With ``S = I - X B``, the transpose of the residual ``E = I - B X``, both products of a step read their two
 operands along rows: ``S_ij = I_ij - sum_k X_ik B_jk`` and ``(X E)_ij = sum_k X_ik S_jk``, because ``B`` and
 ``X`` are bitwise symmetric. ``S`` is computed in full from the original ``B`` and never symmetrised;
 ``X <- (a + b) X - b X E`` is computed in the lower triangle and written to both sides.
 
-The first step starts from ``X = c I`` and is ``p I + q B``, which is never stored: the second step reads ``B``
-instead, and its ``S = I - p B - q B B`` is symmetric by itself.
+The first step starts from ``X = c I`` and gives ``p I + q B``, which is never stored: the second one reads
+``B`` instead, and its ``S = I - p B - q B B`` is symmetric by itself.
 
 Which precision a product needs follows from ``rho`` alone (``precision.py``). For products in bf16 their
 operands are also stored as one or two bf16 numbers (rounded, and what that leaves over), so that tiles go to
@@ -44,12 +44,11 @@ from grng_kernels.kron_factor.triton_kernel import _tile_position
 
 
 class Config(NamedTuple):
-    """Tile sizes and launch parameters; ``hopper_warps`` is for sm_90 and later."""
+    """Tile sizes and launch parameters."""
 
     block: int
     block_k: int
     num_warps: int
-    hopper_warps: int
     num_stages: int
 
 
@@ -58,23 +57,107 @@ class Config(NamedTuple):
 LARGE = 513
 LARGE_TILE = 128
 # Chosen by reasoning, not yet by measurement; no spills for sm_80, sm_90 and sm_100
-# (tests/aot/test_damped_inverse_large_aot.py). Tiles of 128 in tf32x3 keep too little room for stages.
+# (tests/aot/test_damped_inverse_large_aot.py). Before sm_90 a tile of 128 in tf32x3 spills.
 CONFIGS = {
-    "bf16": (Config(64, 64, 4, 4, 3), Config(128, 64, 8, 4, 3)),
-    "bf16x3": (Config(64, 32, 4, 4, 3), Config(128, 32, 8, 8, 3)),
-    "tf32": (Config(64, 32, 4, 4, 3), Config(128, 32, 8, 8, 3)),
-    "tf32x3": (Config(64, 32, 4, 4, 3), Config(64, 32, 4, 4, 3)),
+    "bf16": (Config(64, 64, 4, 3), Config(128, 64, 8, 3)),
+    "bf16x3": (Config(64, 32, 4, 3), Config(128, 32, 8, 3)),
+    "tf32": (Config(64, 32, 4, 3), Config(128, 32, 8, 3)),
+    "tf32x3": (Config(64, 32, 4, 3), Config(128, 32, 8, 2)),
 }
-# One product with the identity turns any tile into both of its triangles.
+# Columns of a tile that are turned over at a time.
+TURN = 32
+# What a product is for; the first two products of a call read X as p I + q B.
 RESIDUAL, APPLY, FIRST_RESIDUAL, FIRST_APPLY = range(4)
 _RESIDUAL, _APPLY, _FIRST_RESIDUAL, _FIRST_APPLY = map(tl.constexpr, range(4))
 
 
 @triton.jit
-def _write(ptr, at, values, mask, mirrored, turned, turned_mask, MIRROR: tl.constexpr):
-    tl.store(ptr + at, values, mask=mask)
-    if MIRROR:
-        tl.store(ptr + mirrored, turned, mask=turned_mask)
+def _mirror(tile_ptr, back, padded, diagonal, BLOCK: tl.constexpr, TURN: tl.constexpr):
+    # The tile that this program has just written, turned over, a few columns at a time: as a whole it would
+    # take more registers than there are. On the diagonal the lower triangle stays.
+    along, across = tl.arange(0, BLOCK), tl.arange(0, TURN)
+    for start in range(0, BLOCK, TURN):
+        columns = start + across
+        x = tl.load(tile_ptr + along[:, None] * padded + columns[None, :])
+        mask = (columns[:, None] < along[None, :]) | (not diagonal)
+        tl.store(
+            tile_ptr + back + columns[:, None] * padded + along[None, :], tl.trans(x), mask=mask
+        )
+
+
+@triton.jit
+def _store(
+    wide_ptr, high_ptr, low_ptr, at, x, WIDE: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr
+):
+    if WIDE:
+        tl.store(wide_ptr + at, x)
+    if HIGH:
+        high = _rounded(x)
+        tl.store(high_ptr + at, high.to(tl.bfloat16))
+        if LOW:
+            tl.store(low_ptr + at, _rounded(x - high).to(tl.bfloat16))
+
+
+@triton.jit
+def _accumulated(
+    left_ptr,
+    left_low_ptr,
+    right_ptr,
+    right_low_ptr,
+    padded,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    along = tl.arange(0, BLOCK)[:, None] * padded + tl.arange(0, BLOCK_K)[None, :]
+    acc = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
+    for k in range(0, padded, BLOCK_K):
+        x, y = tl.load(left_ptr + along + k), tl.load(right_ptr + along + k)
+        if UPCAST:
+            x, y = x.to(tl.float32), y.to(tl.float32)
+        if PRECISION == "bf16x3":
+            x_low, y_low = tl.load(left_low_ptr + along + k), tl.load(right_low_ptr + along + k)
+            if UPCAST:
+                x_low, y_low = x_low.to(tl.float32), y_low.to(tl.float32)
+            acc = tl.dot(x_low, tl.trans(y), acc)
+            acc = tl.dot(x, tl.trans(y_low), acc)
+            acc = tl.dot(x, tl.trans(y), acc)
+        elif PRECISION == "bf16":
+            acc = tl.dot(x, tl.trans(y), acc)
+        else:
+            acc = tl.dot(x, tl.trans(y), acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def _combined(
+    acc,
+    identity,
+    addend,
+    right,
+    right_low,
+    p,
+    q,
+    a,
+    b,
+    MODE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # What the product is needed for; X = p I + q B after the first step.
+    if MODE == _RESIDUAL:
+        result = identity - acc
+    elif MODE == _FIRST_RESIDUAL:
+        result = identity - (p * tl.load(addend) + q * acc)
+    elif MODE == _APPLY:
+        result = (a + b) * tl.load(addend) - b * acc
+    else:
+        result = (a + b) * (p * identity + q * tl.load(addend)) - (b * q) * acc
+        # S itself, in the form in which the product read it.
+        result -= (b * p) * tl.load(right).to(tl.float32)
+        if PRECISION == "bf16x3":
+            result -= (b * p) * tl.load(right_low).to(tl.float32)
+    return result
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -104,9 +187,9 @@ def _product_kernel(
     UPCAST: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    TURN: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    PAIR: tl.constexpr = PRECISION == "bf16x3"
     MIRROR: tl.constexpr = MODE != _RESIDUAL
     index, tile = _find(ends_ptr, count, tl.program_id(0), CHUNK)
     row = table_ptr + index * _FIELDS
@@ -117,73 +200,36 @@ def _product_kernel(
     else:
         side = padded // BLOCK
         tile_m, tile_n = tile // side, tile % side
-    offs_m = tile_m * BLOCK + tl.arange(0, BLOCK)
-    offs_n = tile_n * BLOCK + tl.arange(0, BLOCK)
-    offs_k = tl.arange(0, BLOCK_K).to(tl.int64)[None, :]
-    at_left = square + offs_m.to(tl.int64)[:, None] * padded + offs_k
-    at_right = square + offs_n.to(tl.int64)[:, None] * padded + offs_k
-    acc = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
-    for k in range(0, padded, BLOCK_K):
-        x, y = tl.load(left_ptr + at_left + k), tl.load(right_ptr + at_right + k)
-        if UPCAST:
-            x, y = x.to(tl.float32), y.to(tl.float32)
-        if PAIR:
-            x_low, y_low = (
-                tl.load(left_low_ptr + at_left + k),
-                tl.load(right_low_ptr + at_right + k),
-            )
-            if UPCAST:
-                x_low, y_low = x_low.to(tl.float32), y_low.to(tl.float32)
-            acc = tl.dot(x_low, tl.trans(y), acc)
-            acc = tl.dot(x, tl.trans(y_low), acc)
-            acc = tl.dot(x, tl.trans(y), acc)
-        elif PRECISION == "bf16":
-            acc = tl.dot(x, tl.trans(y), acc)
-        else:
-            acc = tl.dot(x, tl.trans(y), acc, input_precision=PRECISION)
+    inside = tl.arange(0, BLOCK)
+    # From a 64-bit place, offsets inside a stripe of tiles: they fit in 32 bits up to orders of 16 million.
+    stripe_m = square + (tile_m * BLOCK).to(tl.int64) * padded
+    stripe_n = square + (tile_n * BLOCK).to(tl.int64) * padded
+    acc = _accumulated(
+        left_ptr + stripe_m, left_low_ptr + stripe_m, right_ptr + stripe_n, right_low_ptr + stripe_n,
+        padded, PRECISION, UPCAST, BLOCK, BLOCK_K,
+    )  # fmt: skip
 
-    rows, columns = offs_m[:, None], offs_n[None, :]
-    at = square + rows.to(tl.int64) * padded + columns.to(tl.int64)
-    identity = tl.where(rows == columns, 1.0, 0.0)
-    # X = p I + q B after the first step.
+    at = inside[:, None] * padded + inside[None, :]
+    here = stripe_m + tile_n * BLOCK
+    identity = tl.where(inside[:, None] - inside[None, :] == (tile_n - tile_m) * BLOCK, 1.0, 0.0)
     scale = start / tl.load(state_ptr + index * _STATE + _TOP)
-    p, q = scale * first_a, scale * scale * first_b
-    if MODE == _RESIDUAL:
-        result = identity - acc
-    elif MODE == _FIRST_RESIDUAL:
-        result = identity - (p * tl.load(addend_ptr + at) + q * acc)
-    elif MODE == _APPLY:
-        result = (a + b) * tl.load(addend_ptr + at) - b * acc
-    else:
-        rest = tl.load(right_ptr + at).to(tl.float32)
-        if PAIR:
-            rest += tl.load(right_low_ptr + at).to(tl.float32)
-        result = (a + b) * (p * identity + q * tl.load(addend_ptr + at))
-        result -= b * (p * rest + q * acc)
-    lower = columns <= rows
-    turned, turned_lower = result, lower
-    mirrored = at
+    result = _combined(
+        acc, identity, addend_ptr + here + at, right_ptr + here + at, right_low_ptr + here + at,
+        scale * first_a, scale * scale * first_b, a, b, MODE, PRECISION,
+    )  # fmt: skip
+    _store(
+        wide_ptr + here, high_ptr + here, low_ptr + here, at, result, WIDE, HIGH, LOW
+    )  # fmt: skip
     if MIRROR:
-        # Both triangles from one value, also in the tiles on the diagonal.
-        turned = tl.trans(result)
-        rows, columns = offs_n[:, None], offs_m[None, :]
-        mirrored = square + rows.to(tl.int64) * padded + columns.to(tl.int64)
-        turned_lower = rows < columns
-    else:
-        lower = (rows >= 0) & (columns >= 0)
-    if WIDE:
-        _write(wide_ptr, at, result, lower, mirrored, turned, turned_lower, MIRROR)
-    if HIGH:
-        high, turned_high = _rounded(result), _rounded(turned)
-        _write(
-            high_ptr, at, high.to(tl.bfloat16), lower,
-            mirrored, turned_high.to(tl.bfloat16), turned_lower, MIRROR,
-        )  # fmt: skip
+        back = stripe_n + tile_m * BLOCK - here
+        diagonal = tile_m == tile_n
+        tl.debug_barrier()
+        if WIDE:
+            _mirror(wide_ptr + here, back, padded, diagonal, BLOCK, TURN)
+        if HIGH:
+            _mirror(high_ptr + here, back, padded, diagonal, BLOCK, TURN)
         if LOW:
-            _write(
-                low_ptr, at, _rounded(result - high).to(tl.bfloat16), lower,
-                mirrored, _rounded(turned - turned_high).to(tl.bfloat16), turned_lower, MIRROR,
-            )  # fmt: skip
+            _mirror(low_ptr + here, back, padded, diagonal, BLOCK, TURN)
 
 
 supports = triton_prologue.supports
@@ -265,15 +311,23 @@ def _segments(sides: list[int]) -> list[triton_prologue.Counts]:
     return found
 
 
-def launches_of(product: Product, segments: Sequence[Segment]) -> list[tuple[Segment, Config]]:
+def launches_of(
+    product: Product, segments: Sequence[Segment], before_hopper: bool
+) -> list[tuple[Segment, Config]]:
     """Return the launches of one product: two where large and other matrices take different tiles."""
-    small, large = CONFIGS[product.precision]
+    small, large = configs_of(product.precision, before_hopper)
     which = int(product.mode != RESIDUAL)
     if small == large:
         found = [(segments[which], small)]
     else:
         found = [(segments[2 + which], large), (segments[4 + which], small)]
     return [(segment, config) for segment, config in found if segment.programs]
+
+
+def configs_of(precision: str, before_hopper: bool) -> tuple[Config, Config]:
+    """Return the configs of matrices below and from order ``LARGE``; ``before_hopper`` is before sm_90."""
+    small, large = CONFIGS[precision]
+    return (small, small) if before_hopper and precision == "tf32x3" else (small, large)
 
 
 def product_constants(product: Product, config: Config) -> dict[str, Any]:
@@ -288,24 +342,17 @@ def product_constants(product: Product, config: Config) -> dict[str, Any]:
         "UPCAST": interpreting_triton() and product.precision.startswith("bf16"),
         "BLOCK": config.block,
         "BLOCK_K": config.block_k,
+        "TURN": TURN,
         "CHUNK": CHUNK,
     }
-
-
-def warps_of(config: Config, device: torch.device) -> int:
-    """Return the warps of a program on this device."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
-        return config.num_warps
-    return config.hopper_warps
 
 
 def launch(entries: Sequence[Entry], *, rho: float | None) -> None:
     """Invert the damped matrices of all entries, with no host sync; can be captured in a graph.
 
-    Launches: 21 before, one for each product (two where orders below and above 512 meet), and 3 after. At
-    ``rho`` 1e-2 there are 8 products. Their number follows from ``rho`` and the orders alone. Workspace, in bytes for each
-    element of a padded matrix: 6 for the damped matrix and at most 18 for the iterate and the residual; 16 in
-    all at ``rho`` 1e-2.
+    Launches: 21 before, one for each product (two where orders below and above 512 meet), and 3 after; 8
+    products at ``rho`` 1e-2. Workspace: at most 32 bytes for each element of a padded matrix (the damped
+    matrix, the iterate twice, the residual), 16 where all products that change the iterate are in bf16.
 
     Args:
         entries: Of any orders that are supported; fp32, bf16 or fp16, any strides.
@@ -333,6 +380,7 @@ def launch(entries: Sequence[Entry], *, rho: float | None) -> None:
             empty(high and pair, torch.bfloat16),
         )
 
+    before_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0)
     with torch.cuda.device_of(batch.table):
         matrices = triton_prologue.prologue(batch, rho=rho, low=pair)
         b = Buffers(matrices.wide, matrices.high, matrices.low)
@@ -345,7 +393,7 @@ def launch(entries: Sequence[Entry], *, rho: float | None) -> None:
             right = b if product.mode in (FIRST_RESIDUAL, RESIDUAL) else s
             out = s if product.mode in (FIRST_RESIDUAL, RESIDUAL) else other
             exact = product.precision.startswith("tf32")
-            for segment, config in launches_of(product, batch.segments):
+            for segment, config in launches_of(product, batch.segments, before_hopper):
                 _product_kernel[(segment.programs,)](
                     segment.table, segment.ends, matrices.state,
                     left.wide if exact else left.high, left.low,
@@ -353,7 +401,7 @@ def launch(entries: Sequence[Entry], *, rho: float | None) -> None:
                     left.wide, out.wide, out.high, out.low,
                     start, first.a, first.b, product.step.a, product.step.b, segment.count,
                     **product_constants(product, config),
-                    num_warps=warps_of(config, device),
+                    num_warps=config.num_warps,
                     num_stages=config.num_stages,
                 )  # fmt: skip
             if product.mode in (FIRST_APPLY, APPLY):

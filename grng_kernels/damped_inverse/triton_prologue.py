@@ -35,6 +35,8 @@ SMALLEST = 65
 TILE = 64
 # Rows of one program that goes through a matrix once, and how many columns it reads at a time.
 ROWS, COLUMNS = 32, 128
+# The same where elements are read one by one, each with an address of its own.
+GATHER_COLUMNS, GATHER_WARPS = 64, 8
 # Numbers that a program for a whole matrix reads at a time.
 LINE = 1024
 # Matrices that a program looks through at once.
@@ -144,11 +146,11 @@ def _factor_tile(address, kind, offsets, mask):
     if kind == 0:
         x = tl.load(address.to(tl.pointer_type(tl.float32)) + offsets, mask=mask, other=0.0)
     elif kind == 1:
-        pointers = address.to(tl.pointer_type(tl.bfloat16)) + offsets
-        x = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+        halves = tl.load(address.to(tl.pointer_type(tl.bfloat16)) + offsets, mask=mask, other=0.0)
+        x = halves.to(tl.float32)
     else:
-        pointers = address.to(tl.pointer_type(tl.float16)) + offsets
-        x = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+        small = tl.load(address.to(tl.pointer_type(tl.float16)) + offsets, mask=mask, other=0.0)
+        x = small.to(tl.float32)
     return x
 
 
@@ -222,7 +224,10 @@ def _form_kernel(
     address, kind = tl.load(row + _FACTOR), tl.load(row + _KIND)
     stride_row, stride_column = tl.load(row + _STRIDE_ROW), tl.load(row + _STRIDE_COLUMN)
     n, padded = tl.load(row + _N).to(tl.int32), tl.load(row + _PADDED).to(tl.int32)
-    square = tl.load(row + _SQUARE)
+    square = tl.load(row + _SQUARE) + (block * ROWS).to(tl.int64) * padded
+    wide_ptr += square
+    high_ptr += square
+    low_ptr += square
     blocks = padded // ROWS
     bits = _largest(largest_ptr + tl.load(row + _BLOCKS), blocks, LINE)
     finite = bits < 0x7F800000
@@ -251,7 +256,8 @@ def _form_kernel(
         x = tl.where(finite, (x + y) * 0.5, identity)
         squares += x * x
         sums += tl.abs(x)
-        to = square + rows.to(tl.int64) * padded + columns.to(tl.int64)
+        # From a 64-bit place, offsets inside a few rows: they fit in 32 bits.
+        to = inside_m[:, None] * padded + columns
         inside = columns < padded
         tl.store(wide_ptr + to, x, mask=inside)
         high = _rounded(x)
@@ -590,11 +596,11 @@ def prologue(batch: Batch, *, rho: float | None, low: bool) -> Matrices:
 
     _scan_kernel[grid](
         table, ends, largest, count,
-        ROWS=ROWS, COLUMNS=COLUMNS, CHUNK=CHUNK, num_warps=WARPS,
+        ROWS=ROWS, COLUMNS=GATHER_COLUMNS, CHUNK=CHUNK, num_warps=GATHER_WARPS,
     )  # fmt: skip
     _form_kernel[grid](
         table, ends, state, largest, wide, high, lower, squares, sums, count,
-        LOW=low, ROWS=ROWS, COLUMNS=COLUMNS, LINE=LINE, CHUNK=CHUNK, num_warps=WARPS,
+        LOW=low, ROWS=ROWS, COLUMNS=GATHER_COLUMNS, LINE=LINE, CHUNK=CHUNK, num_warps=GATHER_WARPS,
     )  # fmt: skip
     _start_kernel[(count,)](
         table, state, wide, squares, sums, vectors[0], parts[0],
