@@ -503,7 +503,7 @@ def newton_schulz_launches(count: int, n: int, rho: float) -> Launches:
     launches = []
     _, _, products = newton_schulz.products_of(newton_schulz.newton_schulz_plan(rho))
     for product in products:
-        small, large = newton_schulz.configs_of(product.precision, before_hopper=False)
+        small, large = newton_schulz.configs_of(product, before_hopper=False)
         config = large if n >= newton_schulz.LARGE else small
         block, side = config.block, padded // config.block
         tiles = side * side if product.mode == newton_schulz.RESIDUAL else side * (side + 1) // 2

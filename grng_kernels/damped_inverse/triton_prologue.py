@@ -36,7 +36,7 @@ TILE = 64
 # Rows of one program that goes through a matrix once, and how many columns it reads at a time.
 ROWS, COLUMNS = 32, 128
 # The same where elements are read one by one, each with an address of its own.
-GATHER_COLUMNS, GATHER_WARPS = 64, 8
+GATHER_COLUMNS = 32
 # Numbers that a program for a whole matrix reads at a time.
 LINE = 1024
 # Matrices that a program looks through at once.
@@ -439,7 +439,7 @@ class Segment(NamedTuple):
 
     table: Tensor
     ends: Tensor
-    count: int
+    matrices: int
     programs: int
 
 
@@ -596,11 +596,11 @@ def prologue(batch: Batch, *, rho: float | None, low: bool) -> Matrices:
 
     _scan_kernel[grid](
         table, ends, largest, count,
-        ROWS=ROWS, COLUMNS=GATHER_COLUMNS, CHUNK=CHUNK, num_warps=GATHER_WARPS,
+        ROWS=ROWS, COLUMNS=GATHER_COLUMNS, CHUNK=CHUNK, num_warps=WARPS,
     )  # fmt: skip
     _form_kernel[grid](
         table, ends, state, largest, wide, high, lower, squares, sums, count,
-        LOW=low, ROWS=ROWS, COLUMNS=GATHER_COLUMNS, LINE=LINE, CHUNK=CHUNK, num_warps=GATHER_WARPS,
+        LOW=low, ROWS=ROWS, COLUMNS=GATHER_COLUMNS, LINE=LINE, CHUNK=CHUNK, num_warps=WARPS,
     )  # fmt: skip
     _start_kernel[(count,)](
         table, state, wide, squares, sums, vectors[0], parts[0],

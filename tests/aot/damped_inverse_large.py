@@ -39,8 +39,7 @@ def frame_variants():
         (epilogue, ("_write_kernel", "_probe_kernel", "_verdict_kernel")),
     ):  # fmt: skip
         for name in names:
-            gathers = name in ("_scan_kernel", "_form_kernel")
-            few = gathers or name == "_write_kernel"
+            few = name in ("_scan_kernel", "_form_kernel", "_write_kernel")
             columns = prologue.GATHER_COLUMNS if few else prologue.COLUMNS
             for rayleigh in (False, True) if name == "_step_kernel" else (False,):
                 constants = {
@@ -52,8 +51,7 @@ def frame_variants():
                 types = {"matrix_ptr": "*fp32" if rayleigh or module is epilogue else "*bf16"}
                 label = name + "-fp32" * rayleigh
                 function = getattr(module, name)
-                warps = prologue.GATHER_WARPS if gathers else prologue.WARPS
-                yield Variant(label, function, constants, types, warps, 3, False)
+                yield Variant(label, function, constants, types, prologue.WARPS, 3, False)
 
 
 def direct_variants():
@@ -81,17 +79,16 @@ def product_variants(arch):
     step = Step(2.0, -1.0, "bf16", "bf16")
     for precision in newton_schulz.CONFIGS:
         operand = "*bf16" if precision.startswith("bf16") else "*fp32"
-        for config in dict.fromkeys(newton_schulz.configs_of(precision, arch < 90)):
-            for mode in range(4):
-                changes = mode in (newton_schulz.APPLY, newton_schulz.FIRST_APPLY)
-                product = newton_schulz.Product(mode, step, precision, changes, True, True)
-                name = f"{precision}-{config.block}-{mode}"
-                constants = newton_schulz.product_constants(product, config)
-                types = {"left_ptr": operand, "right_ptr": operand}
-                function = newton_schulz._product_kernel
+        for mode in range(4):
+            changes = mode in (newton_schulz.APPLY, newton_schulz.FIRST_APPLY)
+            product = newton_schulz.Product(mode, step, precision, changes, True, True)
+            for config in dict.fromkeys(newton_schulz.configs_of(product, arch < 90)):
                 yield Variant(
-                    name, function, constants, types, config.num_warps, config.num_stages, True
-                )
+                    f"{precision}-{config.block}-{mode}", newton_schulz._product_kernel,
+                    newton_schulz.product_constants(product, config),
+                    {"left_ptr": operand, "right_ptr": operand},
+                    config.num_warps, config.num_stages, True,
+                )  # fmt: skip
 
 
 def compile_variant(variant, arch):
