@@ -57,8 +57,8 @@ class Config(NamedTuple):
 LARGE = 513
 LARGE_TILE = 128
 # Chosen by reasoning, not yet by measurement; no spills for sm_80, sm_90 and sm_100
-# (tests/aot/test_damped_inverse_large_aot.py). In tf32x3 a tile of 128 spills before sm_90, and
-# everywhere where the result is written to both sides.
+# (tests/aot/test_damped_inverse_large_aot.py). A tile of 128 spills in tf32x3 and bf16x3 before sm_90;
+# and where the result is written to both sides, in tf32x3 or as two bf16 numbers.
 CONFIGS = {
     "bf16": (Config(64, 64, 4, 3), Config(128, 64, 8, 3)),
     "bf16x3": (Config(64, 32, 8, 3), Config(128, 32, 8, 3)),
@@ -328,7 +328,9 @@ def launches_of(
 def configs_of(product: Product, before_hopper: bool) -> tuple[Config, Config]:
     """Return the configs of matrices below and from order ``LARGE``; ``before_hopper`` is before sm_90."""
     small, large = CONFIGS[product.precision]
-    spills = product.precision == "tf32x3" and (before_hopper or product.mode != RESIDUAL)
+    spills = before_hopper and product.precision.endswith("x3")
+    if product.mode != RESIDUAL:
+        spills |= product.low or product.precision == "tf32x3"
     return (small, small) if spills else (small, large)
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every variant of the kernels for damped inverses of orders above 64, compiled as ``launch`` does."""
 
+import itertools
 from typing import NamedTuple
 
 from grng_kernels.damped_inverse import triton_direct as direct
@@ -73,22 +74,23 @@ def direct_variants():
 def product_variants(arch):
     """Yield every precision, tile and purpose of a product on one architecture.
 
-    What is written in all three forms takes the most registers; the residual of a step is written in the
-    form of the next product only.
+    What is written in more forms takes more registers: each tile is compiled with all that it is used for.
     """
     step = Step(2.0, -1.0, "bf16", "bf16")
-    for precision in newton_schulz.CONFIGS:
+    seen = set()
+    for precision, mode, low in itertools.product(newton_schulz.CONFIGS, range(4), (True, False)):
         operand = "*bf16" if precision.startswith("bf16") else "*fp32"
-        for mode in range(4):
-            changes = mode in (newton_schulz.APPLY, newton_schulz.FIRST_APPLY)
-            product = newton_schulz.Product(mode, step, precision, changes, True, True)
-            for config in dict.fromkeys(newton_schulz.configs_of(product, arch < 90)):
-                yield Variant(
-                    f"{precision}-{config.block}-{mode}", newton_schulz._product_kernel,
-                    newton_schulz.product_constants(product, config),
-                    {"left_ptr": operand, "right_ptr": operand},
-                    config.num_warps, config.num_stages, True,
-                )  # fmt: skip
+        changes = mode in (newton_schulz.APPLY, newton_schulz.FIRST_APPLY)
+        product = newton_schulz.Product(mode, step, precision, changes, True, low)
+        for config in newton_schulz.configs_of(product, arch < 90):
+            name = f"{precision}-{config.block}-{('XB', 'XE', 'BB', 'BE')[mode]}"
+            if name in seen:
+                continue
+            seen.add(name)
+            yield Variant(
+                name, newton_schulz._product_kernel, newton_schulz.product_constants(product, config),
+                {"left_ptr": operand, "right_ptr": operand}, config.num_warps, config.num_stages, True,
+            )  # fmt: skip
 
 
 def compile_variant(variant, arch):
