@@ -40,10 +40,6 @@ def imported(path):
             yield name.split(".")[0], id(node) not in lazy
 
 
-# Imported by op.py when they are needed, and by each other.
-TRITON_FILES = {"triton_kernel.py", "triton_conv2d.py", "triton_small.py"}
-
-
 def test_kernels_import_torch_and_nothing_above():
     allowed = {"torch", "triton", "grng_kernels"} | set(sys.stdlib_module_names)
     for path in sources(KERNELS):
@@ -55,7 +51,8 @@ def test_triton_is_imported_at_the_top_of_kernel_files_alone():
     for path in sources(KERNELS):
         for module, at_import in imported(path):
             if module == "triton" and at_import:
-                assert path.name in TRITON_FILES, path.relative_to(ROOT)
+                # Imported by others when they are needed.
+                assert path.name.startswith("triton_"), path.relative_to(ROOT)
 
 
 def test_kernel_files_are_imported_lazily():

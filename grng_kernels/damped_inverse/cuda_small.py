@@ -39,3 +39,19 @@ def launch(entries: Sequence[Entry], *, rho: float | None) -> None:
         dampings,
         0.0 if rho is None else math.sqrt(rho),
     )
+
+
+def unsupported(entry: Entry, method: str) -> str | None:
+    """Return why the kernel cannot serve an entry, or None."""
+    if entry.inverse.dtype == torch.float64:
+        return "it computes in fp32"
+    if entry.factor.shape[-1] > MAX_N:
+        return f"it serves orders up to {MAX_N}"
+    if method == "newton_schulz":
+        return "it inverts by elimination"
+    return None
+
+
+def run(entries: Sequence[Entry], rho: float | None, method: str) -> None:
+    """Fill in the results of entries that are supported."""
+    launch(entries, rho=rho)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``damped_inverse``: the public function, its checks, and the grouping of equal sizes."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from grng_kernels import _checks, _dispatch
 from grng_kernels._register import operator
-from grng_kernels.damped_inverse import cpu, reference
+from grng_kernels.damped_inverse import cpu, cuda_small, reference, triton
 from grng_kernels.damped_inverse.entry import Entry
 from grng_kernels.damped_inverse.reference import DampedInverse
 
@@ -106,7 +107,7 @@ def _listed(inverses: list[Tensor], results: Tensor, wide: Tensor, info: Tensor)
             for i, x in enumerate(inverses):
                 if x.dtype == torch.float64:
                     column[i] = row[i]
-    return DampedInverse(inverses, *columns, list(info.unbind()))
+    return DampedInverse._make([inverses, *columns, list(info.unbind())])
 
 
 def _usual_call(
@@ -123,51 +124,59 @@ def _usual_call(
     What is accepted here passes every check of the general way but the one that the C++ operator repeats.
     The general way takes longer than the inverses of a small LoRA model.
     """
-    if not _dispatch.runs_at_once() or not _dispatch.serves_cpu():
-        return None
-    if damping is not None or warm_start is not None or type(rho) is not float:
-        return None
-    if not SMALLEST_RHO <= rho <= 1 or method not in ("auto", "cholesky"):
-        return None
-    if precision not in PRECISIONS:
-        return None
     single = isinstance(factor, Tensor)
-    factors = [factor] if single else factor
-    if not isinstance(factors, list) or not factors or not all(map(_is_usual, factors)):
+    factors = [factor] if isinstance(factor, Tensor) else factor
+    if (
+        not _dispatch.runs_at_once()
+        or not _dispatch.serves_cpu()
+        or (damping, warm_start) != (None, None)
+        or type(rho) is not float
+        or not SMALLEST_RHO <= rho < math.inf
+        or method not in ("auto", "cholesky")
+        or precision not in PRECISIONS
+        or not isinstance(factors, list)
+        or not factors
+        or not all(_is_usual(f, batched=single) for f in factors)
+    ):
         return None
-    if not single and any(f.dim() != 2 for f in factors):
+    vectors = _usual_vectors(vector, factors, single)
+    if vectors is None:
         return None
-    if vector is None:
-        sizes = [f.shape[:-1].numel() for f in factors]
-        flat = torch.zeros(sum(sizes), dtype=torch.float32, device="cpu")
-        vectors = [v.view(f.shape[:-1]) for v, f in zip(flat.split(sizes), factors, strict=True)]
-    else:
-        vectors = [vector] if single else vector  # type: ignore[list-item,assignment]
-        if not isinstance(vectors, list) or len(vectors) != len(factors):
-            return None
-        if not all(map(_is_usual_vector, vectors, factors)):
-            return None
     inverses = [torch.empty(f.shape, dtype=torch.float32, device="cpu") for f in factors]
     try:
         results, info = cpu.call(inverses, vectors, factors, [], rho)
     except RuntimeError:  # an overlap, found before anything was written: said in the user's terms
         return None
     if not single:
-        return DampedInverse(
-            inverses, *(list(row.unbind()) for row in results), list(info.unbind())
-        )
+        columns = [list(row.unbind()) for row in (*results, info)]
+        return DampedInverse._make([inverses, *columns])
     shape = factors[0].shape[:-2]
-    return DampedInverse(inverses[0], *(v.view(shape) for v in (*results, info)))
+    return DampedInverse(inverses[0], *[v.view(shape) for v in (*results, info)])
 
 
-def _is_usual(f: Tensor) -> bool:
+def _usual_vectors(
+    vector: Tensor | Sequence[Tensor] | None, factors: list[Tensor], single: bool
+) -> list[Tensor] | None:
+    if vector is None:
+        sizes = [f.shape[:-1].numel() for f in factors]
+        flat = torch.zeros(sum(sizes), dtype=torch.float32, device="cpu")
+        return list(flat.split(sizes))
+    vectors = [vector] if isinstance(vector, Tensor) else vector
+    if isinstance(vector, Tensor) != single or not isinstance(vectors, list):
+        return None
+    if len(vectors) != len(factors) or not all(map(_is_usual_vector, vectors, factors)):
+        return None
+    return vectors
+
+
+def _is_usual(f: Tensor, *, batched: bool) -> bool:
     return (
         type(f) is Tensor
         and f.dtype is torch.float32
         and f.is_cpu
         and f.layout is torch.strided
         and not f.requires_grad
-        and f.dim() in (2, 3)
+        and (f.dim() == 2 or (batched and f.dim() == 3))
         and f.shape[-1] == f.shape[-2]
         and f.numel() > 0
     )
@@ -292,7 +301,7 @@ def _damped_inverse_op(
         given = damping[i].reshape(-1).to(x.dtype).contiguous() if damping else None
         if x.numel():
             scalars = columns[-1 if x.dtype == torch.float64 else 0][i]
-            entries.append(Entry(f, given, start, x, *scalars, codes[i]))
+            entries.append(Entry._make([f, given, start, x, *scalars, codes[i]]))
         starts.append(start)
     places: dict[str, list[Entry]] = {}
     for entry in entries:
@@ -304,13 +313,21 @@ def _damped_inverse_op(
 
 
 def _backend(entry: Entry, rho: float | None, method: str) -> str:
-    return _dispatch.select(OP, entry.factor.device, cpu=cpu.unsupported(entry, method))
+    return _dispatch.select(
+        OP,
+        entry.factor.device,
+        cpu=cpu.unsupported(entry, method),
+        cuda=cuda_small.unsupported(entry, method),
+        triton=triton.unsupported(entry),
+    )
 
 
 # What runs entries of one backend: ``(entries, rho, method)``.
 _RUN: dict[str, Callable[[Sequence[Entry], float | None, str], None]] = {
     "reference": reference.run,
     "cpu": cpu.run,
+    "cuda": cuda_small.run,
+    "triton": triton.run,
 }
 
 

@@ -562,3 +562,21 @@ def test_prediction_is_reproduced_exactly():
     ):
         assert kernel in text
     assert text.count("never run on a GPU |") == len(list(predict.works()))
+
+
+def test_method_table_of_damped_inverse_follows_the_model():
+    """Wherever the table says Newton-Schulz the model says so too, and not for eight times as many."""
+    pytest.importorskip("triton")
+    import predict
+
+    from grng_kernels.damped_inverse.method_table import COUNTS, SMALLEST_RHO, choose
+
+    for n, count in COUNTS:
+        for rho in (1e-1, 1e-2, 1e-3, SMALLEST_RHO):
+            assert choose(n, count, rho) == "newton_schulz"
+            for many, sign in ((count, 1), (8 * count, -1)):
+                times = [
+                    predict.large_inverse_us(method, many, n, rho, graph=True)
+                    for method in ("direct", "newton_schulz")
+                ]
+                assert sign * (times[0] - times[1]) > 0, (n, many, rho, times)

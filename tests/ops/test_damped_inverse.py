@@ -139,7 +139,9 @@ def test_asymmetry_is_averaged_away(device):
 @pytest.mark.parametrize("n", [*ODD_SIZES, 300])
 def test_error_is_at_most_twice_that_of_torch(device, dtype, kind, n):
     # Several, because the largest error of one small matrix says more of its luck than of the method.
-    factors = [spd(n, kind, dtype=dtype, device=device) for _ in range(-(-1000 // n) if n < 200 else 1)]
+    factors = [
+        spd(n, kind, dtype=dtype, device=device) for _ in range(-(-1000 // n) if n < 200 else 1)
+    ]
     results = [damped_inverse(f, rho=1e-2) for f in factors]
     damped = [damped64(f, r) for f, r in zip(factors, results, strict=True)]
     base = [torch.cholesky_inverse(torch.linalg.cholesky(m.to(state_dtype(dtype)))) for m in damped]
