@@ -12,6 +12,7 @@ from grng_kernels.kron_factor.conv2d import kron_factor_conv2d_update_
 from grng_kernels.kron_factor.op import kron_factor_update_
 from grng_kernels.precondition.op import precondition
 from grng_kernels.rank_one.op import rank1_precondition
+from grng_kernels.spectral_norm.op import SpectralNorm, spectral_norm
 
 try:
     __version__ = version("grng-kernels")
@@ -22,6 +23,7 @@ __all__ = [
     "BackendStatus",
     "DampedInverse",
     "Info",
+    "SpectralNorm",
     "__version__",
     "backends",
     "damped_inverse",
@@ -30,5 +32,6 @@ __all__ = [
     "kron_factor_update_",
     "precondition",
     "rank1_precondition",
+    "spectral_norm",
     "use_backend",
 ]

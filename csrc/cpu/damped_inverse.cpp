@@ -178,6 +178,12 @@ GRNG_INLINE void copy_lower(float* a, const Layout& at, const float* s, float sh
   }
 }
 
+template <class Isa>
+GRNG_INLINE void copy_line(float* out, const float* in) {
+  using S = Simd<Isa, float>;
+  for (int64_t c = 0; c < kLine; c += S::kLanes) S::store(out + c, S::load(in + c));
+}
+
 // Rows of block I of the result, and their mirror images. Returns the largest magnitude.
 template <class Isa>
 GRNG_INLINE float write_block(float* out, const Layout& at, const float* a, const PowerOfTwo& scale,
@@ -194,15 +200,20 @@ GRNG_INLINE float write_block(float* out, const Layout& at, const float* a, cons
         largest = S::larger(largest, v);
         S::store(values + r * kLine + c, v);
       }
-    const int64_t columns = std::min(kLine, n - j * kLine);
+    float* low = out + block * kLine * n + j * kLine;
+    float* high = out + j * kLine * n + block * kLine;
+    if (rows == kLine) {
+      for (int64_t r = 0; r < kLine; ++r) copy_line<Isa>(low + r * n, values + r * kLine);
+      if (j < block) transpose16<Isa>(high, n, values, kLine);
+      continue;
+    }
+    const int64_t columns = j < block ? kLine : rows;
     for (int64_t r = 0; r < rows; ++r)
-      std::memcpy(out + (block * kLine + r) * n + j * kLine, values + r * kLine,
-                  columns * sizeof(float));
+      std::memcpy(low + r * n, values + r * kLine, columns * sizeof(float));
     if (j == block) continue;
     transpose16<Isa>(turned, kLine, values, kLine);
     for (int64_t r = 0; r < kLine; ++r)
-      std::memcpy(out + (j * kLine + r) * n + block * kLine, turned + r * kLine,
-                  rows * sizeof(float));
+      std::memcpy(high + r * n, turned + r * kLine, rows * sizeof(float));
   }
   return static_cast<float>(S::largest(largest));
 }

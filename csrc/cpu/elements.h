@@ -49,9 +49,9 @@ GRNG_INLINE double largest_magnitude(const T* data, int64_t count) {
       const int64_t at = i + v * S::kLanes;
       if (at < count) largest[v] = S::larger(largest[v], S::load(data + at));
     }
-  double all = 0;
-  for (const auto& one : largest) all = larger(all, S::largest(one));
-  return all;
+  // Ordered as integers, so the largest is found before anything is taken out of a vector.
+  for (int v = 1; v < kVecs; ++v) largest[0] = largest[v] > largest[0] ? largest[v] : largest[0];
+  return S::largest(largest[0]);
 }
 
 }  // namespace grng

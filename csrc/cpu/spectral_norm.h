@@ -170,15 +170,17 @@ GRNG_INLINE float spectral_norm(const float* a, int64_t n, int64_t padded, float
   each((padded + kNormRows - 1) / kNormRows, [=](int64_t block) GRNG_INLINE_LAMBDA {
     using S = Simd<Isa, float>;
     const int64_t end = std::min(padded, (block + 1) * kNormRows);
-    for (int64_t i = block * kNormRows; i < end; ++i) {
-      typename S::Vec sum = {}, square = {};
-      for (int64_t j = 0; j < padded; j += S::kLanes) {
-        const auto v = S::load(a + i * padded + j);
-        sum += v < 0 ? -v : v;
-        square += v * v;
-      }
-      sums[i] = static_cast<float>(S::sum(sum));
-      squares[i] = static_cast<float>(S::sum(square));
+    for (int64_t i = block * kNormRows; i < end; i += 4) {
+      typename S::Vec sum[4] = {}, square[4] = {};
+      for (int64_t j = 0; j < padded; j += S::kLanes)
+#pragma GCC unroll 4
+        for (int t = 0; t < 4; ++t) {
+          const auto v = S::load(a + (i + t) * padded + j);
+          sum[t] += v < 0 ? -v : v;
+          square[t] += v * v;
+        }
+      S::sum4(sums + i, sum);
+      S::sum4(squares + i, square);
     }
   });
   double infinity = 0, frobenius = 0, trace = 0, diagonal = 0;
@@ -232,7 +234,8 @@ GRNG_INLINE float spectral_norm(const float* a, int64_t n, int64_t padded, float
         add_scaled<Isa>(next, -dot<Isa>(basis + j * padded, next, padded), basis + j * padded,
                         padded);
     const float rest = std::sqrt(dot<Isa>(next, next, padded));
-    // The error of the value is at most the square of this share; less is rounding, not a direction.
+    // The error of the value is at most the square of this share; less is rounding, not a
+    // direction.
     if (!(rest > 1e-3 * alpha[0])) break;
     beta[k - 1] = rest;
     std::memcpy(basis + k * padded, next, padded * sizeof(float));

@@ -34,8 +34,8 @@ def spectral_norm(matrix: Tensor, vector: Tensor | None = None) -> tuple[Tensor,
             counts as none.
 
     Returns:
-        ``estimate`` ``[L]``: at least the largest diagonal entry, at most the smaller of the infinity and
-        the Frobenius norm (both are certified upper bounds), and in between 1.02 times the Rayleigh
+        ``estimate`` ``[L]``: at least the largest diagonal entry, at most the least of the infinity, the
+        Frobenius and the trace norm (all certified upper bounds), and in between 1.02 times the Rayleigh
         quotient. ``vector`` ``[L, N]`` of unit length, or zero for a zero matrix.
     """
     start = start_vector(matrix)
@@ -49,11 +49,19 @@ def spectral_norm(matrix: Tensor, vector: Tensor | None = None) -> tuple[Tensor,
     for _ in range(STEPS):
         v = _unit(matmul(matrix, v.unsqueeze(-1)).squeeze(-1))
     rayleigh = (v * matmul(matrix, v.unsqueeze(-1)).squeeze(-1)).sum(dim=-1)
-    upper = torch.minimum(
-        matrix.abs().sum(dim=-1).amax(dim=-1), torch.linalg.matrix_norm(matrix, ord="fro")
-    )
-    lower = matrix.diagonal(dim1=-2, dim2=-1).amax(dim=-1)
+    lower, upper = norm_bounds(matrix)
     return torch.minimum(torch.maximum(SAFETY * rayleigh, lower), upper), v
+
+
+def norm_bounds(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return bounds ``[L]`` that the norm of PSD matrices ``[L, N, N]`` is never below and never above."""
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+    lower = diagonal.amax(dim=-1)
+    infinity = matrix.abs().sum(dim=-1).amax(dim=-1)
+    frobenius = torch.linalg.matrix_norm(matrix, ord="fro")
+    # Of a matrix that is indefinite by rounding the trace could be below the largest entry.
+    trace = torch.maximum(diagonal.sum(dim=-1), lower)
+    return lower, torch.minimum(torch.minimum(infinity, frobenius), trace)
 
 
 def _unit(v: Tensor) -> Tensor:
