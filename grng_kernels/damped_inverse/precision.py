@@ -24,7 +24,7 @@ STEP_COST = 1
 # Below the rounding of an inverse in fp32.
 TOLERANCE = 2.0**-23
 # Noise of a product over ‖B‖·‖X‖·roundoff: the largest over the spectra of benchmarks/precision_table.py,
-# which have half of the eigenvalues at either end. It does not depend on the order of the matrix.
+# where half of the eigenvalues lie at either end. It hardly depends on the order of the matrix.
 NOISE = 0.7
 # The same over (‖B‖·‖X‖)²·roundoff. The errors of a product of rounded symmetric matrices are symmetric up
 # to X on both sides and the next step sees them; dropped parts and rounded sums are not.
@@ -37,8 +37,8 @@ class Step(NamedTuple):
     Written with ``E`` the second product rounds a correction and not ``X``, so that its precision may stay
     low to the last step. What damping added to ``B`` is kept out of the first product and handled in fp32:
     with ``B = S + σ·I``, ``E = (I - σ·X) - S X``. In a last step of ``"tf32x3"`` that is done with the whole
-    diagonal ``D`` of ``B``: ``E = (I - D X) - (B - D) X``, which halves the error; in low precision it would
-    lose the symmetry that makes errors correct themselves.
+    diagonal ``D`` of ``B``: ``E = (I - D X) - (B - D) X``, which lowers the error; in low precision it would lose
+    the symmetry that makes errors correct themselves.
 
     Attributes:
         a: Coefficient; 2 in a correction.
