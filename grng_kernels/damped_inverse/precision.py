@@ -37,8 +37,8 @@ class Step(NamedTuple):
     Written with ``E`` the second product rounds a correction and not ``X``, so that its precision may stay
     low to the last step. What damping added to ``B`` is kept out of the first product and handled in fp32:
     with ``B = S + σ·I``, ``E = (I - σ·X) - S X``. In a last step of ``"tf32x3"`` that is done with the whole
-    diagonal ``D`` of ``B``: ``E = (I - D X) - (B - D) X``, which lowers the error; in low precision it would lose
-    the symmetry that makes errors correct themselves.
+    diagonal ``D`` of ``B``, which lowers the error: ``E = (I - D X) - (B - D) X``. In low precision it would
+    lose the symmetry that makes errors correct themselves.
 
     Attributes:
         a: Coefficient; 2 in a correction.
