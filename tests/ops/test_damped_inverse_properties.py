@@ -218,6 +218,15 @@ def test_asymmetric_or_indefinite_by_rounding_by_either_method(device, method, k
 
 
 @methods
+def test_asymmetry_is_averaged_away_by_either_method(device, method):
+    symmetric, skew = spd(33, device=device), torch.randn(33, 33, device=device)
+    # Sums of a few multiples of 2^-6 below 2^6: the average is exact.
+    symmetric, skew = (symmetric * 64).round() / 64, ((skew - skew.mT) * 64).round() / 64
+    got, want = (damped_inverse(f, rho=1e-2, method=method) for f in (symmetric + skew, symmetric))
+    torch.testing.assert_close(got.inverse, want.inverse, rtol=1e-4, atol=1e-4)
+
+
+@methods
 def test_condition_beyond_fp32_is_solved_or_flagged(device, method):
     """rho so small that fp32 cannot hold the answer: never an unflagged wrong inverse."""
     for seed in range(5):
