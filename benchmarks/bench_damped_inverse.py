@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from harness import cli
-from harness.case import Bench, Case, Contender, Outputs, Plan, compiled
+from harness.case import Bench, Case, Contender, Outputs, Plan, compiled, our_backend
 from shapes import FACTOR_SIZES, INVERSE_BATCHES, chosen_models
 from torch import Tensor
 
@@ -60,6 +60,23 @@ def _residual(matrices: Sequence[Tensor]) -> Callable[[Outputs], float]:
     return judge
 
 
+def _forward_error(matrices: Sequence[Tensor]) -> Callable[[Outputs], str]:
+    """Return a remark on ``inverse, damping`` pairs: ``‖X - M⁻¹‖_F/‖M⁻¹‖_F`` of the worst, in fp64."""
+
+    def remark(outputs: Outputs) -> str:
+        worst = 0.0
+        count = len(matrices)
+        for a, x, damping in zip(matrices, outputs[:count], outputs[count:], strict=True):
+            eye = torch.eye(a.shape[0], dtype=torch.float64, device=a.device)
+            root = torch.linalg.cholesky(a.double() + damping.double() * eye)
+            exact = torch.cholesky_inverse(root)
+            error = torch.linalg.matrix_norm(x.double() - exact) / torch.linalg.matrix_norm(exact)
+            worst = max(worst, float(error))
+        return f"forward error {worst:.1e}"
+
+    return remark
+
+
 def _exact_norm(a: Tensor) -> Tensor:
     norm: Tensor = torch.linalg.matrix_norm(a, ord=2)
     return norm
@@ -104,9 +121,42 @@ def _by_size(matrices: Sequence[Tensor], norm: Norm) -> Callable[[], Outputs]:
     return call
 
 
-def _ours(matrices: Sequence[Tensor], method: str) -> Callable[[], Outputs]:
+def _lu_loop(matrices: Sequence[Tensor]) -> Callable[[], Outputs]:
+    # One at a time: batched LU of some CPU builds of PyTorch gives wrong results on two threads.
     def call() -> Outputs:
-        result = damped_inverse(list(matrices), rho=RHO, method=method)
+        dampings = [RHO**0.5 * _power_norm(a) for a in matrices]
+        eyes = {n: torch.eye(n, device=matrices[0].device) for n in {a.shape[0] for a in matrices}}
+        inverses = [
+            torch.linalg.inv_ex(a + d * eyes[a.shape[0]])[0]
+            for a, d in zip(matrices, dampings, strict=True)
+        ]
+        return inverses + dampings
+
+    return call
+
+
+def _eigh_loop(matrices: Sequence[Tensor]) -> Callable[[], Outputs]:
+    def call() -> Outputs:
+        inverses, dampings = [], []
+        for a in matrices:
+            values, vectors = torch.linalg.eigh(a)
+            dampings.append(RHO**0.5 * values[-1])
+            inverses.append((vectors / (values + dampings[-1])) @ vectors.mT)
+        return inverses + dampings
+
+    return call
+
+
+def _ours(
+    matrices: Sequence[Tensor], method: str, vectors: Sequence[Tensor] | None = None
+) -> Callable[[], Outputs]:
+    def call() -> Outputs:
+        result = damped_inverse(
+            list(matrices),
+            rho=RHO,
+            method=method,
+            spectral_vector=None if vectors is None else list(vectors),
+        )
         return [*result.inverse, *result.damping]
 
     return call
@@ -114,13 +164,20 @@ def _ours(matrices: Sequence[Tensor], method: str) -> Callable[[], Outputs]:
 
 def _case(plan: Plan, shape: str, sizes: Sequence[int]) -> Case:
     matrices = _matrices(sizes, plan.device)
-    note = ("grng also measures the residual, 2N³ FLOPs on top of N³",)
+    backend, notes = our_backend({"cpu": "cpu", "cuda": "triton"}, plan.device)
+    work = sum(float(n) ** 3 for n in sizes)
+    starts = [torch.zeros(a.shape[0], device=plan.device) for a in matrices]
     contenders = [
-        Contender("grng", "reference", "ours", _ours(matrices, "auto"), notes=note),
-        Contender("grng newton_schulz", "reference", "variant", _ours(matrices, "newton_schulz")),
+        Contender("grng", backend, "ours", _ours(matrices, "auto"), notes=notes),
+        Contender("grng warm", backend, "variant", _ours(matrices, "auto", starts), notes=notes),
     ]
+    if work <= SLOW_SVD:
+        call = _ours(matrices, "newton_schulz")
+        contenders.append(Contender("grng newton_schulz", "reference", "variant", call))
+        contenders.append(Contender("inv_ex loop", "torch", "rival", _lu_loop(matrices)))
+        contenders.append(Contender("eigh loop", "torch", "rival", _eigh_loop(matrices)))
     for norm, called in ((_power_norm, "power iteration"), (_exact_norm, "matrix_norm")):
-        if norm is _exact_norm and sum(n**3 for n in sizes) > SLOW_SVD:
+        if norm is _exact_norm and work > SLOW_SVD:
             continue
         for way, make in (("loop", _loop), ("by size", _by_size)):
             name = f"cholesky {way}, {called}"
@@ -136,10 +193,11 @@ def _case(plan: Plan, shape: str, sizes: Sequence[int]) -> Case:
         dims={"matrices": len(sizes), "sizes": sorted(set(sizes)), "rho": RHO},
         dtype="float32",
         bytes=sum(8.0 * n**2 for n in sizes),
-        flops=sum(float(n) ** 3 for n in sizes),
+        flops=work,
         error=_residual(matrices),
         limit=LIMIT,
         contenders=contenders,
+        remark=_forward_error(matrices),
     )
 
 

@@ -186,7 +186,7 @@ FACTOR_SIZES = (64, 128, 256, 512, 768, 1024, 2048, 3072)
 FACTOR_ROWS = (2048, 8192)
 
 # Equal matrices in one call: from many small to a few of transformer size.
-INVERSE_BATCHES = ((64, 64), (16, 256), (12, 768))
+INVERSE_BATCHES = ((96, 16), (96, 32), (64, 64), (64, 128), (16, 256), (12, 768))
 
 # (outputs, parameters): binary and ten-class problems on small nets and on LoRA, and a wide output.
 KALMAN_SIZES = ((2, 300_000), (10, 300_000), (10, 3_000_000), (100, 300_000))

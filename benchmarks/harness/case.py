@@ -68,6 +68,7 @@ class Case:
         repetitions: Calls per sample, where one call alone has no meaning.
         max_s: Less time for the rounds than the plan gives, where calls are long.
         notes: Remarks for every row.
+        remark: Makes a remark for the row of whoever gave these results.
     """
 
     op: str
@@ -84,6 +85,7 @@ class Case:
     repetitions: int | None = None
     max_s: float = math.inf
     notes: tuple[str, ...] = ()
+    remark: Callable[[Outputs], str] | None = None
 
 
 @dataclass(frozen=True)

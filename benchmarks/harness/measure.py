@@ -23,19 +23,25 @@ from harness.row import Ceilings, Row, make_row, name_rivals
 from harness.timer import Call, Timing, interleave
 
 
-def check(case: Case, contender: Contender) -> tuple[float | None, str | None]:
+def check(
+    case: Case, contender: Contender, remarks: dict[str, str] | None = None
+) -> tuple[float | None, str | None]:
     """Run a contender once from fresh state.
 
     Args:
         case: Judges the result.
         contender: Who.
+        remarks: Takes the remark of the case on the result, by the contender's name.
 
     Returns:
         ``(error against fp64, why it must not be timed)``, either of them None.
     """
     try:
         contender.reset()
-        error = case.error(contender.call())
+        outputs = contender.call()
+        error = case.error(outputs)
+        if case.remark is not None and remarks is not None:
+            remarks[contender.name] = case.remark(outputs)
         contender.reset()
     except Exception as failure:
         reason = str(failure).strip().split("\n")[0]
@@ -143,12 +149,18 @@ def measure_case(case: Case, plan: Plan, ceilings: Ceilings) -> list[Row]:
     """Return the rows of one case in every state and mode of the plan."""
     errors: dict[str, float] = {}
     problems: dict[str, str] = {}
+    remarks: dict[str, str] = {}
     for contender in case.contenders:
-        error, problem = check(case, contender)
+        error, problem = check(case, contender, remarks)
         if error is not None:
             errors[contender.name] = error
         if problem is not None:
             problems[contender.name] = problem
+    contenders = [
+        dataclasses.replace(c, notes=(*c.notes, remarks[c.name])) if c.name in remarks else c
+        for c in case.contenders
+    ]
+    case = dataclasses.replace(case, contenders=contenders)
     flush = cache_flush(plan.device) if "cold" in plan.states else None
     return [
         row
