@@ -65,6 +65,13 @@ void check_dense(const Tensor& t, ScalarType dtype, std::initializer_list<int64_
   STD_TORCH_CHECK(ok, "grng: ", name, " has the wrong dtype, shape or layout");
 }
 
+// The same for any shape with so many elements.
+void check_size(const Tensor& t, ScalarType dtype, int64_t numel, const char* name) {
+  STD_TORCH_CHECK(
+      t.scalar_type() == dtype && t.is_contiguous() && static_cast<int64_t>(t.numel()) == numel,
+      "grng: ", name, " has the wrong dtype, size or layout");
+}
+
 // Bytes [begin, end) that a tensor reaches, from its first element to its last.
 struct Span {
   uintptr_t begin, end;
@@ -260,14 +267,9 @@ void damped_inverse(const Tensors inverses, const Tensors vectors, const Tensor 
     STD_TORCH_CHECK(dtype != grng::Dtype::kFloat64, "grng: factor must not be float64");
     const int64_t n = factor.size(dim - 1), length = dim == 3 ? factor.size(0) : 1;
     const int64_t step = dim == 3 ? factor.stride(0) : 0;
-    const auto check = [&](const Tensor& t, int64_t numel, const char* name) {
-      STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.is_contiguous() &&
-                          static_cast<int64_t>(t.numel()) == numel,
-                      "grng: ", name, " has the wrong dtype, size or layout");
-    };
-    check(inverses[i], length * n * n, "inverse");
-    check(vectors[i], length * n, "vector");
-    if (!dampings.empty()) check(dampings[i], length, "damping");
+    check_size(inverses[i], ScalarType::Float, length * n * n, "inverse");
+    check_size(vectors[i], ScalarType::Float, length * n, "vector");
+    if (!dampings.empty()) check_size(dampings[i], ScalarType::Float, length, "damping");
     const char* data = static_cast<const char*>(factor.data_ptr());
     float* inverse = static_cast<float*>(inverses[i].data_ptr());
     float* vector = static_cast<float*>(vectors[i].data_ptr());
@@ -288,8 +290,8 @@ void damped_inverse(const Tensors inverses, const Tensors vectors, const Tensor 
     spans.push_back(span_of(factor, false));
   }
   const int64_t total = static_cast<int64_t>(items.size());
-  check_dense(results, ScalarType::Float, {3, total}, "results");
-  check_dense(info, ScalarType::Int, {total}, "info");
+  check_size(results, ScalarType::Float, 3 * total, "results");
+  check_size(info, ScalarType::Int, total, "info");
   check_no_overlap(std::move(spans));
   grng::damped_inverse_cpu(items.data(), total, threads_of_torch());
   float* values = static_cast<float*>(results.data_ptr());

@@ -220,8 +220,10 @@ GRNG_INLINE float write_block(float* out, const Layout& at, const float* a, cons
 
 // ---- the residual ----
 
-// f(row, sum): sum = row of a [n columns] times y [n, 16], for the rows [begin, end).
-template <class Isa, int kRows, class F>
+// f(row, sum): sum = row of a [n, n], symmetric, times y [n, 16], for kRows rows from `begin` on.
+// `kAcross`: elements of the row are taken from the column, where those of all rows lie side by
+// side; far apart in memory they would come slowly.
+template <class Isa, int kRows, bool kAcross, class F>
 GRNG_INLINE void times_probes(const float* a, int64_t ld, int64_t n, const float* y, int64_t begin,
                               const F& f) {
   using S = Simd<Isa, float>;
@@ -231,13 +233,14 @@ GRNG_INLINE void times_probes(const float* a, int64_t ld, int64_t n, const float
     typename S::Vec b[kVecs];
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) b[v] = S::load_once(y + j * kProbes + v * S::kLanes);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int t = 0; t < kRows; ++t) {
-      const auto x = S::broadcast(a + (begin + t) * ld + j);
+      const auto x = S::broadcast(kAcross ? a + j * ld + begin + t : a + (begin + t) * ld + j);
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v) acc[t][v] += x * b[v];
     }
   }
+#pragma GCC unroll 16
   for (int t = 0; t < kRows; ++t) f(begin + t, acc[t]);
 }
 
@@ -247,8 +250,12 @@ GRNG_INLINE void times_probes_block(const float* a, int64_t ld, int64_t n, const
   constexpr int kRows = Isa::kVectorBytes == 64 ? 8 : 2;
   const int64_t end = std::min(n, (block + 1) * kLine);
   int64_t i = block * kLine;
-  for (; i + kRows <= end; i += kRows) times_probes<Isa, kRows>(a, ld, n, y, i, f);
-  for (; i < end; ++i) times_probes<Isa, 1>(a, ld, n, y, i, f);
+  if (n <= kPowerOrder) {
+    for (; i + kRows <= end; i += kRows) times_probes<Isa, kRows, true>(a, ld, n, y, i, f);
+  } else {
+    for (; i + kRows <= end; i += kRows) times_probes<Isa, kRows, false>(a, ld, n, y, i, f);
+  }
+  for (; i < end; ++i) times_probes<Isa, 1, false>(a, ld, n, y, i, f);
 }
 
 // ‖I - M X‖_F / sqrt(n) through the probes, M = s + shift I and X = 2^exponent inverse.

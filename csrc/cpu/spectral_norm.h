@@ -18,8 +18,8 @@
 namespace grng {
 
 constexpr int kColdProducts = 8, kWarmProducts = 3;
-// Power steps for a matrix of an order up to kPowerOrder.
-constexpr int kPowerSteps = 16;
+// Power steps for a matrix of an order up to kPowerOrder, multiples of four.
+constexpr int kColdSteps = 16, kWarmSteps = 8;
 constexpr int64_t kPowerOrder = 128;
 // An estimate from below; one that is a little high only damps a little more.
 constexpr float kNormSafety = 1.02f;
@@ -138,14 +138,14 @@ GRNG_INLINE void multiply_lines(float* y, const float* a, int64_t padded, const 
 // Power iteration for a matrix that lies in L1 or L2, where a product costs next to nothing and the
 // sums of Lanczos would be most of the time. `x` is the start and becomes the vector.
 template <class Isa>
-GRNG_INLINE double power_iteration(const float* a, int64_t padded, float* x, float* y) {
+GRNG_INLINE double power_iteration(const float* a, int64_t padded, float* x, float* y, int steps) {
   const auto multiply = [=](float* out, const float* in) GRNG_INLINE_LAMBDA {
     int64_t c = 0;
     for (; c + 64 <= padded; c += 64) multiply_lines<Isa, 4>(out, a, padded, in, c);
     for (; c < padded; c += 16) multiply_lines<Isa, 1>(out, a, padded, in, c);
   };
   // Entries are at most 1, so four products cannot leave the range.
-  for (int step = 0; step < kPowerSteps; step += 4) {
+  for (int step = 0; step < steps; step += 4) {
     multiply(y, x);
     multiply(x, y);
     multiply(y, x);
@@ -216,7 +216,8 @@ GRNG_INLINE float spectral_norm(const float* a, int64_t n, int64_t padded, float
     return static_cast<float>(std::min(std::max(kNormSafety * value, diagonal), bound));
   };
   if (padded <= kPowerOrder) {
-    const double value = power_iteration<Isa>(a, padded, basis, next);
+    const double value =
+        power_iteration<Isa>(a, padded, basis, next, warm ? kWarmSteps : kColdSteps);
     std::memcpy(vector, basis, n * sizeof(float));
     return estimate(value);
   }

@@ -20,14 +20,15 @@ def unsupported(entry: Entry, method: str) -> str | None:
 
 def run(entries: Sequence[Entry], rho: float | None, method: str) -> None:
     """Fill in the results of entries that are supported."""
+    lengths = [e.info.numel() for e in entries]
     results, info = call(
         [e.inverse for e in entries],
         [e.vector for e in entries],
         [e.factor for e in entries],
         [e.damping for e in entries if e.damping is not None],
         rho,
+        [sum(lengths)],
     )
-    lengths = [e.info.numel() for e in entries]
     columns = [*(row.split(lengths) for row in results), info.split(lengths)]
     for entry, *values in zip(entries, *columns, strict=True):
         for out, value in zip(entry[4:], values, strict=True):
@@ -40,14 +41,15 @@ def call(
     factors: list[Tensor],
     dampings: list[Tensor],
     rho: float | None,
+    shape: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """Write ``inverses`` and ``vectors``; return damping, norm, residual ``[3, matrices]``, and ``info``.
+    """Write ``inverses`` and ``vectors``; return damping, norm, residual ``[3, *shape]``, and ``info``.
 
-    Factors are ``[N, N]`` or ``[L, N, N]``, and the rest as in :class:`Entry`.
+    Factors are ``[N, N]`` or ``[L, N, N]``, and the rest as in :class:`Entry`; ``shape`` has as many
+    elements as there are matrices.
     """
-    total = sum(f.shape[0] if f.dim() == 3 else 1 for f in factors)
-    results = torch.empty(3, total, dtype=torch.float32, device="cpu")
-    info = torch.empty(total, dtype=torch.int32, device="cpu")
+    results = torch.empty((3, *shape), dtype=torch.float32, device="cpu")
+    info = torch.empty(shape, dtype=torch.int32, device="cpu")
     torch.ops.grng._damped_inverse_.default(
         inverses, vectors, results, info, factors, dampings, 0.0 if rho is None else rho**0.5
     )

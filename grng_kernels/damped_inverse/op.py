@@ -142,22 +142,24 @@ def _usual_call(
     vectors = _usual_vectors(vector, factors, single)
     if vectors is None:
         return None
-    inverses = [torch.empty(f.shape, dtype=torch.float32, device="cpu") for f in factors]
+    inverses = [torch.empty_like(f, memory_format=torch.contiguous_format) for f in factors]
+    shape = factors[0].shape[:-2] if single else (len(factors),)
     try:
-        results, info = cpu.call(inverses, vectors, factors, [], rho)
+        results, info = cpu.call(inverses, vectors, factors, [], rho, shape)
     except RuntimeError:  # an overlap, found before anything was written: said in the user's terms
         return None
-    if not single:
-        columns = [list(row.unbind()) for row in (*results, info)]
-        return DampedInverse._make([inverses, *columns])
-    shape = factors[0].shape[:-2]
-    return DampedInverse(inverses[0], *[v.view(shape) for v in (*results, info)])
+    columns = results.unbind()
+    if single:
+        return DampedInverse._make((inverses[0], *columns, info))
+    return DampedInverse._make((inverses, *(list(c.unbind()) for c in (*columns, info))))
 
 
 def _usual_vectors(
     vector: Tensor | Sequence[Tensor] | None, factors: list[Tensor], single: bool
 ) -> list[Tensor] | None:
     if vector is None:
+        if single:
+            return [torch.zeros(factors[0].shape[:-1], dtype=torch.float32, device="cpu")]
         sizes = [f.shape[:-1].numel() for f in factors]
         flat = torch.zeros(sum(sizes), dtype=torch.float32, device="cpu")
         return list(flat.split(sizes))

@@ -165,6 +165,7 @@ CALLS = {
 KERNELS = {
     "kron_factor_update_": {"cpu", "triton"},
     "kron_factor_conv2d_update_": {"cpu", "triton"},
+    "damped_inverse": {"cpu", "cuda", "triton"},
     "kalman_update_": {"cpu", "cuda"},
     "precondition": {"cpu", "triton"},
 }

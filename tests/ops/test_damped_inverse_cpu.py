@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The C++ kernel of ``damped_inverse``: panels of every width, threads, and what is shared by them."""
+
+import pytest
+import torch
+
+from grng_kernels import Info, backends, damped_inverse, use_backend
+from tests.cases import assert_within_budget, inverse64, spd
+
+pytestmark = pytest.mark.skipif(
+    not backends()["cpu"].available, reason="the compiled extension is not there"
+)
+
+
+@pytest.fixture(autouse=True)
+def on_cpu():
+    with use_backend("cpu"):
+        yield
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def fields_equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+# Around whole panels of 16, 32 and 48 columns, and around where the norm is estimated another way.
+ORDERS = (
+    1,
+    2,
+    15,
+    16,
+    17,
+    31,
+    32,
+    33,
+    47,
+    48,
+    49,
+    63,
+    64,
+    65,
+    95,
+    96,
+    97,
+    127,
+    128,
+    129,
+    143,
+    144,
+    145,
+)
+
+
+@pytest.mark.parametrize("rho", [1e-1, 1e-3])
+def test_every_width_of_panel_is_as_exact_as_torch(rho):
+    got, ref, base = [], [], []
+    for n in (*ORDERS, 192, 256, 257):
+        factor = spd(n)
+        result = damped_inverse(factor, rho=rho)
+        damped = factor.double() + result.damping.double() * torch.eye(n, dtype=torch.float64)
+        exact = inverse64(damped)
+        scale = exact.abs().max()
+        assert result.info.item() == Info.OK
+        assert torch.equal(result.inverse, result.inverse.mT)
+        got.append((result.inverse.double() / scale).flatten())
+        ref.append((exact / scale).flatten())
+        plain = torch.cholesky_inverse(torch.linalg.cholesky(damped.float()))
+        base.append((plain.double() / scale).flatten())
+    columns = [torch.cat(x) for x in (got, ref, base)]
+    assert_within_budget(*columns, floor=2.0**-24)
+
+
+def test_number_of_threads_changes_nothing(threads):
+    factors = [spd(n) for n in (400, 16, 300, 65, 33, 200, 7)]
+    results = []
+    for count in (1, 2, 3):
+        threads(count)
+        vectors = [torch.zeros(len(f)) for f in factors]
+        result = damped_inverse(factors, rho=1e-2, spectral_vector=vectors)
+        results.append([*result.inverse, *result.residual, *result.spectral_norm, *vectors])
+    assert fields_equal(results[0], results[1])
+    assert fields_equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("others", [(), (5,), (16, 16, 8), (300, 300)], ids=str)
+def test_matrix_that_threads_share_is_the_one_alone(threads, others):
+    threads(1)
+    factor = spd(450)
+    alone = damped_inverse(factor, rho=1e-2)
+    threads(2)
+    together = damped_inverse([spd(n) for n in others] + [factor], rho=1e-2)
+    assert torch.equal(together.inverse[-1], alone.inverse)
+    assert torch.equal(together.residual[-1], alone.residual)
+
+
+@pytest.mark.parametrize("n", [16, 50, 130])
+@pytest.mark.parametrize("place", ["first", "middle", "last"])
+def test_negative_pivot_anywhere_is_found(n, place):
+    diagonal = torch.ones(n)
+    diagonal[{"first": 0, "middle": n // 2, "last": n - 1}[place]] = -1
+    vector = torch.zeros(n)
+    result = damped_inverse(torch.diag(diagonal), damping=0.1, spectral_vector=vector)
+    assert result.info.item() == Info.NOT_CONVERGED
+    assert (result.inverse == 0).all()
+    assert (vector == 0).all()
+
+
+def test_repeated_calls_start_from_clean_memory():
+    factor = spd(70)
+    first = damped_inverse(factor, rho=1e-2)
+    damped_inverse(torch.full((300, 300), torch.nan), rho=1e-2)
+    damped_inverse(spd(300) * 1e20, rho=1e-2)
+    assert fields_equal(damped_inverse(factor, rho=1e-2), first)
+
+
+def test_warm_vector_gives_a_better_norm_in_fewer_steps():
+    factor = torch.diag(torch.linspace(0.5, 1, 300))
+    vector = torch.zeros(300)
+    for _ in range(20):
+        result = damped_inverse(factor, rho=1e-2, spectral_vector=vector)
+    assert result.spectral_norm.item() == pytest.approx(1, rel=0.021)
+
+
+def test_start_of_any_length_is_survived():
+    factor = spd(40)
+    exact = torch.linalg.eigvalsh(factor.double())[-1].item()
+    for scale in (1e-38, 1e-20, 1e20, 1e38):
+        vector = torch.full((40,), scale)
+        result = damped_inverse(factor, rho=1e-2, spectral_vector=vector)
+        assert result.info.item() == Info.OK
+        assert 0.8 * exact < result.spectral_norm.item() < 1.03 * exact
