@@ -20,6 +20,7 @@ from torch.nn import functional
 
 import grng_kernels
 from grng_kernels import (
+    damped_inverse,
     kalman_update_,
     kron_factor_conv2d_update_,
     kron_factor_update_,
@@ -27,7 +28,6 @@ from grng_kernels import (
     use_backend,
 )
 from grng_kernels._dispatch import interpreting_triton
-from grng_kernels.damped_inverse.entry import Entry
 from grng_kernels.kalman_update.reference import kalman_update as kalman_reference
 
 # Below this PyTorch itself may round to nothing, and twice nothing would be asked for.
@@ -59,6 +59,12 @@ NARROW = {"cpu": 16, "triton": 128}
 OUTPUTS = (1, 2, 7, 8, 9, 10, 16, 17, 33, 64, 100)
 PARAMETERS = (1, 1000, 4097)
 DRAWS = 4
+# Methods of the inverse that a backend has a kernel for.
+METHODS = {
+    "triton": ("cholesky", "newton_schulz"),
+    "cuda": ("cholesky",),
+    "cpu": ("cholesky",),
+}
 
 
 class Verdict(NamedTuple):
@@ -333,57 +339,89 @@ def _kalman_draw(device: torch.device, outputs: int, d: int, form: str, likeliho
     return Verdict("", judge(results[0]), judge(reference(arguments)), problem)
 
 
-# Each side of a tile edge of the kernel for small matrices.
-INVERSES = (1, 3, 16, 17, 32, 33, 64, 65, 100, 128)
+# Each side of the edges of warps, tiles and kernels; a group is one call.
+INVERSES = (
+    (1, 2, 3, 15, 16, 17, 31, 32, 33, 63, 64),
+    (16, 64, 65, 100, 128),
+    (129, 200, 300, 512, 513, 768, 1100),
+)
 
 
-def check_small_inverse(
-    device: torch.device, n: int, dtype: torch.dtype, rho: float, method: str
+def check_inverse(
+    device: torch.device, orders: Sequence[int], dtype: torch.dtype, rho: float, method: str
 ) -> Verdict:
-    """Invert a few matrices twice in one launch, beside one with NaN; compare with fp64 and PyTorch."""
-    from grng_kernels.damped_inverse import triton_small
-
-    name = f"damped_inverse n={n} {dtype} rho={rho:.0e} {method}".replace("torch.", "")
-    roots = _normal(device, DRAWS, n, n + 1)
-    factor = (roots @ roots.mT / n).to(dtype)
-    bad = torch.full((1, n, n), torch.nan, device=device, dtype=dtype)
-
-    def entry(values: Tensor) -> Entry:
-        count = len(values)
-        scalars = [torch.zeros(count, device=device) for _ in range(3)]
-        info = torch.zeros(count, dtype=torch.int32, device=device)
-        start = torch.zeros(count, n, device=device)
-        inverse = torch.zeros(count, n, n, device=device)
-        return Entry(values, None, start, inverse, *scalars, info)
-
-    ours, again, broken = entry(factor), entry(factor), entry(bad)
-    triton_small.launch([ours, broken, again], rho=rho, method=method)
-    eye = torch.eye(n, device=device)
-    damped = factor.float() + ours.used_damping[:, None, None] * eye
-    wide = factor.double() + ours.used_damping.double()[:, None, None] * eye.double()
-    judge = relative_error([torch.linalg.inv(wide)])
-    plain = torch.cholesky_inverse(torch.linalg.cholesky_ex(damped).L)
+    """Invert matrices of many orders in one call, twice, one of them with NaN; compare with fp64."""
+    name = f"damped_inverse {orders[0]}..{orders[-1]} {dtype} rho={rho:.0e} {method}"
+    factors = []
+    for n in orders:
+        x = _normal(device, n + n // 2 + 1, n)
+        factors.append((x.mT @ x / len(x)).to(dtype))
+    bad = _spd(device, orders[0])
+    bad[0, -1] = torch.nan
+    ours = damped_inverse(factors, rho=rho, method=method)
+    again = damped_inverse([bad, *factors], rho=rho, method=method)
+    error = torch_error = 0.0
     problem = None
-    if bool((ours.info != 0).any()):
-        problem = f"info {ours.info.tolist()}"
-    elif int(broken.info) != int(grng_kernels.Info.NONFINITE_INPUT):
+    for n, f, x, d, norm in zip(
+        orders, factors, ours.inverse, ours.damping, ours.spectral_norm, strict=True
+    ):
+        wide = f.double()
+        damped = (wide + wide.mT) / 2 + d.double() * torch.eye(
+            n, dtype=torch.float64, device=device
+        )
+        judge = relative_error([torch.cholesky_inverse(torch.linalg.cholesky(damped))])
+        error = max(error, judge([x]))
+        plain = torch.cholesky_inverse(torch.linalg.cholesky(damped.float()))
+        torch_error = max(torch_error, judge([plain]))
+        exact = float(torch.linalg.eigvalsh(wide)[-1])
+        if not torch.equal(x, x.mT):
+            problem = f"n={n} is not symmetric"
+        elif not 0.85 * exact <= float(norm) <= 1.03 * exact:
+            problem = f"n={n}: norm {float(norm) / exact:.3f} of the true one"
+    if any(int(i) != 0 for i in ours.info):
+        problem = f"info {[int(i) for i in ours.info]}"
+    elif int(again.info[0]) != int(grng_kernels.Info.NONFINITE_INPUT):
         problem = "NaN got through"
-    elif not torch.equal(ours.inverse, ours.inverse.mT):
-        problem = "not symmetric"
-    elif not torch.equal(ours.inverse, again.inverse):
-        problem = "two runs differ"
-    elif float(ours.residual.max()) > 5e-5:
-        problem = f"residual {float(ours.residual.max()):.1e}"
-    return Verdict(name, judge([ours.inverse]), judge([plain]), problem)
+    elif not all(torch.equal(a, b) for a, b in zip(ours.inverse, again.inverse[1:], strict=True)):
+        problem = "other bits beside a matrix with NaN"
+    if _inverse_differs_in_a_graph(device, factors, rho, method):
+        problem = "a graph gives other bits"
+    return Verdict(name.replace("torch.", ""), error, torch_error, problem)
 
 
-def _small_inverse_checks(device: torch.device) -> Iterator[Check]:
-    for n, dtype in itertools.product(INVERSES, DTYPES):
-        yield partial(check_small_inverse, device, n, dtype, 1e-2, "cholesky")
-    for n in INVERSES:
-        yield partial(check_small_inverse, device, n, torch.float32, 1e-4, "cholesky")
-        if n <= 64:
-            yield partial(check_small_inverse, device, n, torch.float32, 1e-2, "newton_schulz")
+def _inverse_differs_in_a_graph(
+    device: torch.device, factors: list[Tensor], rho: float, method: str
+) -> bool:
+    outs = [torch.zeros(f.shape, device=device) for f in factors]
+
+    def into_outs() -> None:
+        result = damped_inverse(factors, rho=rho, method=method)
+        for out, x in zip(outs, result.inverse, strict=True):
+            out.copy_(x)
+
+    return _other_bits_in_a_graph(device, outs, into_outs)
+
+
+def check_inverse_faults(device: torch.device, n: int) -> Verdict:
+    """Absolute damping: one that is not positive, and a matrix that is indefinite."""
+    factors = torch.stack([_spd(device, n) for _ in range(3)])
+    factors[1, -1, -1] = -3.0
+    info = damped_inverse(factors, damping=torch.tensor([0.1, 0.1, -1.0], device=device)).info
+    kinds = grng_kernels.Info
+    wanted = [int(kinds.OK), int(kinds.NOT_CONVERGED), int(kinds.NONFINITE_INPUT)]
+    problem = None if info.tolist() == wanted else f"info {info.tolist()}, not {wanted}"
+    return Verdict(f"damped_inverse n={n} faults", 0.0, 0.0, problem)
+
+
+def _inverse_checks(
+    device: torch.device, groups: Sequence[Sequence[int]], methods: Sequence[str]
+) -> Iterator[Check]:
+    for orders in groups:
+        for dtype, method in itertools.product(DTYPES, methods):
+            yield partial(check_inverse, device, orders, dtype, 1e-2, method)
+        for rho, method in itertools.product((1e-1, 1e-4), methods):
+            yield partial(check_inverse, device, orders, torch.float32, rho, method)
+        yield partial(check_inverse_faults, device, orders[-1])
 
 
 Check = Callable[[], Verdict]
@@ -440,6 +478,7 @@ def sweep(
     together: Sequence[tuple[int, int]] = TOGETHER,
     images: Sequence[tuple[int, ...]] = IMAGES,
     weights: Sequence[tuple[int, int]] = WEIGHTS,
+    inverses: Sequence[Sequence[int]] = INVERSES,
     outputs: Sequence[int] = OUTPUTS,
 ) -> tuple[list[Verdict], list[str]]:
     """Run every check on the kernels of a device.
@@ -451,6 +490,7 @@ def sweep(
         together: The same, without the column of ones, for one call.
         images: Images of one call of the convolution.
         weights: Shapes of the gradients of one call of the two-sided product.
+        inverses: Orders of the matrices of one call of the inverse, for each call.
         outputs: Outputs of the Kalman update.
 
     Returns:
@@ -469,7 +509,8 @@ def sweep(
         ("kron_factor of lists", first, 0.45, _list_checks(device, together)),
         ("kron_factor_conv2d", first, 0.65, _conv2d_checks(device, images)),
         ("precondition", first, 0.85, _precondition_checks(device, weights, NARROW[first])),
-        ("damped_inverse", "triton", 0.93, _small_inverse_checks(device)),
+        ("damped_inverse", first, 0.93, _inverse_checks(device, inverses, METHODS[first])),
+        ("damped_inverse", second, 0.95, _inverse_checks(device, inverses[:1], METHODS[second])),
         ("kalman_update", second, 1.0, _kalman_checks(device, outputs)),
     ):
         status = grng_kernels.backends()[backend]

@@ -476,9 +476,10 @@ def test_correctness_sweep_passes_on_the_kernels_of_this_cpu():
         factors=[(1, 1), (17, 65)],
         together=[(17, 300), (65, 0), (400, 90)],
         images=[(2, 3, 9, 8), (2, 20, 7, 7), (0, 4, 5, 5)],
+        inverses=[(1, 16, 17, 40), (65, 130)],
         outputs=[1, 9],
     )
-    assert len(verdicts) == 2 * 3 + 6 + 3 + 6 + 12 + 6 + 3 * 3 + 2 * 3
+    assert len(verdicts) == 2 * 3 + 6 + 3 + 6 + 12 + 6 + 3 * 3 + 3 * 6 + 2 * 3
     assert [v for v in verdicts if not v.passed] == []
 
 
@@ -510,6 +511,7 @@ def test_correctness_sweep_sees_a_wrong_list(monkeypatch, fault):
         together=[(3, 20), (17, 40)],
         images=[(1, 2, 5, 5), (2, 1, 4, 4)],
         weights=[(3, 20), (20, 3)],
+        inverses=[],
         outputs=[],
     )
     lists = [v for v in verdicts if "NaN" not in v.name and "every" not in v.name]
@@ -529,7 +531,7 @@ def test_correctness_sweep_runs_in_the_interpreter():
         "g._factor_checks = lambda *a: iter(())\n"
         "g.DTYPES, g.CONVOLUTIONS = g.DTYPES[::2], g.CONVOLUTIONS[:2]\n"
         "v, out = g.sweep(torch.device('cpu'), math.inf, together=[(3, 0), (5, 9)], "
-        "images=[(1, 1, 4, 4), (1, 2, 3, 3)], weights=[(3, 5), (5, 3)], outputs=[])\n"
+        "images=[(1, 1, 4, 4), (1, 2, 3, 3)], weights=[(3, 5), (5, 3)], inverses=[], outputs=[])\n"
         "assert len(v) == 4 + 6 + 4, (len(v), out)\n"
         "assert all(x.passed for x in v), [x for x in v if not x.passed]"
     )
@@ -569,11 +571,11 @@ def test_method_table_of_damped_inverse_follows_the_model():
     pytest.importorskip("triton")
     import predict
 
-    from grng_kernels.damped_inverse.method_table import COUNTS, SMALLEST_RHO, choose
+    from grng_kernels.damped_inverse.method_table import COUNTS, SMALLEST_RHO, faster
 
     for n, count in COUNTS:
-        for rho in (1e-1, 1e-2, 1e-3, SMALLEST_RHO):
-            assert choose(n, count, rho) == "newton_schulz"
+        for rho in (1e-1, 1e-2, SMALLEST_RHO):
+            assert faster(n, count, rho) == "newton_schulz"
             for many, sign in ((count, 1), (8 * count, -1)):
                 times = [
                     predict.large_inverse_us(method, many, n, rho, graph=True)

@@ -6,11 +6,11 @@ import math
 import pytest
 import torch
 
-from grng_kernels import Info, _table
+from grng_kernels import Info, _table, damped_inverse, use_backend
 from grng_kernels.damped_inverse import reference, triton_small
 from grng_kernels.damped_inverse.entry import Entry
 from grng_kernels.damped_inverse.triton_small import launch, supports
-from tests.cases import MATRIX_LAYOUTS, SPECTRA, guarded, spd
+from tests.cases import MATRIX_LAYOUTS, SPECTRA, guarded, inverse64, spd
 
 METHODS = ("cholesky", "newton_schulz")
 methods = pytest.mark.parametrize("method", METHODS)
@@ -293,3 +293,20 @@ def test_supports():
     assert not supports(0)
     assert supports(64, "newton_schulz")
     assert not supports(65, "newton_schulz")
+
+
+# ---- through the public function ----
+
+
+@pytest.mark.parametrize("method", ["auto", "newton_schulz"])
+def test_public_function_sends_each_matrix_to_its_kernel(method):
+    factors = [spd(n) for n in (3, 33, 130)]
+    with use_backend("triton"):
+        result = damped_inverse(factors, rho=1e-2, method=method)
+    for factor, x, d, info in zip(
+        factors, result.inverse, result.damping, result.info, strict=True
+    ):
+        n = len(factor)
+        exact = inverse64(factor.double() + d.double() * torch.eye(n, dtype=torch.float64))
+        assert info.item() == 0
+        assert ((x.double() - exact).norm() / exact.norm()).item() < 2e-5
