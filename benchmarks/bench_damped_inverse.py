@@ -35,6 +35,13 @@ def _matrices(sizes: Sequence[int], device: torch.device) -> list[Tensor]:
     return made
 
 
+def _columns(outputs: Outputs) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Return inverses and dampings, which come as two lists in one or as two batches."""
+    if outputs[0].dim() == 3:
+        return outputs[0].unbind(), outputs[1].unbind()
+    return outputs[: len(outputs) // 2], outputs[len(outputs) // 2 :]
+
+
 def _residual(matrices: Sequence[Tensor]) -> Callable[[Outputs], float]:
     """Return a judge of ``inverse, damping`` pairs: ``‖I − (A + damping·I) X‖_F/√N`` in fp64.
 
@@ -45,10 +52,7 @@ def _residual(matrices: Sequence[Tensor]) -> Callable[[Outputs], float]:
 
     def judge(outputs: Outputs) -> float:
         worst = 0.0
-        count = len(matrices)
-        for a, x, damping, norm in zip(
-            matrices, outputs[:count], outputs[count:], exact, strict=True
-        ):
+        for a, x, damping, norm in zip(matrices, *_columns(outputs), exact, strict=True):
             if abs(float(damping) / (RHO**0.5 * norm) - 1) > 0.1:
                 return math.inf
             eye = torch.eye(a.shape[0], dtype=torch.float64, device=a.device)
@@ -65,8 +69,7 @@ def _forward_error(matrices: Sequence[Tensor]) -> Callable[[Outputs], str]:
 
     def remark(outputs: Outputs) -> str:
         worst = 0.0
-        count = len(matrices)
-        for a, x, damping in zip(matrices, outputs[:count], outputs[count:], strict=True):
+        for a, x, damping in zip(matrices, *_columns(outputs), strict=True):
             eye = torch.eye(a.shape[0], dtype=torch.float64, device=a.device)
             root = torch.linalg.cholesky(a.double() + damping.double() * eye)
             exact = torch.cholesky_inverse(root)
@@ -201,6 +204,68 @@ def _case(plan: Plan, shape: str, sizes: Sequence[int]) -> Case:
     )
 
 
+def _ours_batch(batch: Tensor, vector: Tensor | None = None) -> Callable[[], Outputs]:
+    def call() -> Outputs:
+        result = damped_inverse(batch, rho=RHO, spectral_vector=vector)
+        return [result.inverse, result.damping]  # type: ignore[list-item]
+
+    return call
+
+
+def _eigh_batch(batch: Tensor) -> Callable[[], Outputs]:
+    def call() -> Outputs:
+        values, vectors = torch.linalg.eigh(batch)
+        damping = RHO**0.5 * values[:, -1]
+        return [(vectors / (values + damping[:, None])[:, None, :]) @ vectors.mT, damping]
+
+    return call
+
+
+def _batch_case(plan: Plan, count: int, n: int) -> Case:
+    """Equal matrices in one tensor, which saves every contender the lists."""
+    matrices = _matrices([n] * count, plan.device)
+    batch = torch.stack(matrices)
+    backend, notes = our_backend({"cpu": "cpu", "cuda": "triton"}, plan.device)
+    start = torch.zeros(count, n, device=plan.device)
+    contenders = [
+        Contender("grng", backend, "ours", _ours_batch(batch), notes=notes),
+        Contender("grng warm", backend, "variant", _ours_batch(batch, start), notes=notes),
+        Contender("grng list", backend, "variant", _ours(matrices, "auto"), notes=notes),
+        Contender(
+            "cholesky batch, power iteration",
+            "torch",
+            "rival",
+            lambda: _cholesky(batch, _power_norm),
+        ),
+        Contender("cholesky loop, power iteration", "torch", "rival", _loop(matrices, _power_norm)),
+    ]
+    if count * n**3 <= SLOW_SVD:
+        contenders.append(Contender("eigh batch", "torch", "rival", _eigh_batch(batch)))
+        contenders.append(
+            Contender(
+                "cholesky batch, matrix_norm",
+                "torch",
+                "rival",
+                lambda: _cholesky(batch, _exact_norm),
+            )
+        )
+    if plan.compile:
+        call = compiled(lambda: _cholesky(batch, _power_norm))
+        contenders.append(Contender("batch, power iteration, compiled", "inductor", "rival", call))
+    return Case(
+        op="damped_inverse",
+        shape=f"{count} of {n}",
+        dims={"matrices": count, "sizes": [n], "rho": RHO},
+        dtype="float32",
+        bytes=8.0 * count * n**2,
+        flops=count * float(n) ** 3,
+        error=_residual(matrices),
+        limit=LIMIT,
+        contenders=contenders,
+        remark=_forward_error(matrices),
+    )
+
+
 def cases(plan: Plan) -> Iterator[Case]:
     """Yield every case of the plan."""
     models = ("mlp-fashion",) if plan.quick else ("mlp-fashion", "minilm-lora", "vit-b16-lora-r16")
@@ -208,7 +273,7 @@ def cases(plan: Plan) -> Iterator[Case]:
         yield _case(plan, model.name, [f.n for f in model.factors])
     if not plan.sizes:
         for count, n in ((4, 32),) if plan.quick else INVERSE_BATCHES:
-            yield _case(plan, f"{count} of {n}", [n] * count)
+            yield _batch_case(plan, count, n)
     for n in plan.sizes or ((64, 128) if plan.quick else FACTOR_SIZES[:-1]):
         yield _case(plan, str(n), [n])
 
