@@ -41,8 +41,9 @@ def damped_inverse(
             estimate of ``‖factor‖₂``, which bounds the condition number by ``1 + 1/√rho``.
         damping: Absolute regulariser instead of ``rho``, > 0, in units of ``factor``: a number, a tensor
             (0-d or ``[L]``) or, for a list of matrices, a list of 0-d tensors.
-        method: ``"cholesky"``, ``"newton_schulz"`` (a number of products fixed by ``rho`` alone; needs
-            ``rho``), or ``"auto"``, today ``"cholesky"`` everywhere.
+        method: ``"cholesky"`` (a factorisation or an elimination), ``"newton_schulz"`` (a number of products
+            fixed by ``rho`` alone; needs ``rho``), or ``"auto"``, the faster of those that keep the accuracy
+            below: today ``"cholesky"`` everywhere.
         precision: ``"fp32"`` or ``"auto"``, today the same.
         warm_start: An earlier inverse, same form as ``factor``. Checked and, by today's methods, not used.
         spectral_vector: ``[N]``, ``[L, N]`` or a list of ``[N]``: state of the norm estimate, updated in
@@ -50,8 +51,10 @@ def damped_inverse(
 
     Returns:
         :class:`DampedInverse` ``(inverse, damping, spectral_norm, residual, info)``, tensors for a tensor
-        and lists for a list. ``residual`` is measured, not predicted. ``info`` is ``NONFINITE_INPUT`` for
-        a matrix with NaN or infinity, or a damping on the device that is not positive; ``NOT_CONVERGED``
+        and lists for a list. ``residual`` is measured, not predicted: exact up to order 16, and beyond
+        through 16 fixed vectors of signs, whose square errs by 35 % at most (one standard deviation).
+        ``info`` is ``NONFINITE_INPUT`` for a matrix with NaN or infinity, or a damping on the device that
+        is not positive; ``NOT_CONVERGED``
         where the factorisation failed or the residual exceeds 1e-2; ``OVERFLOW`` where the inverse leaves
         the range of its dtype. That matrix must not be used, and the others are bitwise what they would be
         without the fault. A zero matrix gives ``I/1e-36``.
@@ -61,7 +64,9 @@ def damped_inverse(
         ValueError: A wrong shape, device, number or name.
 
     Accuracy: at most twice the error of PyTorch in the same dtype against fp64.
-    Cost: ``N³`` FLOPs for the inverse, ``2N³`` for the residual, ``O(N²)`` for the norm.
+    Emulated, the Triton kernels for orders above 64 err up to 3.4 times as much, and 9.4 times with
+    ``"newton_schulz"``.
+    Cost: ``N³`` FLOPs for the inverse, ``64N²`` for the residual, at most ``34N²`` for the norm.
     Source: Dash et al. 2026 (GRNG) for the spectral damping.
     """
     usual = _usual_call(factor, rho, damping, method, precision, warm_start, spectral_vector)
