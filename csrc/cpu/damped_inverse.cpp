@@ -27,8 +27,13 @@ constexpr int64_t kLine = kSpdLine;
 // See grng_kernels/damped_inverse/reference.py and probes.py.
 constexpr float kFloor = 1e-36f, kResidualLimit = 1e-2f;
 constexpr int64_t kProbes = 16;
-// A matrix that is smaller is never shared by threads.
-constexpr int64_t kLeastShared = 192;
+// The diagonal beyond the matrix: its inverse must stay in range when the scale is taken out.
+constexpr float kPadding = 0x1p60f;
+// A given damping is at most 2^this times the largest entry after scaling: more would leave fp32.
+constexpr int kDampingBits = 60;
+// A matrix that is smaller is never shared by threads: they would wait for each other longer than
+// they save (at order 512 nothing is gained, at 768 a quarter).
+constexpr int64_t kLeastShared = 640;
 // Work (see `cost`) for which waking another thread does not pay.
 constexpr double kLeastThreaded = 2e5;
 
@@ -174,7 +179,7 @@ GRNG_INLINE void copy_lower(float* a, const Layout& at, const float* s, float sh
     // The sweep reads whole panels.
     const int64_t end = round_up(i + 1, at.lines * kLine);
     std::memset(row + columns, 0, (end - columns) * sizeof(float));
-    row[i] = i < at.n ? row[i] + shift : 1.0f;
+    row[i] = i < at.n ? row[i] + shift : kPadding;
   }
 }
 
@@ -264,17 +269,16 @@ GRNG_INLINE float measure_residual(const Layout& at, const float* inverse, const
                                    float shift, int exponent, const float* probes, float* workspace,
                                    float* partial, const Loop<Isa>& each) {
   const int64_t n = at.n, blocks = at.padded / kLine;
-  float* scaled = workspace;  // the probes, times the power of two
+  float* scaled = workspace;  // the probes, times half of the power of two
   float* y = workspace + at.padded * kProbes;
-  // Beyond this range of exponents the inverse itself has left that of fp32.
-  const float power = std::ldexp(1.0f, std::clamp(exponent, -126, 127));
-  for (int64_t i = 0; i < n * kProbes; ++i) scaled[i] = power * probes[i];
+  const PowerOfTwo power(exponent);
+  for (int64_t i = 0; i < n * kProbes; ++i) scaled[i] = power.first * probes[i];
   each(blocks, [=](int64_t block) GRNG_INLINE_LAMBDA {
     using S = Simd<Isa, float>;
     times_probes_block<Isa>(inverse, n, n, scaled, block,
                             [=](int64_t row, const auto& sum) GRNG_INLINE_LAMBDA {
                               for (int64_t v = 0; v < kProbes / S::kLanes; ++v)
-                                S::store(y + row * kProbes + v * S::kLanes, sum[v]);
+                                S::store(y + row * kProbes + v * S::kLanes, power.second * sum[v]);
                             });
   });
   each(blocks, [=](int64_t block) GRNG_INLINE_LAMBDA {
@@ -331,9 +335,17 @@ GRNG_INLINE void damped_inverse(DampedInverse& item, float* workspace, const flo
   };
   const double largest = largest_of_blocks();
   const bool legal = item.relative || (item.damping > 0 && std::isfinite(item.damping));
-  if (!std::isfinite(largest) || !legal) return give_up(kNonfiniteInput);
+  if (!std::isfinite(largest) || !legal) {
+    item.residual = std::numeric_limits<float>::quiet_NaN();
+    return give_up(kNonfiniteInput);
+  }
   int exponent = 1;
   if (largest > 0) std::frexp(largest, &exponent);
+  if (!item.relative) {
+    int of_damping;
+    std::frexp(item.damping, &of_damping);
+    exponent = std::max(exponent, of_damping - kDampingBits);
+  }
   const PowerOfTwo down(-exponent), up(exponent);
   each(blocks, [=](int64_t b) GRNG_INLINE_LAMBDA { symmetrise_block<Isa>(s, at.padded, b, down); });
 

@@ -36,7 +36,7 @@ struct Loop {
     const auto part = [&](int64_t begin, int64_t end) GRNG_INLINE_LAMBDA {
       for (int64_t i = begin; i < end; ++i) f(i);
     };
-    if (!threads) return run_on<Isa>(part, 0, count);
+    if (!threads) return run_on<Isa>(part, int64_t{0}, count);
     std::atomic<int64_t> next{0};
     threads->run(count, 1, [&](int64_t, int64_t) {
       for (int64_t i = next++; i < count; i = next++) run_on<Isa>(part, i, i + 1);

@@ -17,14 +17,14 @@
 
 namespace grng {
 
-constexpr int kColdProducts = 8, kWarmProducts = 3;
+constexpr int kColdProducts = 8, kWarmProducts = 4;
 // Power steps for a matrix of an order up to kPowerOrder, multiples of four.
 constexpr int kColdSteps = 16, kWarmSteps = 8;
 constexpr int64_t kPowerOrder = 128;
 // An estimate from below; one that is a little high only damps a little more.
 constexpr float kNormSafety = 1.02f;
-// A little of the cold start lets a vector that became orthogonal to the leading one recover.
-constexpr float kColdShare = 1e-3f;
+// Some of the cold start lets a vector that became orthogonal to the leading one recover at once.
+constexpr float kColdShare = 0.1f;
 // Rows of a product that one thread takes at a time.
 constexpr int64_t kNormRows = 32;
 
@@ -150,7 +150,10 @@ GRNG_INLINE double power_iteration(const float* a, int64_t padded, float* x, flo
     multiply(x, y);
     multiply(y, x);
     multiply(x, y);
-    scale_by<Isa>(x, 1 / std::sqrt(dot<Isa>(x, x, padded)), padded);
+    const float square = dot<Isa>(x, x, padded);
+    // Where asymmetry was all there was, nothing is left of the matrix, and the vector underflows.
+    if (!(square > 0)) return 0;
+    scale_by<Isa>(x, 1 / std::sqrt(square), padded);
   }
   multiply(y, x);
   return dot<Isa>(x, y, padded);

@@ -21,6 +21,8 @@ FLOOR = 1e-36
 RESIDUAL_LIMIT = 1e-2
 # Newton-Schulz diverges on eigenvalues above its interval, and the norm is an estimate.
 MARGIN = 1.05
+# A given damping is at most 2^this times the largest entry after scaling: more would leave fp32.
+DAMPING_BITS = 60
 
 
 class DampedInverse(NamedTuple):
@@ -29,8 +31,9 @@ class DampedInverse(NamedTuple):
     Attributes:
         inverse: ``(factor + damping·I)⁻¹``, shape of ``factor``, fp32 (fp64 for fp64).
         damping: What was added to the diagonal, ``[]`` or ``[L]``.
-        spectral_norm: Estimate of ``‖factor‖₂``, at most 2 % high, and from a cold start up to 15 % low
-            where many eigenvalues lie close to the largest; ``[]`` or ``[L]``.
+        spectral_norm: Estimate of ``‖factor‖₂``, at most 2 % high. Low by up to 15 % where many eigenvalues
+            lie close to the largest, or for a call or two after the leading eigenvector was replaced;
+            ``[]`` or ``[L]``.
         residual: Measured ``‖I − M X‖_F/√N``, ``M`` the damped matrix; ``[]`` or ``[L]``. Exact up to order
             16 and beyond an estimate through 16 fixed vectors of signs, unbiased in its square.
         info: :class:`Info`, int32, ``[]`` or ``[L]``.
@@ -86,6 +89,11 @@ def damped_inverse(
     # LAPACK may hang or crash on NaN: such a matrix is replaced before the factorisation.
     factor = torch.where(finite[:, None, None], factor, eye)
     exponent = torch.frexp(torch.where(finite & (amax > 0), amax, torch.ones_like(amax))).exponent
+    if damping is not None:
+        damping = damping.to(factor.dtype)
+        legal = torch.isfinite(damping) & (damping > 0)
+        own = torch.frexp(torch.where(legal, damping, torch.ones_like(damping))).exponent
+        exponent = torch.maximum(exponent, own - DAMPING_BITS)
     a = scale_down(factor, exponent)
     a = (a + a.mT) / 2
 
@@ -112,6 +120,7 @@ def damped_inverse(
         inverse = torch.cholesky_inverse(torch.where(failed[:, None, None], eye, lower))
         inverse = (inverse + inverse.mT) / 2
     residual = measured_residual(damped, inverse)
+    residual = torch.where(finite, residual, torch.full_like(residual, torch.nan))
     inverse = scale_down(inverse, exponent)
 
     bad = failed | ~(residual <= RESIDUAL_LIMIT)

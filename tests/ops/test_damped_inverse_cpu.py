@@ -135,3 +135,61 @@ def test_start_of_any_length_is_survived():
         result = damped_inverse(factor, rho=1e-2, spectral_vector=vector)
         assert result.info.item() == Info.OK
         assert 0.8 * exact < result.spectral_norm.item() < 1.03 * exact
+
+
+@pytest.mark.parametrize("scale", [2e38, 2.0**127, 1e-39, 1e-44])
+def test_ends_of_the_range_have_a_true_residual(scale):
+    factor = torch.eye(20) * scale
+    result = damped_inverse(factor, rho=1e-2)
+    with use_backend("reference"):
+        want = damped_inverse(factor, rho=1e-2)
+    assert result.info.item() == want.info.item()
+    assert torch.allclose(result.inverse, want.inverse, rtol=1e-5)
+    if want.info.item() == Info.OK:
+        assert result.residual.item() < 1e-5
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(("scale", "damping"), [(1e-37, 100.0), (1e-30, 1e9), (1e-39, 1.0)])
+def test_damping_far_above_a_fading_factor(backend, scale, damping):
+    """A layer that died leaves a factor that fades by its decay until nothing is left."""
+    with use_backend(backend):
+        result = damped_inverse(torch.eye(20) * scale, damping=damping)
+    assert result.info.item() == Info.OK
+    assert torch.allclose(result.inverse, torch.eye(20) / damping, rtol=1e-6)
+
+
+@pytest.mark.parametrize("n", [64, 256])
+def test_replaced_leading_eigenvector_is_found(n):
+    q = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64)).Q
+    values = torch.full((n,), 1e-3, dtype=torch.float64)
+    values[0] = 1
+    values[1:7] = torch.linspace(0.5, 0.15, 6)
+    factor = ((q * values) @ q.mT).float()
+    stale = q[:, 1:7].sum(1).float().clone()
+    result = damped_inverse(factor, rho=1e-2, spectral_vector=stale / stale.norm())
+    assert result.spectral_norm.item() == pytest.approx(1, rel=0.05)
+
+
+def test_nothing_but_asymmetry():
+    factor = torch.tensor([[1e-20, 1.0], [-1.0, 1e-20]])
+    result = damped_inverse(factor, damping=0.5)
+    assert result.info.item() == Info.OK
+    assert torch.allclose(result.inverse, 2 * torch.eye(2))
+
+
+def test_nonfinite_input_has_no_residual():
+    assert damped_inverse(torch.full((3, 3), torch.inf), rho=1e-2).residual.isnan().item()
+
+
+def test_vector_counts_as_changed():
+    w, vector = torch.randn(20, requires_grad=True), torch.zeros(20)
+    y = (w * vector).sum()
+    damped_inverse(spd(20), rho=1e-2, spectral_vector=vector)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+def test_rho_beyond_fp32_is_refused_like_elsewhere():
+    with pytest.raises(ValueError, match="rho must"):
+        damped_inverse(torch.eye(3), rho=1e80)
