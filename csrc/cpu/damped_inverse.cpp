@@ -32,7 +32,7 @@ constexpr float kPadding = 0x1p60f;
 // A given damping is at most 2^this times the largest entry after scaling: more would leave fp32.
 constexpr int kDampingBits = 60;
 // A matrix that is smaller is never shared by threads: they would wait for each other longer than
-// they save (at order 512 nothing is gained, at 768 a quarter).
+// they save.
 constexpr int64_t kLeastShared = 640;
 // Work (see `cost`) for which waking another thread does not pay.
 constexpr double kLeastThreaded = 2e5;

@@ -55,7 +55,7 @@ def damped_inverse(
         and lists for a list. ``residual`` is measured, not predicted: up to order 16 by the whole product,
         and beyond through 16 fixed vectors of signs, which estimate its square without bias (standard
         deviation 35 % at worst). Near 1e-6 the rounding of its own products is most of it, so that it is
-        high rather than low; NaN where the input is not finite.
+        high rather than low. It has no meaning where ``info`` is not 0.
         ``info`` is ``NONFINITE_INPUT`` for a matrix with NaN or infinity, or a damping on the device that
         is not positive; ``NOT_CONVERGED``
         where the factorisation failed or the residual exceeds 1e-2; ``OVERFLOW`` where the inverse leaves
@@ -67,8 +67,8 @@ def damped_inverse(
         ValueError: A wrong shape, device, number or name.
 
     Accuracy: at most twice the error of PyTorch in the same dtype against fp64.
-    Emulated, the Triton kernels for orders above 64 err up to 3.4 times as much, and 9.4 times with
-    ``"newton_schulz"``.
+    The worst of several small matrices is compared with PyTorch's worst. The Triton kernels for large
+    orders, and ``"newton_schulz"``, are not yet within that.
     Cost: ``N³`` FLOPs for the inverse, ``64N²`` for the residual, at most ``34N²`` for the norm.
     Source: Dash et al. 2026 (GRNG) for the spectral damping.
     """

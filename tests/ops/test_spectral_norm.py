@@ -127,5 +127,5 @@ def test_zero_matrix(device):
 )
 def test_error_says_what_is_wrong(arguments, error, message):
     args, kwargs = arguments()
-    with pytest.raises(error, match=f"spectral_norm: .*{message}|{message}"):
+    with pytest.raises(error, match=f"spectral_norm: .*{message}"):
         spectral_norm(*args, **kwargs)
