@@ -12,6 +12,7 @@ from torch import Tensor
 
 from grng_kernels.info import Info
 from grng_kernels.kalman_update.reference import softmax_root
+from grng_kernels.kalman_update.regularization import regularised_noise, regularised_root
 
 
 def largest_magnitude(tensors: Sequence[Tensor]) -> Tensor:
@@ -28,46 +29,58 @@ def _finite(*tensors: Tensor) -> Tensor:
 
 def gain_from_gram(
     gram: Tensor,
+    plain_gram: Tensor | None,
     innovation: Tensor,
     noise: Tensor,
     *,
     form: str,
     likelihood: str,
+    rho: float,
+    regularization: str,
     mean_max: Tensor,
     variance_max: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``(direction [C], whitener [C, C], info)``: fp32, fp32, int32.
+    """Return ``(direction [C], whitener [k, C], info)``: fp32, fp32, int32.
 
     ``gram`` is ``M = H diag(p) Hᵀ`` in fp64, and so is the arithmetic: C is small, and S can be far worse
-    conditioned than fp32 resolves. With ``S = M + R = L Lᵀ`` (Gaussian) ``direction = S⁻¹ e`` and
-    ``whitener = L⁻¹``, or ``L_R⁻¹`` with ``R = L_R L_Rᵀ`` for vdekf; the categorical forms are those of
-    ``reference.py``. No host sync: a failed factorisation is reported through ``info``.
+    conditioned than fp32 resolves. ``plain_gram`` is ``H Hᵀ``, needed where ``rho > 0``. With
+    ``S = M + R = L Lᵀ`` (Gaussian) ``direction = S⁻¹ e`` and ``whitener = L⁻¹``, or ``L_R⁻¹`` with
+    ``R = L_R L_Rᵀ`` for vdekf; the information forms are those of ``reference.py``. No host sync: a failed
+    factorisation is reported through ``info``.
 
     The second pass writes as it goes, so whether its results stay finite is decided here, from the largest
-    magnitudes of the state (fp64, 0-d). As ``p_i h_i h_iᵀ <= S``, Cauchy-Schwarz in ``S⁻¹`` bounds every
-    step: ``|p_i h_iᵀ S⁻¹ e| <= √(p_i · eᵀS⁻¹e)``. Variances saturate.
+    magnitudes of the state (fp64, 0-d): for a direction ``u``, ``(h_iᵀu)² p_i <= uᵀ M u``, so every step is
+    at most ``√(p_i · uᵀMu)``. Variances saturate.
     """
     e = innovation.double()
-    eye = torch.eye(len(e), dtype=torch.float64, device=e.device)
     finite = _finite(innovation, noise, mean_max, variance_max) & ~gram.isnan().any()
-    gram_finite = _finite(gram)
+    gram_finite = _finite(gram) if plain_gram is None else _finite(gram, plain_gram)
     noise = noise.double()
+    failed = torch.zeros((), dtype=torch.bool, device=e.device)
     if likelihood == "gaussian":
+        if plain_gram is not None:
+            noise, status = regularised_noise(noise, plain_gram, rho, regularization)
+            failed = status != 0
+        eye = torch.eye(len(e), dtype=torch.float64, device=e.device)
         lower, status = torch.linalg.cholesky_ex(gram + noise)
         direction = torch.cholesky_solve(e.unsqueeze(-1), lower).squeeze(-1)
         noise_lower, noise_status = torch.linalg.cholesky_ex(noise)
-        failed = (status != 0) | (noise_status != 0)
+        failed = failed | (status != 0) | (noise_status != 0)
         factor, right = (lower, eye) if form == "fdekf" else (noise_lower, eye)
     else:
-        root = softmax_root(noise)
+        root = softmax_root(noise) if likelihood == "categorical" else noise
+        if plain_gram is not None:
+            root, e, status = regularised_root(root, e, plain_gram, rho, regularization)
+            failed = status != 0
+        eye = torch.eye(root.shape[1], dtype=torch.float64, device=e.device)
         lower, status = torch.linalg.cholesky_ex(eye + root.mT @ gram @ root)
         inner = torch.cholesky_solve((root.mT @ (gram @ e)).unsqueeze(-1), lower)
         direction = e - (root @ inner).squeeze(-1)
-        failed = status != 0
+        failed = failed | (status != 0)
         factor, right = (lower, root.mT) if form == "fdekf" else (eye, root.mT)
     whitener = torch.linalg.solve_triangular(factor, right, upper=False).float()
     # Rounding can leave this below zero where it is nearly nothing.
-    step = (variance_max * (e @ direction).clamp(min=0)).sqrt()
+    step = (variance_max * (direction @ (gram @ direction)).clamp(min=0)).sqrt()
     direction = direction.float()
     within = mean_max + step <= torch.finfo(torch.float32).max
     in_range = gram_finite & _finite(direction, whitener) & within

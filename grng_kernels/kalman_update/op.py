@@ -11,10 +11,11 @@ from grng_kernels._register import operator
 from grng_kernels.info import Info
 from grng_kernels.kalman_update import reference
 from grng_kernels.kalman_update.innovation import gain_from_gram, largest_magnitude
+from grng_kernels.kalman_update.regularization import REGULARIZATIONS
 
 OP = "kalman_update_"
 FORMS = ("fdekf", "vdekf")
-LIKELIHOODS = ("gaussian", "categorical")
+LIKELIHOODS = ("gaussian", "categorical", "fisher")
 # The largest grid of the CUDA kernel: 65535 tiles of 8 x 8 outputs.
 MAX_CUDA_OUTPUTS = 2880
 
@@ -30,6 +31,8 @@ def kalman_update_(
     likelihood: str = "gaussian",
     forgetting: float = 1.0,
     process_noise: float = 0.0,
+    rho: float = 0.0,
+    regularization: str = "gradient",
 ) -> Tensor:
     """Kalman update with a diagonal covariance, in place: ``mean <- mean + diag(p) Hᵀ S⁻¹ e``.
 
@@ -45,13 +48,21 @@ def kalman_update_(
         jacobian: ``H``, derivative of the outputs by the parameters, ``[C, d]`` or a list of ``[C, d_i]``,
             same dtype, any strides.
         innovation: ``e``, target minus prediction, ``[C]``.
-        noise: ``R``, observation noise: ``[C, C]`` symmetric positive definite, or a number > 0 for that
-            times the identity. With ``likelihood="categorical"`` the class probabilities ``[C]`` instead.
+        noise: ``R``, observation noise: ``[C, C]`` symmetric positive definite, its diagonal ``[C]``, or a
+            number > 0 for that times the identity. With ``likelihood="categorical"`` the class
+            probabilities ``[C]`` instead, or ``[N, C]`` for N observations at once; with ``"fisher"`` the
+            root ``T [C, k]``, ``k <= C``.
         form: ``"fdekf"`` or ``"vdekf"``.
-        likelihood: ``"gaussian"`` or ``"categorical"``: softmax outputs, ``e`` = one-hot label minus
-            probabilities, ``H`` = derivative of the logits; ``R = diag(q) − q qᵀ`` is never inverted.
+        likelihood: ``"gaussian"``; ``"categorical"``: softmax outputs, ``e`` = one-hot label minus
+            probabilities, ``H`` = derivative of the logits; ``"fisher"``: any other, ``e`` = score
+            (derivative of the log-likelihood by the outputs), ``T Tᵀ`` = Fisher information of the outputs,
+            which may be singular and is never inverted (Gaussian: ``e = R⁻¹·error``, ``T Tᵀ = R⁻¹``;
+            categorical: ``T Tᵀ = diag(q) − q qᵀ``).
         forgetting: In (0, 1]; 1 forgets nothing.
         process_noise: >= 0, in units of the variance.
+        rho: >= 0, strength of the gradient regularisation ``l + (rho/2)·‖∇l‖²``.
+        regularization: What ``rho`` does: ``"gradient"`` is exact for the linearised model and makes the
+            noise smaller, ``R (R + rho·H Hᵀ)⁻¹ R``; ``"noise"`` makes it larger, ``R + rho·H Hᵀ``.
 
     Returns:
         :class:`Info`, int32, 0-d, on the device. Where it is not 0, mean and variance are unchanged:
@@ -64,8 +75,9 @@ def kalman_update_(
             argument in memory.
 
     Accuracy: for ``C <= d`` at most twice the error of PyTorch in the same dtype against fp64.
-    Cost: two passes over ``H``, ``2·C²·d`` FLOPs each at most.
-    Source: public code of FDEKF and VDEKF (probml/rebayes); Ollivier 2018 for the categorical form.
+    Cost: two passes over ``H``, ``2·C²·d`` FLOPs each at most; with ``rho > 0`` half as many again.
+    Source: public code of FDEKF and VDEKF (probml/rebayes); Ollivier 2018 for the categorical form; the
+    regularised forms are derived from Dash et al. 2026 in ``regularization.py``.
     """
     means = _checks.as_list(OP, "mean", mean)
     variances = _checks.as_list(OP, "variance", variance)
@@ -75,11 +87,15 @@ def kalman_update_(
     _checks.check_lengths(OP, mean=means, variance=variances, jacobian=jacobians)
     _checks.check_choice(OP, "form", form, FORMS)
     _checks.check_choice(OP, "likelihood", likelihood, LIKELIHOODS)
-    for name, value in (("forgetting", forgetting), ("process_noise", process_noise)):
+    _checks.check_choice(OP, "regularization", regularization, REGULARIZATIONS)
+    for name, value in (
+        ("forgetting", forgetting), ("process_noise", process_noise), ("rho", rho),
+    ):  # fmt: skip
         if isinstance(value, Tensor):
             raise TypeError(f"{OP}: {name} must be a number, got a tensor")
     _checks.check_scalar(OP, "forgetting", forgetting, low=0.0, high=1.0, open_low=True)
     _checks.check_scalar(OP, "process_noise", process_noise, low=0.0)
+    _checks.check_scalar(OP, "rho", rho, low=0.0)
     if not means:
         raise ValueError(f"{OP}: mean must have at least one block, got an empty list")
     dtype = means[0].dtype
@@ -112,22 +128,36 @@ def kalman_update_(
         likelihood,
         float(forgetting),
         float(process_noise),
+        float(rho),
+        regularization,
     )
 
 
 def _checked_noise(noise: float | Tensor, innovation: Tensor, likelihood: str) -> Tensor:
     outputs = innovation.shape[0]
     if not isinstance(noise, Tensor):
-        if likelihood == "categorical":
+        if likelihood != "gaussian":
+            wanted = {"categorical": "probabilities [C]", "fisher": "root [C, k]"}[likelihood]
             raise TypeError(
-                f"{OP}: noise must be the probabilities [C] with likelihood='categorical', "
+                f"{OP}: noise must be the {wanted} with likelihood={likelihood!r}, "
                 f"got {type(noise).__name__}"
             )
         _checks.check_scalar(OP, "noise", noise, low=0.0, open_low=True)
         return noise * torch.eye(outputs, dtype=innovation.dtype, device=innovation.device)
     _checks.check_dtype(OP, "noise", noise, [innovation.dtype])
-    if likelihood == "categorical":
+    shape = list(noise.shape)
+    if likelihood == "fisher":
+        if len(shape) != 2 or shape[0] != outputs or shape[1] > outputs:
+            raise ValueError(
+                f"{OP}: noise must have shape [C, k] with k <= C = {outputs}, got {shape}"
+            )
+    elif likelihood == "categorical":
+        if len(shape) == 2 and noise.numel() == outputs:
+            return noise
         _checks.check_shape(OP, "noise", noise, [outputs], "class probabilities")
+    elif len(shape) == 1:
+        _checks.check_shape(OP, "noise", noise, [outputs], "diagonal of the noise")
+        return torch.diag(noise)
     else:
         _checks.check_shape(OP, "noise", noise, [outputs, outputs], "as innovation [C]")
     return noise
@@ -144,6 +174,8 @@ def _kalman_update_op(
     likelihood: str,
     forgetting: float,
     process_noise: float,
+    rho: float,
+    regularization: str,
 ) -> Tensor:
     blocks = range(len(means))
     _checks.check_no_overlap(
@@ -172,16 +204,25 @@ def _kalman_update_op(
             likelihood=likelihood,
             forgetting=forgetting,
             process_noise=process_noise,
+            rho=rho,
+            regularization=regularization,
         )
     jacobians = [h if h.stride(1) == 1 else h.contiguous() for h in jacobians]
     gram = torch.zeros(outputs, outputs, dtype=torch.float64, device=innovation.device)
     torch.ops.grng._kalman_gram_(gram, variances, jacobians)
+    plain_gram = None
+    if rho > 0:
+        plain_gram = torch.zeros_like(gram)
+        torch.ops.grng._kalman_gram_(plain_gram, [torch.ones_like(v) for v in variances], jacobians)
     direction, whitener, info = gain_from_gram(
         gram,
+        plain_gram,
         innovation,
         noise,
         form=form,
         likelihood=likelihood,
+        rho=rho,
+        regularization=regularization,
         mean_max=largest_magnitude(means),
         variance_max=largest_magnitude(variances),
     )
@@ -191,6 +232,8 @@ def _kalman_update_op(
         and not reference.all_finite(list(jacobians))
     ):
         info.fill_(int(Info.NONFINITE_INPUT))
+    if whitener.shape[0] < outputs:
+        whitener = torch.nn.functional.pad(whitener, (0, 0, 0, outputs - whitener.shape[0]))
     torch.ops.grng._kalman_apply_(
         means,
         variances,
@@ -216,6 +259,8 @@ def _(
     likelihood: str,
     forgetting: float,
     process_noise: float,
+    rho: float,
+    regularization: str,
 ) -> Tensor:
     return innovation.new_empty((), dtype=torch.int32)
 
@@ -241,6 +286,8 @@ def _run_reference(
     likelihood: str,
     forgetting: float,
     process_noise: float,
+    rho: float,
+    regularization: str,
 ) -> Tensor:
     sizes = [m.shape[0] for m in means]
     mean, variance, info = reference.kalman_update(
@@ -253,6 +300,8 @@ def _run_reference(
         likelihood=likelihood,
         forgetting=forgetting,
         process_noise=process_noise,
+        rho=rho,
+        regularization=regularization,
     )
     for target, source in zip(means, mean.split(sizes), strict=True):
         target.copy_(source)

@@ -687,7 +687,7 @@ ERRORS = {
     "form": (ValueError, "form must be one of fdekf, vdekf, got 'ekf'", {"form": "ekf"}),
     "likelihood": (
         ValueError,
-        "likelihood must be one of gaussian, categorical, got 'poisson'",
+        "likelihood must be one of gaussian, categorical, fisher, got 'poisson'",
         {"likelihood": "poisson"},
     ),
     "forgetting_tensor": (
@@ -750,7 +750,7 @@ ERRORS = {
         {"mean": [M, M], "variance": [P, P[:3]], "jacobian": [H, H]},
     ),
     "noise_shape": (
-        ValueError, "noise must have shape [2, 2] (as innovation [C]), got [2]", {"noise": E},
+        ValueError, "noise must have shape [2] (diagonal of the noise), got [3]", {"noise": torch.ones(3)},
     ),
     "noise_zero": (ValueError, "noise must be finite and in (0.0, inf), got 0.0", {"noise": 0.0}),
     "noise_negative": (ValueError, "noise must be finite and in (0.0, inf), got -1", {"noise": -1}),

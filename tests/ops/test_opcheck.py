@@ -73,10 +73,13 @@ def kalman_samples():
             [torch.randn(2, d) for d in sizes],
         )
 
-    tail = (torch.randn(2), torch.eye(2), "fdekf", "gaussian", 0.9, 0.1)
+    tail = (torch.randn(2), torch.eye(2), "fdekf", "gaussian", 0.9, 0.1, 0.0, "gradient")
     yield "single", (*state(9), *tail)
     yield "blocks", (*state(9, 3, 1), *tail)
-    yield "vdekf", (*state(9), torch.randn(2), torch.eye(2), "vdekf", "gaussian", 1.0, 0.0)
+    yield (
+        "vdekf",
+        (*state(9), torch.randn(2), torch.eye(2), "vdekf", "gaussian", 1.0, 0.0, 0.0, "gradient"),
+    )
     classes = (
         torch.tensor([0.5, -0.5]),
         torch.tensor([0.5, 0.5]),
@@ -84,6 +87,8 @@ def kalman_samples():
         "categorical",
         1.0,
         0.0,
+        0.5,
+        "noise",
     )
     yield "categorical", (*state(9), *classes)
     mean, variance, _ = state(9)
