@@ -2,7 +2,9 @@
 """Natural-gradient optimizers that replace AdamW in one line, on the fused kernels of grng_kernels."""
 
 from grng.optim.base import PreconditionerError
+from grng.optim.loko import LoKO
 from grng.optim.ring import RING
+from grng.optim.rkalman import RKalman
 from grng_kernels import __version__
 
-__all__ = ["RING", "PreconditionerError", "__version__"]
+__all__ = ["RING", "LoKO", "PreconditionerError", "RKalman", "__version__"]

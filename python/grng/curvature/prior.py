@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Initial variances of a Kalman filter over weights, and how much an observation of one layer really tells.
+
+**Prior.** ``"output"`` reads ``sigma0`` as the standard deviation of the outputs that the prior predicts, the
+only unit in which one number fits every architecture: the first Jacobian fixes the variances. ``"fan_in"``
+and ``"global"`` read it as one of the weights.
+
+**Coherence.** A diagonal covariance forgets that a layer's outputs move together. With the Fisher information
+``F = E[g gᵀ]`` of a layer of ``d`` weights, ``κ = d·tr(F²)/tr(F)²`` is ``d`` over the effective rank of F: 1
+where every weight learns something of its own, ``d`` where all samples push in one direction. Counting the
+information of an observation ``κ`` times keeps the filter from fitting every sample anew along that
+direction. ``tr(F²)`` comes from the scores of consecutive samples, which are independent:
+``E[(gᵗ·gˢ)²] = tr(F²)``.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+PRIORS = ("output", "fan_in", "global")
+# Weight of the newest sample in the averages, once there are this many.
+_MEMORY = 200
+
+
+def fan_in(parameter: nn.Parameter) -> int:
+    """Number of inputs that one element's output sums over; 1 for vectors."""
+    return max(1, parameter[0].numel()) if parameter.dim() > 1 and len(parameter) else 1
+
+
+def initial_variances(
+    parameters: list[nn.Parameter],
+    squares: list[float],
+    known: list[bool],
+    prior: str,
+    sigma0: float,
+    scale: float | None,
+) -> tuple[list[float | None], float | None]:
+    """Return the variance that each parameter without one starts with, None where it cannot be told yet.
+
+    Args:
+        parameters: All parameters of the filter.
+        squares: Mean over the outputs of ``‖h‖²``, the squared norms of their Jacobian rows.
+        known: Whether a parameter has its variance already.
+        prior: One of PRIORS.
+        sigma0: Standard deviation, of outputs or of weights.
+        scale: What ``"output"`` returned for the first observation; None then.
+
+    With ``"output"`` the variance of a layer is proportional to ``√(d/‖h‖²)``, the inverse root mean square
+    of its Jacobian: half way between equal variances of all weights and equal shares of all layers in the
+    variance of the outputs, ``Σ p‖h‖² = sigma0²``. A layer without gradient at first (LoRA's A, while B is
+    0) gets its variance with its first gradient, but no more than that of a weight of its fan-in.
+    """
+    result: list[float | None] = []
+    if prior == "output" and scale is None:
+        total = sum((s * p.numel()) ** 0.5 for s, p in zip(squares, parameters, strict=True))
+        if total == 0:
+            return [None] * len(parameters), None
+        scale = sigma0**2 / total
+        limits = [float("inf")] * len(parameters)
+    else:
+        limits = [1.0 / fan_in(p) for p in parameters]
+    for p, square, has_one, limit in zip(parameters, squares, known, limits, strict=True):
+        if has_one:
+            result.append(None)
+        elif prior == "global":
+            result.append(sigma0**2)
+        elif prior == "fan_in":
+            result.append(sigma0**2 / fan_in(p))
+        elif square > 0:
+            assert scale is not None
+            result.append(min(scale * (p.numel() / square) ** 0.5, limit))
+        else:
+            result.append(None)
+    return result, scale
+
+
+def update_coherence(state: dict[str, Any], whitened: Tensor, score: Tensor) -> None:
+    """Account for one observation of a parameter.
+
+    Args:
+        state: ``"score"`` of the last observation, and the averages; created here.
+        whitened: ``Tᵀ H``, ``[k, d]``, whose squared norm is the trace of the information.
+        score: ``g = Hᵀ v`` of an outcome drawn from the model, ``[d]``.
+    """
+    trace = whitened.square().sum(dtype=torch.float64)
+    if "score" not in state:
+        state["score"] = torch.zeros_like(score)
+        state["trace"] = torch.zeros_like(trace)
+        state["overlap"] = torch.zeros_like(trace)
+        state["observations"] = 0
+    n = state["observations"]
+    state["trace"] += (trace - state["trace"]) / min(n + 1, _MEMORY)
+    if n > 0:
+        overlap = (whitened @ state["score"]).square().sum(dtype=torch.float64)
+        state["overlap"] += (overlap - state["overlap"]) / min(n, _MEMORY)
+    state["score"].copy_(score)
+    state["observations"] = n + 1
+
+
+def coherence(state: dict[str, Any], size: int) -> Tensor:
+    """Return ``κ`` in ``[1, d]`` (0-d, fp64): ``d`` as long as there is no pair of observations."""
+    if state.get("observations", 0) < 2:
+        return torch.full_like(state["trace"], float(size))
+    ratio = size * state["overlap"] / state["trace"].square()
+    return ratio.nan_to_num(nan=float(size)).clamp(1.0, float(size))

@@ -1,0 +1,410 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the Kalman optimizers share: one filter over all parameters, fed by observations."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import grng_kernels as kernels
+from grng.curvature.jacobian import Jacobian
+from grng.curvature.observation import BATCHES, LIKELIHOODS, Observation
+from grng.curvature.prior import PRIORS, coherence, initial_variances, update_coherence
+from grng.optim.base import PreconditionerError, check_hyperparameter
+from grng.optim.output_noise import OutputNoise
+
+# One filter has one observation: these cannot differ between the groups.
+_SHARED = ("rho", "forgetting", "process_noise")
+
+
+class KalmanOptimizer(Optimizer):
+    """Diagonal extended Kalman filter over the trainable parameters; see :class:`grng.RKalman`.
+
+    State per parameter, tensors or numbers: ``variance``, and for the coherence ``score``, ``trace``,
+    ``overlap``, ``observations``; ``weights`` in fp32 where the parameter has fewer bits. It keeps its
+    dtype through ``load_state_dict``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Iterable[Any],
+        defaults: dict[str, Any],
+        *,
+        sigma0: float,
+        prior: str,
+        likelihood: str,
+        noise: float | str,
+        beta: float,
+        form: str,
+        regularization: str,
+        correct_coherence: bool,
+        batch: str,
+        max_rows: int,
+        max_failures: int,
+        budget_mb: float,
+    ) -> None:
+        owner = type(self).__name__
+        for name in ("lr", "rho", "process_noise"):
+            check_hyperparameter(owner, name, defaults[name])
+        check_hyperparameter(owner, "forgetting", defaults["forgetting"], low=1e-3, high=1.0)
+        check_hyperparameter(owner, "sigma0", sigma0, low=1e-15, high=1e15)
+        check_hyperparameter(owner, "beta", beta, high=1.0)
+        check_hyperparameter(owner, "max_rows", max_rows, low=1)
+        check_hyperparameter(owner, "jacobian_budget_mb", budget_mb, low=1e-3)
+        for name, value, choices in (
+            ("prior", prior, PRIORS),
+            ("likelihood", likelihood, LIKELIHOODS),
+            ("form", form, ("vdekf", "fdekf")),
+            ("regularization", regularization, ("gradient", "noise")),
+            ("batch", batch, BATCHES),
+        ):
+            if value not in choices:
+                raise ValueError(
+                    f"{owner}: {name} must be one of {', '.join(choices)}, got {value!r}"
+                )
+        self._names = (
+            {p: n for n, p in model.named_parameters()} if isinstance(model, nn.Module) else {}
+        )
+        params: Any = model
+        if isinstance(model, nn.Module):
+            params = [p for p in model.parameters() if p.requires_grad]
+            if not params:
+                raise ValueError(f"{owner}: the model has no trainable parameters")
+        self._sigma0, self._prior, self._form = sigma0, prior, form
+        self._likelihood, self._regularization = likelihood, regularization
+        self._correct_coherence, self._batch, self._max_rows = correct_coherence, batch, max_rows
+        self._failures, self._max_failures, self._skipped = 0, max_failures, 0
+        self._budget_mb = budget_mb
+        self._noise = OutputNoise(owner, likelihood, noise, beta)
+        self._pending: tuple[Observation, list[Tensor], list[nn.Parameter]] | None = None
+        self._engine: Jacobian | None = None
+        self._rows = "none yet"
+        super().__init__(params, {"step": 0, **defaults})
+
+    # ---- observation ----
+
+    def observe(self, outputs: Tensor, targets: Tensor) -> None:
+        """Differentiate the outputs and keep what the next :meth:`step` needs; the graph is not used after.
+
+        Args:
+            outputs: The model's outputs with their graph: logits ``[..., C]`` for
+                ``likelihood="categorical"``, means ``[..., C]``, or ``[N]``, for ``"gaussian"``. All
+                leading dimensions are samples.
+            targets: Classes ``[...]``, int64; or the observed values, like ``outputs``.
+
+        Raises:
+            RuntimeError: Called twice without a step between.
+            TypeError: Targets of the wrong kind.
+            ValueError: Wrong shape, a class out of range, or outputs without a graph.
+        """
+        owner = type(self).__name__
+        if self._pending is not None:
+            raise RuntimeError(f"{owner}: observe() was called twice; call step() between")
+        outputs, targets = self._checked(outputs, targets)
+        parameters = [p for g in self.param_groups for p in g["params"] if p.requires_grad]
+        if self._engine is None or self._engine.parameters != parameters:
+            self._engine = Jacobian(parameters, budget_mb=self._budget_mb)
+        seen = self._observation(outputs, targets)
+        rows = self._engine.rows(outputs, seen.directions)
+        self._pending = (seen, rows, parameters)
+
+    def _checked(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return outputs ``[N, C]`` and targets ``[N]`` or ``[N, C]``.
+
+        Raises:
+            TypeError: No tensor, or targets of the wrong kind.
+            ValueError: A wrong shape, a class out of range, or outputs without a graph.
+        """
+        where, likelihood = f"{type(self).__name__}.observe", self._likelihood
+        for name, value in (("outputs", outputs), ("targets", targets)):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{where}: {name} must be a tensor, got {type(value).__name__}")
+        if not outputs.requires_grad:
+            raise ValueError(
+                f"{where}: outputs must be attached to the graph of the forward pass; they have none "
+                "(no_grad, inference_mode or detach)"
+            )
+        if likelihood == "gaussian" and outputs.dim() == 1:
+            outputs, targets = outputs.unsqueeze(-1), targets.unsqueeze(-1)
+        least = 2 if likelihood == "categorical" else 1
+        if outputs.dim() < 2 or outputs.numel() == 0 or outputs.shape[-1] < least:
+            raise ValueError(
+                f"{where}: outputs must have shape [..., C] with samples and C >= {least}; "
+                f"got {list(outputs.shape)}"
+            )
+        flat = outputs.reshape(-1, outputs.shape[-1])
+        wanted = outputs.shape[:-1] if likelihood == "categorical" else outputs.shape
+        if targets.shape != wanted:
+            raise ValueError(
+                f"{where}: targets must have shape {list(wanted)} with likelihood={likelihood!r}, "
+                f"got {list(targets.shape)}"
+            )
+        if likelihood == "categorical":
+            return flat, _checked_classes(where, targets, outputs.shape[-1]).reshape(-1)
+        if not targets.is_floating_point():
+            raise TypeError(
+                f"{where}: targets must be of a floating-point dtype, got {targets.dtype}"
+            )
+        return flat, targets.reshape(flat.shape)
+
+    def _observation(self, outputs: Tensor, targets: Tensor) -> Observation:
+        n, c = outputs.shape
+        stacked = n * (c - 1 if self._likelihood == "categorical" else c)
+        batch = self._batch
+        if batch == "auto":
+            batch = "stacked" if stacked <= self._max_rows else "sampled"
+        generator = torch.Generator(device=outputs.device)
+        generator.manual_seed(self.param_groups[0]["step"])
+        self._noise.covariance = self._first_state().get("noise")
+        seen = self._noise.observation(outputs, targets, batch, self._max_rows, generator)
+        self._rows = f"{batch}, {len(seen.directions)} rows for {n} x {c} outputs"
+        return seen
+
+    # ---- step ----
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Move the parameters by the gain times the innovation, and shrink their variances.
+
+        Args:
+            closure: Runs the model and calls :meth:`observe`; what it returns is returned.
+
+        Raises:
+            RuntimeError: There was no :meth:`observe` since the last step.
+            PreconditionerError: More than ``max_failures`` observations in a row could not be used.
+            ValueError: The groups disagree on what a filter has once.
+        """
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        if self._pending is None:
+            raise RuntimeError(
+                f"{type(self).__name__}: step() needs an observation; call observe(outputs, targets) first"
+            )
+        seen, rows, parameters = self._pending
+        self._pending = None
+        shared = self._shared_settings()
+        if not self._usable(seen, rows):
+            self._fail("a NaN or infinity in the outputs, the targets or the Jacobian")
+            return result
+        self._start_variances(rows, parameters)
+        used = [i for i, p in enumerate(parameters) if "variance" in self.state[p]]
+        moved = [parameters[i] for i in used]
+        jacobians = [rows[i] for i in used]
+        if moved and self._update(seen, jacobians, moved, shared):
+            self._failures = 0
+        for group in self.param_groups:
+            group["step"] += 1
+        return result
+
+    def _shared_settings(self) -> dict[str, float]:
+        first = self.param_groups[0]
+        for group in self.param_groups[1:]:
+            for name in _SHARED:
+                if group[name] != first[name]:
+                    raise ValueError(
+                        f"{type(self).__name__}: {name} must be the same in all parameter groups (they are "
+                        f"one filter), got {first[name]} and {group[name]}"
+                    )
+        return {name: float(first[name]) for name in _SHARED}
+
+    @staticmethod
+    def _usable(seen: Observation, rows: list[Tensor]) -> bool:
+        values = [*rows, seen.score, seen.root]
+        flags = torch.stack([torch.isfinite(v).all().to(seen.score.device) for v in values])
+        return bool(flags.all())
+
+    def _fail(self, what: str) -> None:
+        self._skipped += 1
+        self._failures += 1
+        if self._failures > self._max_failures:
+            raise PreconditionerError(
+                f"{type(self).__name__}: {self._failures} observations in a row could not be used, the last "
+                f"for {what}; the parameters are unchanged since"
+            )
+
+    def _start_variances(self, rows: list[Tensor], parameters: list[nn.Parameter]) -> None:
+        known = ["variance" in self.state[p] for p in parameters]
+        if all(known):
+            return
+        squares = torch.stack([r.square().sum(1).mean().double() for r in rows]).tolist()
+        first = self._first_state()
+        values, scale = initial_variances(
+            parameters, squares, known, self._prior, self._sigma0, first.get("prior_scale")
+        )
+        if scale is not None:
+            first["prior_scale"] = scale
+        for p, row, value in zip(parameters, rows, values, strict=True):
+            if value is not None:
+                self.state[p]["variance"] = torch.full(
+                    p.shape, value, dtype=row.dtype, device=p.device
+                )
+
+    def _update(
+        self,
+        seen: Observation,
+        jacobians: list[Tensor],
+        parameters: list[nn.Parameter],
+        shared: dict[str, float],
+    ) -> bool:
+        inflation = self._inflation(seen, jacobians, parameters)
+        variances = [self.state[p]["variance"].view(-1) for p in parameters]
+        means = [self._weights(p).view(-1) for p in parameters]
+        rates = {p: g["lr"] for g in self.param_groups for p in g["params"]}
+        scaled = any(float(rates[p]) != 1 for p in parameters)
+        before = [m.clone() for m in means] if scaled else []
+        innovation, noise, likelihood = self._noise.arguments(seen, variances, jacobians)
+        if self._noise.covariance is not None:
+            self._first_state()["noise"] = self._noise.covariance
+        prior = [v.clone() for v in variances]
+        info = kernels.kalman_update_(
+            means,
+            variances,
+            jacobians,
+            innovation,
+            noise,
+            form=self._form,
+            likelihood=likelihood,
+            regularization=self._regularization,
+            rho=shared["rho"],
+        )
+        for v, p0, kappa in zip(
+            variances, prior, inflation if inflation is not None else [], strict=False
+        ):
+            v.copy_(p0 * v / (v + kappa * (p0 - v)).clamp(min=1e-38))
+        for v in variances:
+            v.div_(shared["forgetting"]).add_(shared["process_noise"])
+        if int(info) != 0:
+            self._fail(f"info {int(info)} of kalman_update_")
+            return False
+        for i, p in enumerate(parameters):
+            if scaled:
+                means[i].copy_(torch.lerp(before[i], means[i], float(rates[p])))
+            if means[i].data_ptr() != p.data_ptr():
+                p.copy_(means[i].view(p.shape))
+        return True
+
+    def _inflation(
+        self, seen: Observation, jacobians: list[Tensor], parameters: list[nn.Parameter]
+    ) -> Tensor | None:
+        if not self._correct_coherence:
+            return None
+        generator = torch.Generator(device=seen.root.device)
+        generator.manual_seed(self.param_groups[0]["step"] + 1)
+        # A score drawn from the model has the information as its covariance: T times white noise.
+        noise = torch.randn(
+            seen.root.shape[1], generator=generator, device=seen.root.device, dtype=seen.root.dtype
+        )
+        drawn = seen.root @ noise
+        values = []
+        for h, p in zip(jacobians, parameters, strict=True):
+            state = self.state[p]
+            update_coherence(state, seen.root.mT.to(h.dtype) @ h, h.mT @ drawn.to(h.dtype))
+            values.append(coherence(state, p.numel()))
+        return torch.stack(values).float()
+
+    def _weights(self, parameter: nn.Parameter) -> Tensor:
+        """The tensor that the kernel updates: the parameter, or its contiguous copy in fp32."""
+        if parameter.dtype in (torch.float32, torch.float64):
+            return parameter.data if parameter.is_contiguous() else parameter.data.contiguous()
+        state = self.state[parameter]
+        if "weights" not in state:
+            state["weights"] = parameter.detach().float().contiguous()
+        weights: Tensor = state["weights"]
+        return weights
+
+    # ---- state and reports ----
+
+    def _first_state(self) -> dict[str, Any]:
+        """The state of the first parameter, which also keeps what all parameters share."""
+        state: dict[str, Any] = self.state[self.param_groups[0]["params"][0]]
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict; unlike the base class, keep the dtype of every tensor.
+
+        Raises:
+            ValueError: Other parameter groups, or a state of another shape. Nothing is loaded then.
+        """
+        saved = state_dict["state"]
+        ids = [i for g in state_dict["param_groups"] for i in g["params"]]
+        mine = [p for g in self.param_groups for p in g["params"]]
+        for i, p in zip(ids, mine, strict=False):
+            for key in ("variance", "score", "weights"):
+                value = saved.get(i, {}).get(key)
+                if isinstance(value, Tensor) and value.numel() != p.numel():
+                    raise ValueError(
+                        f"{type(self).__name__}: {key} of {self._name_of(p)} must have {p.numel()} elements, "
+                        f"the state dict has {value.numel()}"
+                    )
+        super().load_state_dict(state_dict)
+        mine = [p for g in self.param_groups for p in g["params"]]
+        for i, p in zip(ids, mine, strict=True):
+            for key, value in saved.get(i, {}).items():
+                if isinstance(value, Tensor):
+                    self.state[p][key] = value.to(device=p.device, copy=True)
+        self._pending = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the observation that waits: a copy is whole, for the copied parameters."""
+        return {**self.__dict__, "_pending": None, "_engine": None}
+
+    def _name_of(self, parameter: nn.Parameter) -> str:
+        return self._names.get(parameter, "a parameter")
+
+    def explain(self) -> str:
+        """Return a table: the prior and the coherence of each parameter, and how the outputs are observed."""
+        rows = [("parameter", "shape", "variance", "coherence")]
+        for p in (p for g in self.param_groups for p in g["params"]):
+            state = self.state.get(p, {})
+            variance = (
+                f"{float(state['variance'].mean()):.3g}" if "variance" in state else "not yet"
+            )
+            ratio = f"{float(coherence(state, p.numel())):.3g}" if "trace" in state else "1"
+            rows.append(
+                (self._name_of(p), "x".join(map(str, p.shape)) or "scalar", variance, ratio)
+            )
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = [
+            "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows
+        ]
+        route = self._engine.route if self._engine is not None else "none yet"
+        return "\n".join(
+            [
+                *lines,
+                f"Observation: {self._likelihood}, {self._rows}",
+                f"Jacobian: {route}",
+                f"Noise: {self._noise.describe()}",
+            ]
+        )
+
+    def diagnostics(self) -> dict[str, float]:
+        """Return plain numbers for a logger; reading them waits for the device."""
+        report = {
+            "step": float(self.param_groups[0]["step"]),
+            "skipped": float(self._skipped),
+            "skipped_in_a_row": float(self._failures),
+        }
+        for p in (p for g in self.param_groups for p in g["params"]):
+            state = self.state.get(p, {})
+            if "variance" in state:
+                report[f"{self._name_of(p)}/variance"] = float(state["variance"].mean())
+            if "trace" in state:
+                report[f"{self._name_of(p)}/coherence"] = float(coherence(state, p.numel()))
+        return report
+
+
+def _checked_classes(where: str, targets: Tensor, classes: int) -> Tensor:
+    if targets.is_floating_point() or targets.dtype == torch.bool:
+        raise TypeError(
+            f"{where}: targets must be classes of an integer dtype, got {targets.dtype}"
+        )
+    if bool(((targets < 0) | (targets >= classes)).any()):
+        raise ValueError(
+            f"{where}: targets must be classes in [0, {classes}), got "
+            f"{int(targets.min())} to {int(targets.max())}"
+        )
+    return targets.long()

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The observation noise of a Kalman optimizer: known from the likelihood, given as a number, or estimated."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from grng.curvature import observation
+from grng.curvature.observation import Observation
+
+# The estimate never falls below this share of its mean, nor below this variance: an observation that is
+# believed to be exact would move the weights without bound.
+_RELATIVE_FLOOR, _FLOOR = 1e-2, 1e-6
+
+
+class OutputNoise:
+    """Turns outputs and targets into an observation, and an observation into arguments of the kernel.
+
+    ``"fisher"``: softmax outputs are observed with the covariance that they state, ``diag(q) − q qᵀ``.
+    A number: Gaussian noise of that variance. ``"ema"``: Gaussian noise, estimated: with the innovation
+    ``e``, ``S = H P Hᵀ + R`` and the residual ``ε = R S⁻¹ e`` left after the update::
+
+        R <- beta·R + (1 − beta)·(ε εᵀ + H P Hᵀ − H P Hᵀ S⁻¹ H P Hᵀ)
+
+    whose expectation is R where R is right. For classes the probabilities of all but the reference are
+    observed.
+    """
+
+    def __init__(self, owner: str, likelihood: str, noise: float | str, beta: float) -> None:
+        known = isinstance(noise, (int, float)) and not isinstance(noise, bool)
+        if known and not (math.isfinite(float(noise)) and float(noise) > 0):
+            raise ValueError(f"{owner}: noise must be > 0, got {noise!r}")
+        names = ("fisher", "ema") if likelihood == "categorical" else ("ema",)
+        if not known and noise not in names:
+            raise ValueError(
+                f"{owner}: noise must be a number > 0 or one of {', '.join(names)} with "
+                f"likelihood={likelihood!r}, got {noise!r}"
+            )
+        self.kind = "given" if known else str(noise)
+        self._number = float(noise) if known else 1.0
+        self._likelihood, self._beta = likelihood, beta
+        # Estimated covariance [c, c]; None before the first observation. The optimizer keeps it in its state.
+        self.covariance: Tensor | None = None
+        # Outputs observed of each sample; how many samples one observation is the mean of.
+        self._outputs: int | None = None
+        self._samples = 1
+
+    def describe(self) -> str:
+        """One line for ``explain()``."""
+        if self.kind == "fisher":
+            return "the covariance of the softmax outputs"
+        if self.kind == "given":
+            return f"variance {self._number:.3g}, given"
+        if self.covariance is None:
+            return "estimated, no observation yet"
+        return f"estimated, now {float(self.covariance.diagonal().mean()):.3g}"
+
+    # ---- outputs -> observation ----
+
+    def observation(
+        self, outputs: Tensor, targets: Tensor, batch: str, samples: int, generator: torch.Generator
+    ) -> Observation:
+        """Return directions, score and root for ``outputs [N, C]``; ``batch`` is one of ``BATCHES``.
+
+        For Gaussian noise that is not sampled the score holds the errors, and the root the identity: the
+        noise, which may have to be estimated first, comes in :meth:`arguments`.
+        """
+        exact = outputs.detach().to(torch.promote_types(outputs.dtype, torch.float32))
+        if self.kind == "fisher":
+            q = exact.softmax(-1)
+            if batch == "stacked":
+                return observation.categorical(q, targets)
+            if batch == "mean":
+                return observation.mean_categorical(q, targets)
+            error = F.one_hot(targets, q.shape[1]).to(q) - q
+            return observation.sketch(error, observation.categorical_scores(q, samples, generator))
+        directions, error = self._errors(exact, targets)
+        n, self._outputs = error.shape
+        self._samples = 1
+        if batch == "sampled":
+            self._estimate(_second_moment(error))
+            lower = torch.linalg.cholesky(self._current(error))
+            white = torch.randn(
+                (samples, *error.shape), generator=generator, device=error.device, dtype=error.dtype
+            )
+            draws = torch.linalg.solve_triangular(lower, white, upper=False, left=False)
+            score = torch.cholesky_solve(error.mT, lower).mT
+            pull = [torch.einsum("...nc,ncd->...nd", t, directions) for t in (score, draws)]
+            return observation.sketch(pull[0], pull[1])
+        if batch == "mean":
+            self._samples = n
+            rows, error = directions.transpose(0, 1) / n, error.mean(0)
+        else:
+            rows = observation.spread(directions)
+            error = error.flatten()
+        return Observation(rows, error, torch.eye(len(error)).to(error))
+
+    def _errors(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return directions ``[N, c, C]`` of what is observed of each sample, and its errors ``[N, c]``."""
+        n, c = outputs.shape
+        if self._likelihood == "gaussian":
+            return torch.eye(c).to(outputs).expand(n, c, c), targets.to(outputs) - outputs
+        q = outputs.softmax(-1)
+        error = F.one_hot(targets, c).to(q) - q
+        derivative = torch.diag_embed(q) - q.unsqueeze(-1) * q.unsqueeze(-2)
+        return derivative[:, :-1], error[:, :-1]
+
+    # ---- observation -> arguments of the kernel ----
+
+    def arguments(
+        self, seen: Observation, variances: list[Tensor], jacobians: list[Tensor]
+    ) -> tuple[Tensor, Tensor, str]:
+        """Return ``(innovation, noise, likelihood)`` for ``kalman_update_``; the noise is estimated first."""
+        if self.kind == "fisher" or seen.is_sketch:
+            return seen.score, seen.root, "fisher"
+        error = seen.score
+        if self.kind == "ema":
+            gram = sum(
+                ((h * p) @ h.mT for h, p in zip(jacobians, variances, strict=True)),
+                torch.zeros_like(seen.root),
+            )
+            self._estimate(self._matched(error, gram))
+        noise = self._current(error)
+        return error, self._of_observation(noise, len(error)), "gaussian"
+
+    def _of_observation(self, noise: Tensor, rows: int) -> Tensor:
+        """The noise of the whole observation: of each sample, or of the mean of the samples."""
+        noise = noise / self._samples
+        return torch.block_diag(*([noise] * (rows // len(noise))))
+
+    def _matched(self, error: Tensor, gram: Tensor) -> Tensor:
+        """The expected covariance of one sample's noise, given this observation and the estimate so far."""
+        if self.covariance is None:
+            outputs = len(error) if self._outputs is None else self._outputs
+            self.covariance = self._floored(
+                torch.eye(outputs).to(error) * error.square().mean() * self._samples
+            )
+        noise = self._of_observation(self.covariance.to(error), len(error))
+        lower, failed = torch.linalg.cholesky_ex(gram + noise)
+        if int(failed):
+            return self.covariance
+        residual = noise @ torch.cholesky_solve(error.unsqueeze(-1), lower)
+        left = residual @ residual.mT + noise - noise @ torch.cholesky_solve(noise, lower)
+        c = len(self.covariance)
+        blocks = left.view(len(left) // c, c, len(left) // c, c)
+        return blocks.diagonal(dim1=0, dim2=2).mean(-1) * self._samples
+
+    def _estimate(self, moment: Tensor) -> None:
+        if self.kind != "ema":
+            return
+        old = self.covariance
+        new = moment if old is None else self._beta * old + (1 - self._beta) * moment
+        # A sample that is not finite is skipped as a whole: it must not enter the estimate either.
+        if bool(torch.isfinite(new).all()):
+            self.covariance = self._floored(new)
+
+    @staticmethod
+    def _floored(noise: Tensor) -> Tensor:
+        floor = _RELATIVE_FLOOR * noise.diagonal().mean() + _FLOOR
+        return noise + floor * torch.eye(len(noise)).to(noise)
+
+    def _current(self, error: Tensor) -> Tensor:
+        if self.kind == "ema":
+            assert self.covariance is not None, "estimated before it is asked for"
+            return self.covariance.to(error)
+        outputs = error.shape[-1] if self._outputs is None else self._outputs
+        return torch.eye(outputs).to(error) * self._number
+
+
+def _second_moment(error: Tensor) -> Tensor:
+    return error.mT @ error / len(error)
