@@ -12,8 +12,9 @@ from grng_kernels._register import operator
 from grng_kernels.precondition import reference
 
 OP = "precondition"
-# The C++ kernel is faster than library products where one side is at most this long.
-CPU_NARROW = 16
+# The C++ kernel is faster than library products where one side is at most this long, and either there are
+# several gradients, or one whose large inverse the caches next to a core do not hold.
+CPU_NARROW, CPU_FEW, CPU_LARGE = 16, 2, 1024
 
 Tensors = Sequence[Tensor]
 Bias = Tensor | Sequence[Tensor | None] | None
@@ -155,47 +156,59 @@ def _usual_call(
     if not _dispatch.runs_at_once() or not _dispatch.serves_cpu():
         return None
     single = isinstance(grad, Tensor)
-    columns = [[value] if single else value for value in (grad, left, right)]
-    if not all(isinstance(c, list) and len(c) == len(columns[0]) > 0 for c in columns):
+    given = [[value] if single else value for value in (grad, left, right)]
+    if not all(isinstance(c, list) and len(c) == len(given[0]) > 0 for c in given):
         return None
     if bias_grad is None:
-        biases: Sequence[Tensor | None] = [None] * len(columns[0])
+        biases: Sequence[Tensor | None] = [None] * len(given[0])
     else:
         biases = [bias_grad] if single else bias_grad  # type: ignore[list-item,assignment]
-        if not isinstance(biases, list) or len(biases) != len(columns[0]):
+        if not isinstance(biases, list) or len(biases) != len(given[0]):
             return None
-    grads, lefts, rights = cast(list[list[Tensor]], columns)
+    grads, lefts, rights = cast(list[list[Tensor]], given)
     if not all(map(_is_usual, grads, lefts, rights, biases)):
         return None
-    narrow, rest = [], []
-    outs: list[Tensor] = []
-    for i, (grad_i, lo, hi) in enumerate(zip(grads, lefts, rights, strict=True)):
-        m, n = len(lo), len(hi)
-        if not 0 < min(m, n) <= CPU_NARROW:
-            rest.append(i)
-            outs.append(grad_i)  # replaced below
-        elif biases[i] is None and grad_i.is_contiguous():
-            narrow.append(i)
-            outs.append(torch.empty_like(grad_i))  # in half the time of torch.empty
+    shapes = [(len(lo), len(hi)) for lo, hi in zip(lefts, rights, strict=True)]
+    if _dispatch.requested_backend() == "cpu":
+        narrow = [i for i, shape in enumerate(shapes) if 0 < min(shape) <= CPU_NARROW]
+        if len(narrow) < len(shapes):
+            return None
+    else:
+        narrow = cpu_serves(shapes)
+    outs: list[Tensor] = [*grads]
+    for i in narrow:
+        if biases[i] is None and grads[i].is_contiguous():
+            outs[i] = torch.empty_like(grads[i])  # in half the time of torch.empty
         else:
-            narrow.append(i)
-            outs.append(torch.empty((m, n), dtype=torch.float32, device="cpu"))
-    if rest and _dispatch.requested_backend() == "cpu":
-        return None
+            outs[i] = torch.empty(shapes[i], dtype=torch.float32, device="cpu")
     dots = torch.empty(len(outs) if dot else 0, dtype=torch.float32, device="cpu")
+    if len(narrow) == len(outs):
+        _run_cpu(dots, outs, grads, lefts, rights, biases)
+        return outs, dots
     if narrow:
-        values = dots if not rest or not dot else dots.new_empty(len(narrow))
-        mine = (outs, grads, lefts, rights, biases)
-        _run_cpu(values, *(mine if not rest else ([c[i] for i in narrow] for c in mine)))
-        if values is not dots:
+        values = dots.new_empty(len(narrow) if dot else 0)
+        columns = (outs, grads, lefts, rights, biases)
+        _run_cpu(values, *([c[i] for i in narrow] for c in columns))
+        if dot:
             dots[narrow] = values
-    for i in rest:
+    done = set(narrow)
+    for i in range(len(outs)):
+        if i in done:
+            continue
         # The memory of a result is asked for when it is needed, as in a plain product: large blocks that
         # are asked for at once are taken from the system and given back in every call.
         outs[i] = reference.precondition(grads[i], lefts[i], rights[i], biases[i])
         if dot:
             dots[i] = reference.inner_product(outs[i], grads[i], biases[i])
     return outs, dots
+
+
+def cpu_serves(shapes: Sequence[Sequence[int]]) -> list[int]:
+    """Return the places of the fp32 results ``[m, n]`` that ``auto`` leaves to the C++ kernel."""
+    narrow = [i for i, shape in enumerate(shapes) if 0 < min(shape) <= CPU_NARROW]
+    if len(narrow) >= CPU_FEW or any(max(shapes[i]) > CPU_LARGE for i in narrow):
+        return narrow
+    return []
 
 
 def _is_usual(grad: Tensor, left: Tensor, right: Tensor, bias: Tensor | None) -> bool:
@@ -314,6 +327,9 @@ def _precondition_op(
         if (cpu, triton) not in chosen:
             chosen[cpu, triton] = _dispatch.select(OP, outs[i].device, cpu=cpu, triton=triton)
         places.setdefault(chosen[cpu, triton], []).append(i)
+    if "cpu" in places and _dispatch.requested_backend() != "cpu":
+        if not cpu_serves([outs[i].shape for i in places["cpu"]]):
+            del places["cpu"]
     if "triton" in places:
         from grng_kernels.precondition.triton_kernel import supports
 
