@@ -265,8 +265,7 @@ const float* pack_group(float* packed, const Group& g, const Precondition* items
     if (item.grad.dtype == Dtype::kFloat32) pack_item<float>(packed, g, item, g.first_column[k]);
     if (item.grad.dtype == Dtype::kBFloat16)
       pack_item<BFloat16>(packed, g, item, g.first_column[k]);
-    if (item.grad.dtype == Dtype::kFloat16)
-      pack_item<_Float16>(packed, g, item, g.first_column[k]);
+    if (item.grad.dtype == Dtype::kFloat16) pack_item<_Float16>(packed, g, item, g.first_column[k]);
   }
   return packed;
 }

@@ -169,12 +169,24 @@ def _usual_call(
     if not all(map(_is_usual, grads, lefts, rights, biases)):
         return None
     shapes = [(len(lo), len(hi)) for lo, hi in zip(lefts, rights, strict=True)]
+    narrow = cpu_serves(shapes)
     if _dispatch.requested_backend() == "cpu":
         narrow = [i for i, shape in enumerate(shapes) if 0 < min(shape) <= CPU_NARROW]
         if len(narrow) < len(shapes):
             return None
-    else:
-        narrow = cpu_serves(shapes)
+    return _run_usual(narrow, shapes, dot, grads, lefts, rights, biases)
+
+
+def _run_usual(
+    narrow: Sequence[int],
+    shapes: Sequence[tuple[int, int]],
+    dot: bool,
+    grads: Sequence[Tensor],
+    lefts: Sequence[Tensor],
+    rights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+) -> tuple[list[Tensor], Tensor]:
+    """Run the items at ``narrow`` on the C++ kernel and the rest on the library, into new memory."""
     outs: list[Tensor] = [*grads]
     for i in narrow:
         if biases[i] is None and grads[i].is_contiguous():
