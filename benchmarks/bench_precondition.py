@@ -29,7 +29,7 @@ from shapes import WEIGHTS, chosen_models
 from torch import Tensor
 
 from grng_kernels import precondition, use_backend
-from grng_kernels.precondition.op import CPU_LEAST, CPU_NARROW
+from grng_kernels.precondition.op import cpu_serves
 
 LIMIT = 5e-5
 # Models that are also measured with the inner products of a KL clip.
@@ -200,9 +200,7 @@ def _backend(
     """Return what ``auto`` runs these items on: a kernel, the reference, or both."""
     backend, remarks = our_backend({"cpu": "cpu", "cuda": "triton"}, device)
     if backend == "cpu":
-        narrow = [min(shape) <= CPU_NARROW for shape in shapes]
-        if sum(narrow) < CPU_LEAST:
-            narrow = [False] * len(shapes)
+        narrow = [i in cpu_serves(shapes) for i in range(len(shapes))]
     elif backend == "triton":
         from grng_kernels.precondition.triton_kernel import supports
 

@@ -207,37 +207,41 @@ const float* check_inverse(const Tensor& t, int64_t n, const char* name) {
   return static_cast<const float*>(t.data_ptr());
 }
 
-// An empty bias means none. `dots` is empty where they are not wanted.
+// An empty bias means none, and an empty list none for all. `dots` is empty where they are not
+// wanted.
 void precondition(const Tensors outs, const Tensor dots, const Tensors grads, const Tensors lefts,
                   const Tensors rights, const Tensors biases) {
   const size_t count = outs.size();
   STD_TORCH_CHECK(count == grads.size() && count == lefts.size() && count == rights.size() &&
-                      count == biases.size(),
+                      (biases.empty() || count == biases.size()),
                   "grng: outs, grads, lefts, rights and biases must have the same length");
   const bool with_dot = dots.numel() > 0;
   if (with_dot) check_dense(dots, ScalarType::Float, {static_cast<int64_t>(count)}, "dots");
   std::vector<grng::Precondition> items;
   std::vector<Span> spans;
+  items.reserve(count);
+  spans.reserve(5 * count);
   for (size_t i = 0; i < count; ++i) {
     const grng::ConstMatrix grad = matrix_of(grads[i]);
-    const Tensor &bias = biases[i], &out = outs[i];
-    const bool has_bias = bias.numel() > 0;
+    const Tensor* bias = biases.empty() ? nullptr : &biases[i];
+    const Tensor& out = outs[i];
+    const bool has_bias = bias && bias->numel() > 0;
     const int64_t m = grad.rows, n = grad.cols + has_bias;
     STD_TORCH_CHECK(grad.dtype != grng::Dtype::kFloat64, "grng: grad must not be float64");
     STD_TORCH_CHECK(std::min(m, n) <= grng::kMaxPreconditionNarrow, "grng: grad is not narrow");
-    STD_TORCH_CHECK(!has_bias || (bias.dim() == 1 && bias.size(0) == m &&
-                                  bias.scalar_type() == grads[i].scalar_type()),
+    STD_TORCH_CHECK(!has_bias || (bias->dim() == 1 && bias->size(0) == m &&
+                                  bias->scalar_type() == grads[i].scalar_type()),
                     "grng: bias must have one element per row of grad, and its dtype");
     STD_TORCH_CHECK(out.scalar_type() == ScalarType::Float && out.dim() == 2 && out.size(0) == m &&
                         out.size(1) == n,
                     "grng: out must be a float32 matrix of the gradient's shape");
-    items.push_back({grad, has_bias ? bias.data_ptr() : nullptr, has_bias ? bias.stride(0) : 0,
+    items.push_back({grad, has_bias ? bias->data_ptr() : nullptr, has_bias ? bias->stride(0) : 0,
                      check_inverse(lefts[i], m, "left"), check_inverse(rights[i], n, "right"),
                      lefts[i].stride(0), rights[i].stride(0), static_cast<float*>(out.data_ptr()),
                      out.stride(0), out.stride(1), m, n, 0});
     spans.push_back(span_of(out, true));
-    for (const Tensor* t : {&grads[i], &lefts[i], &rights[i], &bias})
-      spans.push_back(span_of(*t, false));
+    for (const Tensor* t : {&grads[i], &lefts[i], &rights[i]}) spans.push_back(span_of(*t, false));
+    if (has_bias) spans.push_back(span_of(*bias, false));
   }
   check_no_overlap(std::move(spans));
   grng::precondition_cpu(items.data(), static_cast<int64_t>(count), with_dot, threads_of_torch());

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "../kernels.h"
+#include "bf16_dot.h"
 #include "elements.h"
 #include "factor_check.h"
 #include "parallel.h"
@@ -118,9 +119,11 @@ GRNG_INLINE double pack_any(T* packed, const ConstMatrix& x, bool bias, int64_t 
 
 // Returns the largest magnitude that was packed, ones of the bias included: inf or NaN where one
 // is.
-template <class Isa, class T, class P>
+template <class Isa, class T, class P, class Dot>
 GRNG_INLINE double pack(T* packed, const ConstMatrix& x, bool bias, int64_t begin, int64_t rows,
                         int64_t height, int64_t panel_begin, int64_t panel_end) {
+  if constexpr (Dot::kRows == 2)
+    return pack_pairs<kWidthOf<T, P>>(packed, x, bias, begin, rows, height, panel_begin, panel_end);
   switch (x.dtype) {
     case Dtype::kFloat64:
       if constexpr (sizeof(T) == 8)
@@ -144,6 +147,16 @@ GRNG_INLINE double pack(T* packed, const ConstMatrix& x, bool bias, int64_t begi
       break;
   }
   return std::numeric_limits<double>::quiet_NaN();
+}
+
+// Calls f with how rows of this matrix are multiplied: Products{} or PairProducts{}.
+template <class T, class F>
+GRNG_INLINE void with_dot(const ConstMatrix& x, const F& f) {
+  if constexpr (sizeof(T) == 4) {
+    if (x.dtype == Dtype::kBFloat16 && !x.patches && PairProducts::available())
+      return f(PairProducts{});
+  }
+  f(Products{});
 }
 
 // Brings rows [begin, end) of a matrix to L2, a few cache lines at a time.
@@ -215,19 +228,21 @@ int64_t tiles_workspace(const FactorUpdate& item) {
          tile_count(panels) * kTileSizeOf<T, P>;
 }
 
-template <class T, class P>
+template <class T, class P, class Dot>
 Info update_by_tiles(const FactorUpdate& item, T* packed, double* largest, const Threads& threads) {
   constexpr int64_t kWidth = kWidthOf<T, P>;
   const ConstMatrix& x = item.x;
   const int64_t panels = ceil_div(x.cols + item.bias, kWidth);
   const int64_t blocks = ceil_div(panels, kPanelsPerBlock);
-  const int64_t height = std::min(kRowsPerPhase, x.rows);
+  const int64_t phase = std::min(kRowsPerPhase, x.rows), height = ceil_div(phase, Dot::kRows);
+  static_assert(kRowsPerBlock % Dot::kRows == 0);
   T* const sums = packed + panels * height * kWidth;
   double amax = 0;
-  for (int64_t row = 0; row < x.rows; row += height) {
-    const int64_t rows = std::min(height, x.rows - row);
+  for (int64_t row = 0; row < x.rows; row += phase) {
+    const int64_t rows = std::min(phase, x.rows - row);
     run_dynamic(threads, panels, [&](auto isa, int64_t p) GRNG_INLINE_LAMBDA {
-      largest[p] = pack<decltype(isa), T, P>(packed, x, item.bias, row, rows, height, p, p + 1);
+      largest[p] =
+          pack<decltype(isa), T, P, Dot>(packed, x, item.bias, row, rows, height, p, p + 1);
     });
     for (int64_t p = 0; p < panels; ++p) amax = larger(amax, largest[p]);
     if (!std::isfinite(amax)) return kNonfiniteInput;
@@ -250,10 +265,11 @@ Info update_by_tiles(const FactorUpdate& item, T* packed, double* largest, const
             [](TileIndex, T* sum) { std::memset(sum, 0, kTileSizeOf<T, P> * sizeof(T)); });
       for (int64_t r = 0; r < rows; r += kRowsPerBlock)
         for_each_tile([&](TileIndex tile, T* sum) GRNG_INLINE_LAMBDA {
-          add_product<decltype(isa), T, P>(sum, packed + (tile.row * height + r) * kWidth,
-                                           packed + (tile.col * height + r) * kWidth,
-                                           one_line(std::min(kRowsPerBlock, rows - r)),
-                                           tile.row == tile.col, []() GRNG_INLINE_LAMBDA {});
+          const int64_t now = ceil_div(std::min(kRowsPerBlock, rows - r), Dot::kRows);
+          add_product<decltype(isa), T, P, Dot>(
+              sum, packed + (tile.row * height + r / Dot::kRows) * kWidth,
+              packed + (tile.col * height + r / Dot::kRows) * kWidth, one_line(now),
+              tile.row == tile.col, []() GRNG_INLINE_LAMBDA {});
         });
       if (last)
         for_each_tile([&](TileIndex tile, T* sum)
@@ -279,7 +295,7 @@ int64_t sums_size(int64_t n) {
 }
 
 // Sums of one chunk of rows [begin, end); returns the largest |x|.
-template <class Isa, class T, class P>
+template <class Isa, class T, class P, class Dot>
 GRNG_INLINE double sum_rows(T* sum, const FactorUpdate& item, int64_t begin, int64_t end) {
   constexpr int64_t kWidth = kWidthOf<T, P>;
   const int64_t n = item.x.cols + item.bias, panels = ceil_div(n, kWidth);
@@ -297,17 +313,18 @@ GRNG_INLINE double sum_rows(T* sum, const FactorUpdate& item, int64_t begin, int
       block = static_cast<const T*>(item.x.data) + row * kWidth;
       amax = larger(amax, largest_magnitude<Isa>(block, rows * kWidth));
     } else {
-      amax = larger(
-          amax, pack<Isa, T, P>(packed, item.x, item.bias, row, rows, kRowsPerBlock, 0, panels));
+      amax = larger(amax, pack<Isa, T, P, Dot>(packed, item.x, item.bias, row, rows, kRowsPerBlock,
+                                               0, panels));
     }
     // Packing waits for memory, the products do not: the next rows are on their way meanwhile.
     Prefetch ahead(item.x, row + rows, std::min(end, row + rows + kRowsPerBlock));
     T* tile = sum;
     for (int64_t i = 0; i < panels; ++i)
       for (int64_t j = 0; j <= i; ++j, tile += kWidth * kWidth)
-        add_product<Isa, T, P>(tile, block + i * kRowsPerBlock * kWidth,
-                               block + j * kRowsPerBlock * kWidth, one_line(rows), i == j,
-                               [&]() GRNG_INLINE_LAMBDA { ahead.fetch(kLinesPerStrip); });
+        add_product<Isa, T, P, Dot>(tile, block + i * kRowsPerBlock * kWidth,
+                                    block + j * kRowsPerBlock * kWidth,
+                                    one_line(ceil_div(rows, Dot::kRows)), i == j,
+                                    [&]() GRNG_INLINE_LAMBDA { ahead.fetch(kLinesPerStrip); });
   }
   return amax;
 }
@@ -358,7 +375,10 @@ class Updates {
     run_small(threads);
     for (FactorUpdate* item : large_)
       with_panels<T>(item->x.cols + item->bias, [&](auto p) {
-        item->info = update_by_tiles<T, decltype(p)>(*item, tiles_.get(), largest_.data(), threads);
+        with_dot<T>(item->x, [&](auto dot) {
+          item->info = update_by_tiles<T, decltype(p), decltype(dot)>(*item, tiles_.get(),
+                                                                      largest_.data(), threads);
+        });
       });
   }
 
@@ -375,8 +395,10 @@ class Updates {
                   Chunk& chunk = chunks_[c];
                   const FactorUpdate& item = *small_[chunk.item];
                   with_panels<T>(item.x.cols + item.bias, [&](auto p) GRNG_INLINE_LAMBDA {
-                    chunk.amax = sum_rows<decltype(isa), T, decltype(p)>(
-                        sums_.get() + chunk.sums, item, chunk.begin, chunk.end);
+                    with_dot<T>(item.x, [&](auto dot) GRNG_INLINE_LAMBDA {
+                      chunk.amax = sum_rows<decltype(isa), T, decltype(p), decltype(dot)>(
+                          sums_.get() + chunk.sums, item, chunk.begin, chunk.end);
+                    });
                   });
                 });
     const auto commit = [&](auto, int64_t i) GRNG_INLINE_LAMBDA {

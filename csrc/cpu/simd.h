@@ -75,6 +75,40 @@ struct Simd {
 #endif
     return *p - Vec{};
   }
+  // sums[v] += y[v] times the kRepeat elements at p, which are repeated to the end of a vector.
+  template <int kRepeat, int kVecs>
+  static GRNG_INLINE void add_repeated(Vec (&sums)[kVecs], const Vec (&y)[kVecs], const T* p) {
+    static_assert(kRepeat == 1 || kRepeat == 2 || kRepeat == 4);
+#if defined(__x86_64__)
+    // In place of a broadcast and a product: without the decoding of another instruction.
+    if constexpr (Isa::kVectorBytes == 64 && sizeof(T) == 4 && kRepeat == 1) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) {
+        // A variable of its own: what an asm writes to an array is stored to memory each time.
+        Vec sum = sums[v];
+        asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(y[v]), "m"(*p));
+        sums[v] = sum;
+      }
+      return;
+    }
+#endif
+    Vec x;
+    if constexpr (kRepeat == 1) {
+      x = broadcast(p);
+#if defined(__x86_64__)
+    } else if constexpr (Isa::kVectorBytes >= 32 && sizeof(T) == 4 && kRepeat == 2) {
+      asm("vbroadcastsd %1, %0" : "=v"(x) : "m"(*reinterpret_cast<const T(*)[2]>(p)));
+    } else if constexpr (Isa::kVectorBytes == 64 && sizeof(T) == 4 && kRepeat == 4) {
+      asm("vbroadcastf32x4 %1, %0" : "=v"(x) : "m"(*reinterpret_cast<const T(*)[4]>(p)));
+    } else if constexpr (Isa::kVectorBytes == 32 && sizeof(T) == 4 && kRepeat == 4) {
+      asm("vbroadcastf128 %1, %0" : "=x"(x) : "m"(*reinterpret_cast<const T(*)[4]>(p)));
+#endif
+    } else {
+      for (int i = 0; i < kLanes; ++i) x[i] = p[i % kRepeat];
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) sums[v] += x * y[v];
+  }
   // With the sign bit cleared, the order of the bit patterns is the order of the magnitudes, and
   // every inf and NaN lies above every finite number: one integer maximum finds both.
   using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;

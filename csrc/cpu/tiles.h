@@ -47,6 +47,15 @@ GRNG_INLINE void with_panels(int64_t n, const F& f) {
   return f(Panels<1>{});
 }
 
+// How a row of one panel meets a row of another; kRows rows of a matrix lie in one of a panel.
+struct Products {
+  static constexpr int64_t kRows = 1;
+  template <class Vec>
+  static GRNG_INLINE Vec add(Vec sum, Vec a, Vec b) {
+    return sum + a * b;
+  }
+};
+
 // Which rows of two panels are multiplied: `lines` runs of `rows` each. Steps are in rows.
 struct Run {
   int64_t lines, rows, line_step, row_step;
@@ -57,7 +66,7 @@ inline Run one_line(int64_t rows) { return {1, rows, 0, 1}; }
 // ---- one tile: sum [width, width] += left^T right, over the rows of a run ----
 
 // Rows [i, i + kRows) of the tile, its first kVecs vectors.
-template <class Isa, class T, class P, int kVecs, int kRows = tile_rows<Isa, T>(kVecs)>
+template <class Isa, class T, class P, class Dot, int kVecs, int kRows = tile_rows<Isa, T>(kVecs)>
 GRNG_INLINE int64_t add_strip(T* sum, const T* left, const T* right, const Run& run, int64_t i) {
   using S = Simd<Isa, T>;
   using Vec = typename S::Vec;
@@ -74,7 +83,7 @@ GRNG_INLINE int64_t add_strip(T* sum, const T* left, const T* right, const Run& 
       for (int t = 0; t < kRows; ++t) {
         const Vec a = S::broadcast(l + t);
 #pragma GCC unroll 12
-        for (int v = 0; v < kVecs; ++v) acc[t][v] += a * b[v];
+        for (int v = 0; v < kVecs; ++v) acc[t][v] = Dot::add(acc[t][v], a, b[v]);
       }
       l += run.row_step * kWidth;
       r += run.row_step * kWidth;
@@ -92,7 +101,7 @@ GRNG_INLINE int64_t add_strip(T* sum, const T* left, const T* right, const Run& 
 
 // A tile on the diagonal needs its lower triangle only: `diagonal` leaves out whole 64-byte
 // columns, and what is left of a strip is taken higher. `before_strip` may fetch what comes next.
-template <class Isa, class T, class P, class Each>
+template <class Isa, class T, class P, class Dot = Products, class Each>
 GRNG_INLINE void add_product(T* sum, const T* left, const T* right, const Run& run, bool diagonal,
                              const Each& before_strip) {
   constexpr int kVecs = 64 / Isa::kVectorBytes;
@@ -101,13 +110,13 @@ GRNG_INLINE void add_product(T* sum, const T* left, const T* right, const Run& r
     before_strip();
     const int64_t lines = diagonal ? i / kLine + 1 : P::kCount;
     if (P::kCount >= 4 && lines == 4) {
-      i = add_strip<Isa, T, P, kVecs * std::min(4, P::kCount)>(sum, left, right, run, i);
+      i = add_strip<Isa, T, P, Dot, kVecs * std::min(4, P::kCount)>(sum, left, right, run, i);
     } else if (P::kCount >= 3 && lines == 3) {
-      i = add_strip<Isa, T, P, kVecs * std::min(3, P::kCount)>(sum, left, right, run, i);
+      i = add_strip<Isa, T, P, Dot, kVecs * std::min(3, P::kCount)>(sum, left, right, run, i);
     } else if (P::kCount >= 2 && lines == 2) {
-      i = add_strip<Isa, T, P, kVecs * std::min(2, P::kCount)>(sum, left, right, run, i);
+      i = add_strip<Isa, T, P, Dot, kVecs * std::min(2, P::kCount)>(sum, left, right, run, i);
     } else {
-      i = add_strip<Isa, T, P, kVecs>(sum, left, right, run, i);
+      i = add_strip<Isa, T, P, Dot, kVecs>(sum, left, right, run, i);
     }
   }
 }

@@ -12,9 +12,9 @@ from grng_kernels._register import operator
 from grng_kernels.precondition import reference
 
 OP = "precondition"
-# The C++ kernel is faster than library products where one side is at most this long, and for so many
-# gradients that waking the threads for all of them together does not show.
-CPU_NARROW, CPU_LEAST = 16, 4
+# The C++ kernel is faster than library products where one side is at most this long, and either there are
+# several gradients, or one whose large inverse the caches next to a core do not hold.
+CPU_NARROW, CPU_FEW, CPU_LARGE = 16, 2, 1024
 
 Tensors = Sequence[Tensor]
 Bias = Tensor | Sequence[Tensor | None] | None
@@ -156,29 +156,71 @@ def _usual_call(
     if not _dispatch.runs_at_once() or not _dispatch.serves_cpu():
         return None
     single = isinstance(grad, Tensor)
-    columns = [[value] if single else value for value in (grad, left, right)]
-    if not all(isinstance(c, list) and len(c) == len(columns[0]) > 0 for c in columns):
+    given = [[value] if single else value for value in (grad, left, right)]
+    if not all(isinstance(c, list) and len(c) == len(given[0]) > 0 for c in given):
         return None
     if bias_grad is None:
-        biases: Sequence[Tensor | None] = [None] * len(columns[0])
+        biases: Sequence[Tensor | None] = [None] * len(given[0])
     else:
         biases = [bias_grad] if single else bias_grad  # type: ignore[list-item,assignment]
-        if not isinstance(biases, list) or len(biases) != len(columns[0]):
+        if not isinstance(biases, list) or len(biases) != len(given[0]):
             return None
-    grads, lefts, rights = cast(list[list[Tensor]], columns)
+    grads, lefts, rights = cast(list[list[Tensor]], given)
     if not all(map(_is_usual, grads, lefts, rights, biases)):
         return None
-    shapes = [lo.shape[:1] + hi.shape[:1] for lo, hi in zip(lefts, rights, strict=True)]
-    narrow = [i for i, shape in enumerate(shapes) if 0 < min(shape) <= CPU_NARROW]
+    shapes = [(len(lo), len(hi)) for lo, hi in zip(lefts, rights, strict=True)]
+    narrow = cpu_serves(shapes)
     if _dispatch.requested_backend() == "cpu":
+        narrow = [i for i, shape in enumerate(shapes) if 0 < min(shape) <= CPU_NARROW]
         if len(narrow) < len(shapes):
             return None
-    elif len(narrow) < CPU_LEAST:
-        narrow = []
-    outs = [torch.empty(shape, dtype=torch.float32, device="cpu") for shape in shapes]
+    return _run_usual(narrow, shapes, dot, grads, lefts, rights, biases)
+
+
+def _run_usual(
+    narrow: Sequence[int],
+    shapes: Sequence[tuple[int, int]],
+    dot: bool,
+    grads: Sequence[Tensor],
+    lefts: Sequence[Tensor],
+    rights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+) -> tuple[list[Tensor], Tensor]:
+    """Run the items at ``narrow`` on the C++ kernel and the rest on the library, into new memory."""
+    outs: list[Tensor] = [*grads]
+    for i in narrow:
+        if biases[i] is None and grads[i].is_contiguous():
+            outs[i] = torch.empty_like(grads[i])  # in half the time of torch.empty
+        else:
+            outs[i] = torch.empty(shapes[i], dtype=torch.float32, device="cpu")
     dots = torch.empty(len(outs) if dot else 0, dtype=torch.float32, device="cpu")
-    _run_items(outs, dots, grads, lefts, rights, biases, {"cpu": narrow})
+    if len(narrow) == len(outs):
+        _run_cpu(dots, outs, grads, lefts, rights, biases)
+        return outs, dots
+    if narrow:
+        values = dots.new_empty(len(narrow) if dot else 0)
+        columns = (outs, grads, lefts, rights, biases)
+        _run_cpu(values, *([c[i] for i in narrow] for c in columns))
+        if dot:
+            dots[narrow] = values
+    done = set(narrow)
+    for i in range(len(outs)):
+        if i in done:
+            continue
+        # The memory of a result is asked for when it is needed, as in a plain product: large blocks that
+        # are asked for at once are taken from the system and given back in every call.
+        outs[i] = reference.precondition(grads[i], lefts[i], rights[i], biases[i])
+        if dot:
+            dots[i] = reference.inner_product(outs[i], grads[i], biases[i])
     return outs, dots
+
+
+def cpu_serves(shapes: Sequence[Sequence[int]]) -> list[int]:
+    """Return the places of the fp32 results ``[m, n]`` that ``auto`` leaves to the C++ kernel."""
+    narrow = [i for i, shape in enumerate(shapes) if 0 < min(shape) <= CPU_NARROW]
+    if len(narrow) >= CPU_FEW or any(max(shapes[i]) > CPU_LARGE for i in narrow):
+        return narrow
+    return []
 
 
 def _is_usual(grad: Tensor, left: Tensor, right: Tensor, bias: Tensor | None) -> bool:
@@ -187,9 +229,10 @@ def _is_usual(grad: Tensor, left: Tensor, right: Tensor, bias: Tensor | None) ->
             return False
         if not t.is_cpu or t.layout is not torch.strided:
             return False
-    if grad.dim() != 2 or (bias is not None and bias.shape != grad.shape[:1]):
+    shape = grad.shape
+    if len(shape) != 2 or (bias is not None and bias.shape != shape[:1]):
         return False
-    m, n = grad.shape
+    m, n = shape
     n += bias is not None
     # The C++ kernel reads whole rows of the inverses.
     return (
@@ -296,8 +339,9 @@ def _precondition_op(
         if (cpu, triton) not in chosen:
             chosen[cpu, triton] = _dispatch.select(OP, outs[i].device, cpu=cpu, triton=triton)
         places.setdefault(chosen[cpu, triton], []).append(i)
-    if len(places.get("cpu", [])) < CPU_LEAST and _dispatch.requested_backend() != "cpu":
-        places.pop("cpu", None)
+    if "cpu" in places and _dispatch.requested_backend() != "cpu":
+        if not cpu_serves([outs[i].shape for i in places["cpu"]]):
+            del places["cpu"]
     if "triton" in places:
         from grng_kernels.precondition.triton_kernel import supports
 
@@ -328,7 +372,7 @@ def _run_items(
         values = (
             dots if direct or not len(dots) else dots.new_empty(len(items), dtype=torch.float32)
         )
-        run(mine[0], values, *mine[1:])
+        run(values, *mine)
         if len(dots) and not direct:
             for k, i in enumerate(items):
                 dots[i] = values[k]
@@ -339,21 +383,24 @@ def _run_items(
 
 
 def _run_cpu(
-    outs: Sequence[Tensor],
     dots: Tensor,
+    outs: Sequence[Tensor],
     grads: Sequence[Tensor],
     lefts: Sequence[Tensor],
     rights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
 ) -> None:
-    # An empty tensor says that there is no bias.
-    columns = [g.new_empty(0) if b is None else b for g, b in zip(grads, biases, strict=True)]
+    # An empty tensor says that there is no bias, and no tensor that there is none at all.
+    columns: list[Tensor] = []
+    if any(b is not None for b in biases):
+        none = torch.empty(0, device="cpu")
+        columns = [none if b is None else b for b in biases]
     torch.ops.grng._precondition_.default(outs, dots, grads, lefts, rights, columns)
 
 
 def _run_triton(
-    outs: Sequence[Tensor],
     dots: Tensor,
+    outs: Sequence[Tensor],
     grads: Sequence[Tensor],
     lefts: Sequence[Tensor],
     rights: Sequence[Tensor],

@@ -40,6 +40,17 @@ def precondition_into(
         matmul(left, product, out=out)
 
 
+def precondition(grad: Tensor, left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return ``left · gradient · right`` of tensors of one dtype in new memory, as above."""
+    if bias is not None:
+        out = grad.new_empty(len(left), len(right))
+        precondition_into(out, grad, left, right, bias)
+        return out
+    if left_first(*grad.shape):
+        return matmul(matmul(left, grad), right)
+    return matmul(left, matmul(grad, right))
+
+
 def inner_product(result: Tensor, grad: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return ``<result, gradient>``, 0-d, in the dtype of ``result``."""
     wide = result[:, : grad.shape[1]]
