@@ -7,7 +7,13 @@
 namespace grng {
 
 // The values of grng_kernels.Info; a test keeps the two lists equal.
-enum Info : int32_t { kOk = 0, kNonfiniteInput = 1, kNotConverged = 2, kOverflow = 3 };
+enum Info : int32_t {
+  kOk = 0,
+  kNonfiniteInput = 1,
+  kNotConverged = 2,
+  kOverflow = 3,
+  kAsymmetric = 4
+};
 
 enum class Dtype { kFloat32, kFloat64, kBFloat16, kFloat16 };
 

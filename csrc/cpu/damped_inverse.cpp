@@ -27,6 +27,11 @@ constexpr int64_t kLine = kSpdLine;
 // See grng_kernels/damped_inverse/reference.py and probes.py.
 constexpr float kFloor = 1e-36f, kResidualLimit = 1e-2f;
 constexpr int64_t kProbes = 16;
+// More asymmetry than this share of the largest entry is not rounding.
+float asymmetry_limit(Dtype dtype) {
+  if (dtype == Dtype::kBFloat16) return 0x1.6a09e6p-4f;
+  return dtype == Dtype::kFloat16 ? 0x1p-5f : 0x1.6a09e6p-12f;
+}
 // The diagonal beyond the matrix: its inverse must stay in range when the scale is taken out.
 constexpr float kPadding = 0x1p60f;
 // A given damping is at most 2^this times the largest entry after scaling: more would leave fp32.
@@ -147,11 +152,13 @@ struct PowerOfTwo {
   float times(float value) const { return value * first * second; }
 };
 
-// Blocks of rows I: with their mirror images, the mean of the two times the scale.
+// Blocks of rows I: with their mirror images, the mean of the two times the scale. Returns the
+// largest difference of the two, times the scale.
 template <class Isa>
-GRNG_INLINE void symmetrise_block(float* s, int64_t padded, int64_t block,
-                                  const PowerOfTwo& scale) {
+GRNG_INLINE float symmetrise_block(float* s, int64_t padded, int64_t block,
+                                   const PowerOfTwo& scale) {
   using S = Simd<Isa, float>;
+  typename S::Magnitudes largest = {};
   for (int64_t j = 0; j <= block; ++j) {
     alignas(64) float turned[256];
     float* low = s + (block * padded + j) * kLine;
@@ -162,9 +169,11 @@ GRNG_INLINE void symmetrise_block(float* s, int64_t padded, int64_t block,
         const auto a = S::load(low + r * padded + c) * scale.first;
         const auto b = S::load(turned + r * kLine + c) * scale.first;
         S::store(low + r * padded + c, (a + b) * (0.5f * scale.second));
+        largest = S::larger(largest, a - b);
       }
     if (j < block) transpose16<Isa>(high, padded, low, padded);
   }
+  return static_cast<float>(S::largest(largest)) * scale.second;
 }
 
 // ---- inverting, writing ----
@@ -347,7 +356,12 @@ GRNG_INLINE void damped_inverse(DampedInverse& item, float* workspace, const flo
     exponent = std::max(exponent, of_damping - kDampingBits);
   }
   const PowerOfTwo down(-exponent), up(exponent);
-  each(blocks, [=](int64_t b) GRNG_INLINE_LAMBDA { symmetrise_block<Isa>(s, at.padded, b, down); });
+  each(blocks, [=](int64_t b) GRNG_INLINE_LAMBDA {
+    partial[b] = symmetrise_block<Isa>(s, at.padded, b, down);
+  });
+  // What is below the floor decides nothing; there the rounding is that of subnormal numbers.
+  const float share = asymmetry_limit(item.factor.dtype) * down.times(static_cast<float>(largest));
+  const bool symmetric = largest_of_blocks() <= std::max(share, down.times(kFloor));
 
   // The vector is kept where the inverse fails, so the estimate works on a copy.
   float* vector = workspace + at.vector;
@@ -363,7 +377,7 @@ GRNG_INLINE void damped_inverse(DampedInverse& item, float* workspace, const flo
        [=](int64_t b) GRNG_INLINE_LAMBDA { copy_lower<Isa>(a, at, s, shift, b); });
   if (!invert<Isa>(at, a, workspace + at.packed, each)) {
     item.residual = std::numeric_limits<float>::infinity();
-    return give_up(kNotConverged);
+    return give_up(symmetric ? kNotConverged : kAsymmetric);
   }
   each(blocks, [=](int64_t b) GRNG_INLINE_LAMBDA {
     partial[b] = write_block<Isa>(item.inverse, at, a, down, b);
@@ -371,7 +385,9 @@ GRNG_INLINE void damped_inverse(DampedInverse& item, float* workspace, const flo
   const bool in_range = std::isfinite(largest_of_blocks());
   item.residual = measure_residual<Isa>(at, item.inverse, s, shift, exponent, probes,
                                         workspace + at.probed, partial, each);
-  if (!in_range) {
+  if (!symmetric) {
+    item.info = kAsymmetric;
+  } else if (!in_range) {
     item.info = kOverflow;
   } else if (!(item.residual <= kResidualLimit)) {
     item.info = kNotConverged;

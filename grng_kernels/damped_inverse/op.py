@@ -37,7 +37,8 @@ def damped_inverse(
 
     Args:
         factor: Symmetric PSD, ``[N, N]``, ``[L, N, N]``, or a list of ``[N, N]`` of mixed sizes; fp32,
-            bf16, fp16 (both computed in fp32) or fp64; any strides. Asymmetry is averaged away.
+            bf16, fp16 (both computed in fp32) or fp64; any strides. The mean of the two triangles is
+            inverted; one that is asymmetric beyond rounding is reported, see ``info``.
         rho: Relative regulariser, > 0, dimensionless: the damping is ``max(√rho·s, 1e-36)`` with ``s`` the
             estimate of ``‖factor‖₂``, which bounds the condition number by ``1 + 1/√rho``.
         damping: Absolute regulariser instead of ``rho``, > 0, in units of ``factor``: a number, a tensor
@@ -57,9 +58,11 @@ def damped_inverse(
         deviation 35 % at worst). Near 1e-6 the rounding of its own products is most of it, so that it is
         high rather than low. It has no meaning where ``info`` is not 0.
         ``info`` is ``NONFINITE_INPUT`` for a matrix with NaN or infinity, or a damping on the device that
-        is not positive; ``NOT_CONVERGED``
-        where the factorisation failed or the residual exceeds 1e-2; ``OVERFLOW`` where the inverse leaves
-        the range of its dtype. That matrix must not be used, and the others are bitwise what they would be
+        is not positive; ``ASYMMETRIC`` where two mirrored entries differ by more than ``√eps`` of the largest
+        entry (``eps`` of the dtype of ``factor``, for fp64 that of fp32), which no rounding of sums explains:
+        the reference and the CPU kernel look for it, the Triton and CUDA kernels take the mean unasked;
+        ``NOT_CONVERGED`` where the factorisation failed or the residual exceeds 1e-2; ``OVERFLOW`` where the
+        inverse leaves the range of its dtype. That matrix must not be used, and the others are bitwise what they would be
         without the fault. A zero matrix gives ``I/1e-36``.
 
     Raises:

@@ -129,6 +129,7 @@ def test_asymmetry_is_averaged_away(device):
     symmetric, skew = (symmetric * 64).round() / 64, ((skew - skew.mT) * 64).round() / 64
     got, want = damped_inverse(symmetric + skew, rho=1e-2), damped_inverse(symmetric, rho=1e-2)
     torch.testing.assert_close(got.inverse, want.inverse, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got.residual, want.residual, rtol=0, atol=1e-6)
 
 
 # ---- accuracy ----
