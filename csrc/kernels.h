@@ -110,7 +110,7 @@ void precondition_cpu(Precondition* items, int64_t count, bool with_dot, const T
 struct DampedInverse {
   ConstMatrix factor;
   float* inverse;
-  // [n]: the start of the norm estimate, all zero for none; replaced where info is kOk.
+  // [n]: the start of the norm estimate, all zero for none; replaced where info is kOk. Null: none.
   float* vector;
   // Relative: rho's root, times the norm. Otherwise the damping itself; `used` is what was added.
   bool relative;

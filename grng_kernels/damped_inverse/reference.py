@@ -44,7 +44,8 @@ class DampedInverse(NamedTuple):
             lie close to the largest, or for a call or two after the leading eigenvector was replaced;
             ``[]`` or ``[L]``.
         residual: Measured ``‖I − M X‖_F/√N``, ``M`` the damped matrix; ``[]`` or ``[L]``. Exact up to order
-            16 and beyond an estimate through 16 fixed vectors of signs, unbiased in its square.
+            16 (on the CPU 32); beyond, an estimate through 16 fixed vectors of signs, unbiased in its
+            square.
         info: :class:`Info`, int32, ``[]`` or ``[L]``.
     """
 
