@@ -7,7 +7,13 @@
 namespace grng {
 
 // The values of grng_kernels.Info; a test keeps the two lists equal.
-enum Info : int32_t { kOk = 0, kNonfiniteInput = 1, kNotConverged = 2, kOverflow = 3 };
+enum Info : int32_t {
+  kOk = 0,
+  kNonfiniteInput = 1,
+  kNotConverged = 2,
+  kOverflow = 3,
+  kAsymmetric = 4
+};
 
 enum class Dtype { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
@@ -104,7 +110,7 @@ void precondition_cpu(Precondition* items, int64_t count, bool with_dot, const T
 struct DampedInverse {
   ConstMatrix factor;
   float* inverse;
-  // [n]: the start of the norm estimate, all zero for none; replaced where info is kOk.
+  // [n]: the start of the norm estimate, all zero for none; replaced where info is kOk. Null: none.
   float* vector;
   // Relative: rho's root, times the norm. Otherwise the damping itself; `used` is what was added.
   bool relative;

@@ -251,17 +251,54 @@ void precondition(const Tensors outs, const Tensor dots, const Tensors grads, co
 
 // ---- damped_inverse ----
 
+// Hands out the memory of tensors that lie one after the other, whole pieces of each.
+class Pieces {
+ public:
+  Pieces(const Tensors& tensors, const char* name) : tensors_(tensors), name_(name) {}
+
+  float* take(int64_t numel) {
+    if (numel == 0) return nullptr;
+    while (left_ == 0 && at_ < tensors_.size()) {
+      const Tensor& t = tensors_[at_++];
+      left_ = static_cast<int64_t>(t.numel());
+      check_size(t, ScalarType::Float, left_, name_);
+      next_ = static_cast<float*>(t.data_ptr());
+    }
+    STD_TORCH_CHECK(numel <= left_, "grng: ", name_, " has too few elements");
+    float* piece = next_;
+    next_ += numel;
+    left_ -= numel;
+    return piece;
+  }
+
+  void check_used_up() const {
+    bool used_up = left_ == 0;
+    for (size_t i = at_; i < tensors_.size(); ++i) used_up = used_up && tensors_[i].numel() == 0;
+    STD_TORCH_CHECK(used_up, "grng: ", name_, " has too many elements");
+  }
+
+ private:
+  const Tensors& tensors_;
+  const char* name_;
+  size_t at_ = 0;
+  int64_t left_ = 0;
+  float* next_ = nullptr;
+};
+
 // `results` [3, matrices] (fp32): damping, norm and residual. `dampings` is empty where rho
-// decides.
+// decides. `inverses` hold those of all factors in their order, several in one tensor or not;
+// `vectors` the same, or they are empty: then every start is cold, and none is kept.
 void damped_inverse(const Tensors inverses, const Tensors vectors, const Tensor results,
                     const Tensor info, const Tensors factors, const Tensors dampings,
                     double rho_root) {
   const size_t count = factors.size();
-  STD_TORCH_CHECK(count == inverses.size() && count == vectors.size() &&
-                      (dampings.empty() || count == dampings.size()),
-                  "grng: inverses, vectors, factors and dampings must have the same length");
+  STD_TORCH_CHECK(dampings.empty() || count == dampings.size(),
+                  "grng: factors and dampings must have the same length");
   std::vector<grng::DampedInverse> items;
+  items.reserve(count);
   std::vector<Span> spans;
+  spans.reserve(inverses.size() + vectors.size() + count);
+  Pieces all_inverses(inverses, "inverse"), all_vectors(vectors, "vector");
   for (size_t i = 0; i < count; ++i) {
     const Tensor& factor = factors[i];
     const int64_t dim = factor.dim();
@@ -271,28 +308,24 @@ void damped_inverse(const Tensors inverses, const Tensors vectors, const Tensor 
     STD_TORCH_CHECK(dtype != grng::Dtype::kFloat64, "grng: factor must not be float64");
     const int64_t n = factor.size(dim - 1), length = dim == 3 ? factor.size(0) : 1;
     const int64_t step = dim == 3 ? factor.stride(0) : 0;
-    check_size(inverses[i], ScalarType::Float, length * n * n, "inverse");
-    check_size(vectors[i], ScalarType::Float, length * n, "vector");
     if (!dampings.empty()) check_size(dampings[i], ScalarType::Float, length, "damping");
     const char* data = static_cast<const char*>(factor.data_ptr());
-    float* inverse = static_cast<float*>(inverses[i].data_ptr());
-    float* vector = static_cast<float*>(vectors[i].data_ptr());
+    const int64_t size = factor.element_size(), rows = factor.stride(dim - 2),
+                  columns = factor.stride(dim - 1);
     for (int64_t l = 0; l < length; ++l) {
       const double damping =
           dampings.empty() ? rho_root : static_cast<const float*>(dampings[i].data_ptr())[l];
-      const grng::ConstMatrix matrix{data + l * step * factor.element_size(),
-                                     dtype,
-                                     n,
-                                     n,
-                                     factor.stride(dim - 2),
-                                     factor.stride(dim - 1)};
-      items.push_back({matrix, inverse + l * n * n, vector + l * n, dampings.empty(), damping, 0, 0,
-                       0, grng::kOk});
+      const grng::ConstMatrix matrix{data + l * step * size, dtype, n, n, rows, columns};
+      items.push_back({matrix, all_inverses.take(n * n),
+                       vectors.empty() ? nullptr : all_vectors.take(n), dampings.empty(), damping,
+                       0, 0, 0, grng::kOk});
     }
-    spans.push_back(span_of(inverses[i], true));
-    spans.push_back(span_of(vectors[i], true));
     spans.push_back(span_of(factor, false));
   }
+  all_inverses.check_used_up();
+  all_vectors.check_used_up();
+  for (const Tensors* list : {&inverses, &vectors})
+    for (const Tensor& t : *list) spans.push_back(span_of(t, true));
   const int64_t total = static_cast<int64_t>(items.size());
   check_size(results, ScalarType::Float, 3 * total, "results");
   check_size(info, ScalarType::Int, total, "info");

@@ -18,3 +18,5 @@ class Info(IntEnum):
     """A factorisation met a matrix that is not positive definite, or the residual is too large."""
     OVERFLOW = 3
     """All inputs are finite, but a result could leave the range of its dtype."""
+    ASYMMETRIC = 4
+    """A matrix that must be symmetric is not, by more than rounding explains."""

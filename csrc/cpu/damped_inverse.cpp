@@ -13,6 +13,8 @@
 #include <vector>
 
 #include "../kernels.h"
+#include "damped_inverse_common.h"
+#include "damped_inverse_small.h"
 #include "elements.h"
 #include "parallel.h"
 #include "simd.h"
@@ -24,13 +26,10 @@ namespace grng {
 namespace {
 
 constexpr int64_t kLine = kSpdLine;
-// See grng_kernels/damped_inverse/reference.py and probes.py.
-constexpr float kFloor = 1e-36f, kResidualLimit = 1e-2f;
+// See grng_kernels/damped_inverse/probes.py.
 constexpr int64_t kProbes = 16;
 // The diagonal beyond the matrix: its inverse must stay in range when the scale is taken out.
 constexpr float kPadding = 0x1p60f;
-// A given damping is at most 2^this times the largest entry after scaling: more would leave fp32.
-constexpr int kDampingBits = 60;
 // A matrix that is smaller is never shared by threads: they would wait for each other longer than
 // they save.
 constexpr int64_t kLeastShared = 640;
@@ -139,19 +138,13 @@ GRNG_INLINE float load_block(float* out, int64_t padded, const ConstMatrix& m, i
   return load_rows<_Float16>(out, padded, m, begin, end);
 }
 
-// A power of two in two halves: itself may leave the range of fp32 where a product does not.
-struct PowerOfTwo {
-  float first, second;
-  explicit PowerOfTwo(int exponent)
-      : first(std::ldexp(1.0f, exponent / 2)), second(std::ldexp(1.0f, exponent - exponent / 2)) {}
-  float times(float value) const { return value * first * second; }
-};
-
-// Blocks of rows I: with their mirror images, the mean of the two times the scale.
+// Blocks of rows I: with their mirror images, the mean of the two times the scale. Returns the
+// largest difference of the two, times the scale.
 template <class Isa>
-GRNG_INLINE void symmetrise_block(float* s, int64_t padded, int64_t block,
-                                  const PowerOfTwo& scale) {
+GRNG_INLINE float symmetrise_block(float* s, int64_t padded, int64_t block,
+                                   const PowerOfTwo& scale) {
   using S = Simd<Isa, float>;
+  typename S::Magnitudes largest = {};
   for (int64_t j = 0; j <= block; ++j) {
     alignas(64) float turned[256];
     float* low = s + (block * padded + j) * kLine;
@@ -162,9 +155,11 @@ GRNG_INLINE void symmetrise_block(float* s, int64_t padded, int64_t block,
         const auto a = S::load(low + r * padded + c) * scale.first;
         const auto b = S::load(turned + r * kLine + c) * scale.first;
         S::store(low + r * padded + c, (a + b) * (0.5f * scale.second));
+        largest = S::larger(largest, a - b);
       }
     if (j < block) transpose16<Isa>(high, padded, low, padded);
   }
+  return static_cast<float>(S::largest(largest)) * scale.second;
 }
 
 // ---- inverting, writing ----
@@ -347,11 +342,20 @@ GRNG_INLINE void damped_inverse(DampedInverse& item, float* workspace, const flo
     exponent = std::max(exponent, of_damping - kDampingBits);
   }
   const PowerOfTwo down(-exponent), up(exponent);
-  each(blocks, [=](int64_t b) GRNG_INLINE_LAMBDA { symmetrise_block<Isa>(s, at.padded, b, down); });
+  each(blocks, [=](int64_t b) GRNG_INLINE_LAMBDA {
+    partial[b] = symmetrise_block<Isa>(s, at.padded, b, down);
+  });
+  // What is below the floor decides nothing; there the rounding is that of subnormal numbers.
+  const float share = asymmetry_limit(item.factor.dtype) * down.times(static_cast<float>(largest));
+  const bool symmetric = largest_of_blocks() <= std::max(share, down.times(kFloor));
 
   // The vector is kept where the inverse fails, so the estimate works on a copy.
   float* vector = workspace + at.vector;
-  std::memcpy(vector, item.vector, n * sizeof(float));
+  if (item.vector) {
+    std::memcpy(vector, item.vector, n * sizeof(float));
+  } else {
+    std::memset(vector, 0, n * sizeof(float));
+  }
   const float norm = spectral_norm<Isa>(s, n, at.padded, vector, workspace + at.norm, each);
   item.norm = up.times(norm);
   const float shift = item.relative
@@ -363,7 +367,7 @@ GRNG_INLINE void damped_inverse(DampedInverse& item, float* workspace, const flo
        [=](int64_t b) GRNG_INLINE_LAMBDA { copy_lower<Isa>(a, at, s, shift, b); });
   if (!invert<Isa>(at, a, workspace + at.packed, each)) {
     item.residual = std::numeric_limits<float>::infinity();
-    return give_up(kNotConverged);
+    return give_up(symmetric ? kNotConverged : kAsymmetric);
   }
   each(blocks, [=](int64_t b) GRNG_INLINE_LAMBDA {
     partial[b] = write_block<Isa>(item.inverse, at, a, down, b);
@@ -371,13 +375,15 @@ GRNG_INLINE void damped_inverse(DampedInverse& item, float* workspace, const flo
   const bool in_range = std::isfinite(largest_of_blocks());
   item.residual = measure_residual<Isa>(at, item.inverse, s, shift, exponent, probes,
                                         workspace + at.probed, partial, each);
-  if (!in_range) {
+  if (!symmetric) {
+    item.info = kAsymmetric;
+  } else if (!in_range) {
     item.info = kOverflow;
   } else if (!(item.residual <= kResidualLimit)) {
     item.info = kNotConverged;
   } else {
     item.info = kOk;
-    std::memcpy(item.vector, vector, n * sizeof(float));
+    if (item.vector) std::memcpy(item.vector, vector, n * sizeof(float));
   }
 }
 
@@ -399,7 +405,17 @@ void damped_inverse_cpu(DampedInverse* items, int64_t count, const Threads& thre
   std::stable_sort(order.begin(), order.end(), [](const DampedInverse* a, const DampedInverse* b) {
     return a->factor.rows > b->factor.rows;
   });
-  const int64_t wanted = std::min(threads.count, static_cast<int64_t>(order.size()));
+  // What one thread takes at a time: one matrix, or small ones of one order.
+  std::vector<size_t> starts;
+  for (size_t i = 0; i < order.size();) {
+    starts.push_back(i);
+    const int64_t n = order[i]->factor.rows;
+    const size_t end = i + (n > kLargestGrouped ? 1 : kGroup);
+    while (i < std::min(end, order.size()) && order[i]->factor.rows == n) ++i;
+  }
+  const size_t units = starts.size();
+  starts.push_back(order.size());
+  const int64_t wanted = std::min(threads.count, static_cast<int64_t>(units));
   const int64_t workers = left < kLeastThreaded ? 1 : wanted;
   // One at a time by all threads, until what is left can be shared out evenly.
   size_t shared = 0;
@@ -409,7 +425,11 @@ void damped_inverse_cpu(DampedInverse* items, int64_t count, const Threads& thre
     left -= cost(n);
   }
   const auto workspace_of = [&](size_t i) {
-    return i < order.size() ? Layout(order[i]->factor.rows).total : 0;
+    if (i >= order.size()) return int64_t{0};
+    // Of all that follow: those are no larger, but grouped ones may need more than one alone.
+    const int64_t n = order[i]->factor.rows;
+    const int64_t grouped = GroupLayout(std::min(n, kLargestGrouped)).total;
+    return n > kLargestGrouped ? std::max(Layout(n).total, grouped) : grouped;
   };
   const int64_t each = workspace_of(shared);
   const Buffer<float> workspace =
@@ -418,17 +438,23 @@ void damped_inverse_cpu(DampedInverse* items, int64_t count, const Threads& thre
   const auto work = [&](std::atomic<size_t>& next, size_t end, float* memory,
                         const Threads* inside) {
     for_this_cpu([&](auto isa) GRNG_INLINE_LAMBDA {
-      for (size_t i = next++; i < end; i = next++)
-        damped_inverse(*order[i], memory, probes.for_order(order[i]->factor.rows),
-                       Loop<decltype(isa)>{inside});
+      using Isa = decltype(isa);
+      for (size_t unit = next++; unit < end; unit = next++) {
+        const size_t i = starts[unit];
+        const int64_t n = order[i]->factor.rows;
+        if (n <= kLargestGrouped)
+          damped_inverse_group<Isa>(&order[i], static_cast<int64_t>(starts[unit + 1] - i), memory);
+        else
+          damped_inverse(*order[i], memory, probes.for_order(n), Loop<Isa>{inside});
+      }
     });
   };
   std::atomic<size_t> first{0}, next{shared};
   work(first, shared, workspace.get(), &threads);
-  if (workers == 1) return work(next, order.size(), workspace.get(), nullptr);
+  if (workers == 1) return work(next, units, workspace.get(), nullptr);
   threads.run(workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker)
-      work(next, order.size(), workspace.get() + worker * each, nullptr);
+      work(next, units, workspace.get() + worker * each, nullptr);
   });
 }
 

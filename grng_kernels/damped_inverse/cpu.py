@@ -46,7 +46,8 @@ def call(
     """Write ``inverses`` and ``vectors``; return damping, norm, residual ``[3, *shape]``, and ``info``.
 
     Factors are ``[N, N]`` or ``[L, N, N]``, and the rest as in :class:`Entry`; ``shape`` has as many
-    elements as there are matrices.
+    elements as there are matrices. One tensor of ``inverses`` (or ``vectors``) may hold those of several
+    factors, one after the other. Without ``vectors`` every norm estimate starts cold.
     """
     results = torch.empty((3, *shape), dtype=torch.float32, device="cpu")
     info = torch.empty(shape, dtype=torch.int32, device="cpu")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``damped_inverse``: the public function, its checks, and the grouping of equal sizes."""
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,6 +18,8 @@ METHODS = ("auto", "cholesky", "newton_schulz")
 PRECISIONS = ("auto", "fp32")
 # A larger one goes the general way, which refuses what fp32 cannot hold.
 LARGE_RHO = 1e6
+# Up to this order the inverses of a list share buffers on the CPU.
+SHARED_BUFFER_ORDER = 128
 # Damping below the rounding of the diagonal is no damping at all.
 SMALLEST_RHO = (4 * torch.finfo(torch.float32).eps) ** 2
 
@@ -28,7 +31,6 @@ def damped_inverse(
     damping: float | Tensor | Sequence[Tensor] | None = None,
     method: str = "auto",
     precision: str = "auto",
-    warm_start: Tensor | Sequence[Tensor] | None = None,
     spectral_vector: Tensor | Sequence[Tensor] | None = None,
 ) -> DampedInverse:
     """Inverse of damped symmetric PSD matrices: ``X ≈ (factor + damping·I)⁻¹``.
@@ -37,7 +39,8 @@ def damped_inverse(
 
     Args:
         factor: Symmetric PSD, ``[N, N]``, ``[L, N, N]``, or a list of ``[N, N]`` of mixed sizes; fp32,
-            bf16, fp16 (both computed in fp32) or fp64; any strides. Asymmetry is averaged away.
+            bf16, fp16 (both computed in fp32) or fp64; any strides. The mean of the two triangles is
+            inverted; one that is asymmetric beyond rounding is reported, see ``info``.
         rho: Relative regulariser, > 0, dimensionless: the damping is ``max(√rho·s, 1e-36)`` with ``s`` the
             estimate of ``‖factor‖₂``, which bounds the condition number by ``1 + 1/√rho``.
         damping: Absolute regulariser instead of ``rho``, > 0, in units of ``factor``: a number, a tensor
@@ -45,22 +48,25 @@ def damped_inverse(
         method: ``"cholesky"`` (a factorisation or an elimination), ``"newton_schulz"`` (a number of products
             fixed by ``rho`` alone; needs ``rho``), or ``"auto"``, the faster of those that keep the accuracy
             below: today ``"cholesky"`` everywhere.
-        precision: ``"fp32"`` or ``"auto"``, today the same.
-        warm_start: An earlier inverse, same form as ``factor``. Checked and, by today's methods, not used.
+        precision: ``"auto"`` or ``"fp32"``, the same: which products a kernel takes inside is fixed by its
+            method, and no other name is accepted.
         spectral_vector: ``[N]``, ``[L, N]`` or a list of ``[N]``: state of the norm estimate, updated in
             place where ``info`` is 0. Start it with zeros: the estimate sharpens from refresh to refresh.
 
     Returns:
         :class:`DampedInverse` ``(inverse, damping, spectral_norm, residual, info)``, tensors for a tensor
-        and lists for a list. ``residual`` is measured, not predicted: up to order 16 by the whole product,
-        and beyond through 16 fixed vectors of signs, which estimate its square without bias (standard
+        and lists for a list (on the CPU small inverses of one order then share their storage).
+        ``residual`` is measured, not predicted: up to order 16 (on the CPU 32) by the whole product, and
+        beyond through 16 fixed vectors of signs, which estimate its square without bias (standard
         deviation 35 % at worst). Near 1e-6 the rounding of its own products is most of it, so that it is
         high rather than low. It has no meaning where ``info`` is not 0.
         ``info`` is ``NONFINITE_INPUT`` for a matrix with NaN or infinity, or a damping on the device that
-        is not positive; ``NOT_CONVERGED``
-        where the factorisation failed or the residual exceeds 1e-2; ``OVERFLOW`` where the inverse leaves
-        the range of its dtype. That matrix must not be used, and the others are bitwise what they would be
-        without the fault. A zero matrix gives ``I/1e-36``.
+        is not positive; ``ASYMMETRIC`` where two mirrored entries differ by more than ``√eps`` of the largest
+        entry (``eps`` of the dtype of ``factor``, for fp64 that of fp32), which no rounding of sums explains:
+        the reference and the CPU kernel look for it, the Triton and CUDA kernels take the mean unasked;
+        ``NOT_CONVERGED`` where the factorisation failed or the residual exceeds 1e-2; ``OVERFLOW`` where the
+        inverse leaves the range of its dtype. That matrix must not be used, and the others are bitwise what
+        they would be without the fault. A zero matrix gives ``I/1e-36``.
 
     Raises:
         TypeError: A dtype or layout that is not accepted.
@@ -72,7 +78,7 @@ def damped_inverse(
     Cost: ``N³`` FLOPs for the inverse, ``64N²`` for the residual, at most ``34N²`` for the norm.
     Source: Dash et al. 2026 (GRNG) for the spectral damping.
     """
-    usual = _usual_call(factor, rho, damping, method, precision, warm_start, spectral_vector)
+    usual = _usual_call(factor, rho, damping, method, precision, spectral_vector)
     if usual is not None:
         return usual
     factors = _checks.as_list(OP, "factor", factor)
@@ -85,7 +91,6 @@ def damped_inverse(
     _check_numbers(rho, damping, method, precision)
     dampings = _per_matrix("damping", damping, factors, single, trailing=0)
     vectors = _per_matrix("spectral_vector", spectral_vector, factors, single, trailing=1)
-    _per_matrix("warm_start", warm_start, factors, single, trailing=2)
     if not factors:
         return DampedInverse([], [], [], [], [])
     *tensors, results, wide, info = _damped_inverse_op(
@@ -124,7 +129,6 @@ def _usual_call(
     damping: object,
     method: str,
     precision: str,
-    warm_start: object,
     vector: Tensor | Sequence[Tensor] | None,
 ) -> DampedInverse | None:
     """Run a call on CPU tensors at once where nothing about it is unusual, else return None.
@@ -140,7 +144,7 @@ def _usual_call(
     if (
         not _dispatch.runs_at_once()
         or not _dispatch.serves_cpu()
-        or (damping, warm_start) != (None, None)
+        or damping is not None
         or type(rho) is not float
         or not SMALLEST_RHO <= rho <= LARGE_RHO
         or method not in ("auto", "cholesky")
@@ -153,31 +157,55 @@ def _usual_call(
     vectors = _usual_vectors(vector, factors, single)
     if vectors is None:
         return None
-    inverses = [torch.empty_like(f, memory_format=torch.contiguous_format) for f in factors]
-    shape = factors[0].shape[:-2] if single else (len(factors),)
     try:
-        results, info = cpu.call(inverses, vectors, factors, [], rho, shape)
+        if not single:
+            return _usual_list(factors, vectors, rho)
+        inverse = torch.empty_like(factors[0], memory_format=torch.contiguous_format)
+        results, info = cpu.call([inverse], vectors, factors, [], rho, inverse.shape[:-2])
     except RuntimeError as error:
         if "overlap" in str(error):  # found before anything was written: said in the user's terms
             return None
         raise
-    if vector is not None:
+    if vectors:
         torch.autograd.graph.increment_version(vectors)
-    columns = results.unbind()
-    if single:
-        return DampedInverse._make((inverses[0], *columns, info))
-    return DampedInverse._make((inverses, *(list(c.unbind()) for c in (*columns, info))))
+    return DampedInverse._make((inverse, *results.unbind(), info))
+
+
+def _usual_list(factors: list[Tensor], vectors: list[Tensor], rho: float) -> DampedInverse:
+    # Small inverses of one order lie in one buffer: a tensor from an allocation of its own takes longer than
+    # its inverse. They are cut out of it in order, so the matrices are put in the order of their sizes.
+    sizes = [len(f) for f in factors]
+    order = sorted(range(len(sizes)), key=sizes.__getitem__)
+    buffers, inverses = [], []
+    for n, run in itertools.groupby(order, key=sizes.__getitem__):
+        count = sum(1 for _ in run)
+        for rows in [n * count] if n <= SHARED_BUFFER_ORDER else [n] * count:
+            buffers.append(torch.empty((rows, n), dtype=torch.float32, device="cpu"))
+            # Not views: each is a tensor of its own to autograd.
+            inverses += torch.unsafe_split(buffers[-1], n)
+    ordered = order == sorted(order)
+    results, info = cpu.call(
+        buffers,
+        vectors if ordered or not vectors else [vectors[i] for i in order],
+        factors if ordered else [factors[i] for i in order],
+        [],
+        rho,
+        (len(factors),),
+    )
+    if vectors:
+        torch.autograd.graph.increment_version(vectors)
+    columns = [inverses, *map(list, map(Tensor.unbind, (*results.unbind(), info)))]
+    if not ordered:
+        places = sorted(range(len(order)), key=order.__getitem__)
+        columns = [[column[i] for i in places] for column in columns]
+    return DampedInverse._make(columns)
 
 
 def _usual_vectors(
     vector: Tensor | Sequence[Tensor] | None, factors: list[Tensor], single: bool
 ) -> list[Tensor] | None:
     if vector is None:
-        if single:
-            return [torch.zeros(factors[0].shape[:-1], dtype=torch.float32, device="cpu")]
-        sizes = [f.shape[:-1].numel() for f in factors]
-        flat = torch.zeros(sum(sizes), dtype=torch.float32, device="cpu")
-        return list(flat.split(sizes))
+        return []
     vectors = [vector] if isinstance(vector, Tensor) else vector
     if isinstance(vector, Tensor) != single or not isinstance(vectors, list):
         return None
@@ -187,15 +215,19 @@ def _usual_vectors(
 
 
 def _is_usual(f: Tensor, *, batched: bool) -> bool:
-    return (
+    if not (
         type(f) is Tensor
         and f.dtype is torch.float32
         and f.is_cpu
         and f.layout is torch.strided
         and not f.requires_grad
-        and (f.dim() == 2 or (batched and f.dim() == 3))
-        and f.shape[-1] == f.shape[-2]
-        and f.numel() > 0
+    ):
+        return False
+    shape = f.shape
+    return (
+        (len(shape) == 2 or (batched and len(shape) == 3))
+        and shape[-1] == shape[-2]
+        and 0 not in shape
     )
 
 

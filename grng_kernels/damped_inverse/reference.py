@@ -19,6 +19,15 @@ from grng_kernels.info import Info
 FLOOR = 1e-36
 # A result whose measured residual ‖I − M X‖_F/√N is larger is reported as NOT_CONVERGED.
 RESIDUAL_LIMIT = 1e-2
+# A factor stored with unit roundoff eps is taken for symmetric up to √eps of its largest entry: far above
+# what the order of any sum leaves, and far below what would make the mean of the triangles a wrong answer.
+ASYMMETRY_LIMITS = {
+    torch.bfloat16: torch.finfo(torch.bfloat16).eps ** 0.5,
+    torch.float16: torch.finfo(torch.float16).eps ** 0.5,
+    torch.float32: torch.finfo(torch.float32).eps ** 0.5,
+    # As fp32: it may be the sum of products that were taken there.
+    torch.float64: torch.finfo(torch.float32).eps ** 0.5,
+}
 # Newton-Schulz diverges on eigenvalues above its interval, and the norm is an estimate.
 MARGIN = 1.05
 # A given damping is at most 2^this times the largest entry after scaling: more would leave fp32.
@@ -35,7 +44,8 @@ class DampedInverse(NamedTuple):
             lie close to the largest, or for a call or two after the leading eigenvector was replaced;
             ``[]`` or ``[L]``.
         residual: Measured ``‖I − M X‖_F/√N``, ``M`` the damped matrix; ``[]`` or ``[L]``. Exact up to order
-            16 and beyond an estimate through 16 fixed vectors of signs, unbiased in its square.
+            16 (on the CPU 32); beyond, an estimate through 16 fixed vectors of signs, unbiased in its
+            square.
         info: :class:`Info`, int32, ``[]`` or ``[L]``.
     """
 
@@ -75,13 +85,15 @@ def damped_inverse(
     damping: Tensor | None,
     method: str,
     vector: Tensor | None = None,
+    stored: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return ``(inverse, damping, spectral_norm, residual, info, vector)`` for ``factor [L, N, N]``.
 
     ``M = (factor + factorᵀ)/2 + damping·I`` with ``damping = max(√rho·‖factor‖₂, FLOOR)``, or as given,
     ``[L]``. Computed in the dtype of ``factor`` (fp32 or fp64). Every matrix is first scaled by a power of
     two to a largest entry near 1, so the result for ``2^k·A`` under relative damping is exactly ``2^-k``
-    times that for ``A``, and no square leaves the range of the dtype.
+    times that for ``A``, and no square leaves the range of the dtype. ``stored`` is the dtype that the matrix
+    came in, which says how much asymmetry is rounding.
     """
     eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
     amax = factor.abs().amax(dim=(-2, -1))
@@ -95,6 +107,10 @@ def damped_inverse(
         own = torch.frexp(torch.where(legal, damping, torch.ones_like(damping))).exponent
         exponent = torch.maximum(exponent, own - DAMPING_BITS)
     a = scale_down(factor, exponent)
+    share = ASYMMETRY_LIMITS[stored] * a.abs().amax(dim=(-2, -1))
+    floor = scale_down(torch.full_like(share, FLOOR), exponent)
+    # What is below the floor decides nothing; there the rounding is that of subnormal numbers.
+    symmetric = (a - a.mT).abs().amax(dim=(-2, -1)) <= torch.maximum(share, floor)
     a = (a + a.mT) / 2
 
     norm, vector = spectral_norm(a, vector)
@@ -102,7 +118,6 @@ def damped_inverse(
         assert rho is not None, "the public function passes rho or damping"
         # A zero matrix has exponent 1, so the floor is exact there; where 2^-exponent overflows, the
         # matrix is far below the floor and infinity says so.
-        floor = scale_down(torch.full_like(norm, FLOOR), exponent)
         shift = torch.maximum(rho**0.5 * norm, floor)
     else:
         damping = damping.to(a.dtype)
@@ -127,6 +142,7 @@ def damped_inverse(
     info = torch.where(bad, int(Info.NOT_CONVERGED), int(Info.OK))
     in_range = torch.isfinite(inverse).all(dim=-1).all(dim=-1)
     info = torch.where(~bad & ~in_range, int(Info.OVERFLOW), info)
+    info = torch.where(symmetric, info, int(Info.ASYMMETRIC))
     info = torch.where(finite, info, int(Info.NONFINITE_INPUT)).to(torch.int32)
     return (
         inverse,
@@ -142,8 +158,9 @@ def run(entries: Sequence[Entry], rho: float | None, method: str) -> None:
     """Fill in the results of entries of any orders and dtypes."""
     groups: dict[tuple[int, torch.dtype], list[Entry]] = {}
     for entry in entries:
-        groups.setdefault((entry.factor.shape[-1], entry.inverse.dtype), []).append(entry)
-    for (_, dtype), group in groups.items():
+        groups.setdefault((entry.factor.shape[-1], entry.factor.dtype), []).append(entry)
+    for (_, stored), group in groups.items():
+        dtype = group[0].inverse.dtype
         counts = [e.factor.shape[0] for e in group]
         given = [e.damping for e in group if e.damping is not None]
         *fields, vector = damped_inverse(
@@ -152,6 +169,7 @@ def run(entries: Sequence[Entry], rho: float | None, method: str) -> None:
             damping=torch.cat(given) if given else None,
             method=method,
             vector=torch.cat([e.vector for e in group]),
+            stored=stored,
         )
         good = fields[4] == int(Info.OK)
         columns = [f.split(counts) for f in (*fields, vector, good)]

@@ -174,7 +174,7 @@ def test_replaced_leading_eigenvector_is_found(n):
 def test_nothing_but_asymmetry():
     factor = torch.tensor([[1e-20, 1.0], [-1.0, 1e-20]])
     result = damped_inverse(factor, damping=0.5)
-    assert result.info.item() == Info.OK
+    assert result.info.item() == Info.ASYMMETRIC
     assert torch.allclose(result.inverse, 2 * torch.eye(2))
 
 
@@ -193,3 +193,50 @@ def test_vector_counts_as_changed():
 def test_rho_beyond_fp32_is_refused_like_elsewhere():
     with pytest.raises(ValueError, match="rho must"):
         damped_inverse(torch.eye(3), rho=1e80)
+
+
+# ---- small orders, sixteen at a time ----
+
+
+@pytest.mark.parametrize("n", [1, 3, 8, 16, 17, 30, 32])
+@pytest.mark.parametrize("count", [2, 16, 19, 40])
+def test_matrix_among_others_is_the_one_alone(n, count):
+    factors = torch.stack([spd(n) * 10.0 ** (i % 5 - 2) for i in range(count)])
+    # Warm and cold starts beside each other, and a fault.
+    vectors = torch.randn(count, n) * (torch.arange(count) % 3 == 1).float()[:, None]
+    before = vectors.clone()
+    factors[1, 0, 0] = torch.nan
+    together = damped_inverse(factors, rho=1e-2, spectral_vector=vectors)
+    for i in (0, *range(2, count)):
+        vector = before[i].clone()
+        alone = damped_inverse(factors[i], rho=1e-2, spectral_vector=vector)
+        assert alone.info.item() == Info.OK
+        assert fields_equal(alone, [field[i] for field in together])
+        assert torch.equal(vector, vectors[i])
+    assert together.info[1].item() == Info.NONFINITE_INPUT
+    assert torch.equal(vectors[1], before[1])
+
+
+@pytest.mark.parametrize("with_vectors", [False, True])
+def test_list_of_mixed_sizes_is_each_alone(with_vectors):
+    factors = [spd(n) for n in (32, 5, 130, 16, 5, 64, 130, 16, 1, 32, 200)]
+    vectors = [torch.zeros(len(f)) for f in factors] if with_vectors else None
+    result = damped_inverse(factors, rho=1e-2, spectral_vector=vectors)
+    for i, f in enumerate(factors):
+        vector = torch.zeros(len(f))
+        alone = damped_inverse(f, rho=1e-2, spectral_vector=vector)
+        assert result.inverse[i].shape == f.shape
+        assert fields_equal(alone, [field[i] for field in result])
+        if vectors:
+            assert torch.equal(vectors[i], vector)
+
+
+def test_inverses_of_a_list_are_tensors_of_their_own():
+    first, second = damped_inverse([spd(8), spd(8)], rho=1e-2).inverse
+    before = second.clone()
+    version = second._version
+    weight = torch.ones(8, 8, requires_grad=True)
+    first.mul_(weight).sum().backward()
+    assert weight.grad is not None
+    assert torch.equal(second, before)
+    assert second._version == version
