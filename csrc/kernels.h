@@ -122,6 +122,19 @@ struct DampedInverse {
 // Performs every item and sets its results; where info is not kOk, the inverse must not be used.
 void damped_inverse_cpu(DampedInverse* items, int64_t count, const Threads& threads);
 
+// ---- rank_one (csrc/cpu/rank_one.cpp) ----
+
+// A block of one long vector; all are contiguous, of one dtype, fp32 or fp64.
+struct RankOneBlock {
+  void* out;
+  const void *grad, *score;
+  int64_t length;
+};
+
+// out = (damping I + u u^T)^-1 g, with the dot products over all blocks, in fp64.
+void rank_one_cpu(const RankOneBlock* blocks, int64_t count, Dtype dtype, double damping,
+                  const Threads& threads);
+
 // ---- kalman_update (csrc/cpu/kalman_update.cpp, csrc/cuda/kalman_update.cu) ----
 
 // One block of parameters: mean and variance [d] are contiguous, jacobian [outputs, d] has unit

@@ -341,6 +341,32 @@ void damped_inverse(const Tensors inverses, const Tensors vectors, const Tensor 
   }
 }
 
+// ---- rank_one ----
+
+void rank_one(const Tensors outs, const Tensors grads, const Tensors scores, double damping) {
+  STD_TORCH_CHECK(outs.size() == grads.size() && outs.size() == scores.size(),
+                  "grng: one out, grad and score per block");
+  if (outs.empty()) return;
+  const ScalarType dtype = outs[0].scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
+                  "grng: dtype must be float32 or float64");
+  std::vector<grng::RankOneBlock> blocks;
+  std::vector<Span> spans;
+  for (size_t i = 0; i < outs.size(); ++i) {
+    const int64_t length = outs[i].numel();
+    check_size(outs[i], dtype, length, "out");
+    check_size(grads[i], dtype, length, "grad");
+    check_size(scores[i], dtype, length, "score");
+    blocks.push_back({outs[i].data_ptr(), grads[i].data_ptr(), scores[i].data_ptr(), length});
+    spans.push_back(span_of(outs[i], true));
+    spans.push_back(span_of(grads[i], false));
+    spans.push_back(span_of(scores[i], false));
+  }
+  check_no_overlap(std::move(spans));
+  grng::rank_one_cpu(blocks.data(), static_cast<int64_t>(blocks.size()), dtype_of(outs[0]), damping,
+                     threads_of_torch());
+}
+
 // ---- kalman_update ----
 
 grng::KalmanBlock kalman_block(const Tensor* mean, const Tensor& variance, const Tensor& jacobian,
@@ -518,6 +544,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(grng, m) {
       "_damped_inverse_(Tensor(a!)[] inverses, Tensor(b!)[] vectors, Tensor(c!) results, "
       "Tensor(d!) "
       "info, Tensor[] factors, Tensor[] dampings, float rho_root) -> ()");
+  m.def(
+      "_rank1_precondition_(Tensor(a!)[] outs, Tensor[] grads, Tensor[] scores, float damping) -> "
+      "()");
   m.def("_kalman_gram_(Tensor(a!) gram, Tensor[] variances, Tensor[] jacobians) -> ()");
   m.def(
       "_kalman_apply_(Tensor(a!)[] means, Tensor(b!)[] variances, Tensor[] jacobians, Tensor "
@@ -535,6 +564,7 @@ STABLE_TORCH_LIBRARY_IMPL(grng, CPU, m) {
   m.impl("_kron_factor_conv2d_update_", TORCH_BOX(&kron_factor_conv2d_update));
   m.impl("_precondition_", TORCH_BOX(&precondition));
   m.impl("_damped_inverse_", TORCH_BOX(&damped_inverse));
+  m.impl("_rank1_precondition_", TORCH_BOX(&rank_one));
   m.impl("_kalman_gram_", TORCH_BOX(&kalman_gram));
   m.impl("_kalman_apply_", TORCH_BOX(&kalman_apply));
 }

@@ -12,6 +12,8 @@ from grng_kernels._register import operator
 from grng_kernels.rank_one import reference
 
 OP = "rank1_precondition"
+TRITON_DTYPES = _checks.FLOAT_DTYPES
+CPU_DTYPES = _checks.STATE_DTYPES
 
 
 @overload
@@ -108,12 +110,36 @@ def _rank1_precondition_op(
         [(f"out[{i}]", outs[i]) for i in count],
         [(f"grad[{i}]", grads[i]) for i in count] + [(f"score[{i}]", scores[i]) for i in count],
     )
-    _dispatch.select(OP, outs[0].device)
     value = damping if damping_tensor is None else damping_tensor
     assert value is not None, "the public function passes a number or a tensor"
+    tensors = [*outs, *grads, *scores]
+    backend = _dispatch.select(
+        OP,
+        outs[0].device,
+        cpu=_unsupported(tensors, CPU_DTYPES),
+        triton=_unsupported(tensors, TRITON_DTYPES),
+    )
+    if backend == "cpu":
+        torch.ops.grng._rank1_precondition_(outs, grads, scores, float(value))
+        return
+    if backend == "triton":
+        from grng_kernels.rank_one import triton_kernel
+
+        triton_kernel.launch(outs, grads, scores, value)
+        return
     results = reference.rank1_precondition(grads, scores, damping=value)
     for out, result in zip(outs, results, strict=True):
         out.copy_(result)
+
+
+def _unsupported(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> str | None:
+    if tensors[0].dtype not in dtypes:
+        return f"it does not compute in {str(tensors[0].dtype).removeprefix('torch.')}"
+    if any(t.dtype != tensors[0].dtype for t in tensors):
+        return "it needs one dtype"
+    if not all(t.is_contiguous() for t in tensors):
+        return "it needs contiguous tensors"
+    return None
 
 
 @_rank1_precondition_op.register_fake

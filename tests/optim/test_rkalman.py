@@ -1,0 +1,513 @@
+# SPDX-License-Identifier: Apache-2.0
+"""R-Kalman and LoKO: against dense filters, the prior and the coherence, batches, faults, state, errors."""
+
+import copy
+import io
+import math
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import grng
+from grng import LoKO, PreconditionerError, RKalman
+
+PLAIN = dict(rho=0.0, correct_coherence=False, prior="global", sigma0=0.5)
+
+
+def linear(inputs=6, outputs=3, dtype=torch.float64, bias=False):
+    torch.manual_seed(0)
+    return nn.Linear(inputs, outputs, bias=bias).to(dtype)
+
+
+def mlp(classes=3, dtype=torch.float32):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, classes)).to(dtype)
+
+
+def data(n=60, classes=3, inputs=8, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(n, inputs, generator=generator).to(dtype)
+    teacher = torch.randn(inputs, classes, generator=generator).to(dtype)
+    return x, (x @ teacher).argmax(1), x @ teacher
+
+
+def feed(optimizer, model, x, y, size=1):
+    for rows, targets in zip(x.split(size), y.split(size), strict=True):
+        optimizer.observe(model(rows), targets)
+        optimizer.step()
+
+
+def dense_step(model, x, y, variance, rho, form):
+    """Information form ``(P⁻¹ + Jᵀ C J)⁻¹`` of one batch for softmax outputs of a linear model, numpy fp64."""
+    w = model.weight.detach().numpy()
+    q = torch.from_numpy(x.numpy() @ w.T).softmax(-1).numpy()
+    n, c = q.shape
+    jacobian = np.concatenate([np.kron(np.eye(c), row[None]) for row in x.numpy()])
+    r = np.zeros((n * c, n * c))
+    for i, p in enumerate(q):
+        r[i * c : (i + 1) * c, i * c : (i + 1) * c] = np.diag(p) - np.outer(p, p)
+    error = (np.eye(c)[y.numpy()] - q).reshape(-1)
+    gram = jacobian @ jacobian.T
+    curvature = r + rho * r @ gram @ r
+    score = error + rho * r @ gram @ error
+    precision = np.eye(w.size) / variance + jacobian.T @ curvature @ jacobian
+    posterior = np.linalg.inv(precision)
+    new = np.diag(posterior) if form == "fdekf" else 1 / np.diag(precision)
+    return w.reshape(-1) + posterior @ jacobian.T @ score, new
+
+
+# ---- against dense filters ----
+
+
+@pytest.mark.parametrize("form", ["vdekf", "fdekf"])
+@pytest.mark.parametrize("rho", [0.0, 0.05])
+@pytest.mark.parametrize("n", [1, 4])
+@pytest.mark.parametrize("classes", [2, 5])
+def test_one_step_equals_the_dense_filter(form, rho, n, classes):
+    model = linear(outputs=classes)
+    x, y, _ = data(n, classes, 6, torch.float64)
+    wanted = dense_step(model, x, y, 0.25, rho, form)
+    optimizer = RKalman(model, **{**PLAIN, "rho": rho}, form=form, batch="stacked")
+    feed(optimizer, model, x, y, n)
+    variance = optimizer.state[model.weight]["variance"]
+    np.testing.assert_allclose(model.weight.detach().numpy().reshape(-1), wanted[0], rtol=1e-9)
+    np.testing.assert_allclose(variance.numpy().reshape(-1), wanted[1], rtol=1e-9)
+
+
+def test_scalar_regression_is_recursive_least_squares():
+    """One weight: the filter is exact, its mean that of Bayesian linear regression after any number of steps."""
+    model = nn.Linear(1, 1, bias=False).double()
+    start = float(model.weight)
+    x = torch.randn(50, 1, dtype=torch.float64)
+    y = 2 * x + 0.1 * torch.randn_like(x)
+    optimizer = RKalman(model, likelihood="gaussian", noise=0.01, **PLAIN)
+    feed(optimizer, model, x, y)
+    precision = 1 / 0.25 + float(x.square().sum()) / 0.01
+    mean = (start / 0.25 + float((x * y).sum()) / 0.01) / precision
+    assert float(model.weight) == pytest.approx(mean, rel=1e-9)
+    assert float(optimizer.state[model.weight]["variance"]) == pytest.approx(1 / precision, rel=1e-9)
+
+
+def test_loko_is_the_filter_without_regularisation_and_additions():
+    x, y, _ = data(20)
+    models = mlp(), mlp()
+    options = dict(noise="ema", sigma0=0.1, prior="global", form="fdekf")
+    feed(LoKO(models[0], **options), models[0], x, y)
+    feed(RKalman(models[1], rho=0.0, correct_coherence=False, **options), models[1], x, y)
+    for a, b in zip(*(m.parameters() for m in models), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_regularisation_changes_the_step_the_way_it_says(sign):
+    """``"gradient"`` leaves less variance than no regularisation, ``"noise"`` more."""
+    x, y, _ = data(1)
+    sums = {}
+    for name, options in {
+        "plain": {"rho": 0.0},
+        "regularised": {"rho": 0.5, "regularization": "gradient" if sign > 0 else "noise"},
+    }.items():
+        model = mlp()
+        optimizer = RKalman(model, prior="global", sigma0=0.5, correct_coherence=False, **options)
+        feed(optimizer, model, x, y)
+        sums[name] = sum(float(optimizer.state[p]["variance"].sum()) for p in model.parameters())
+    assert sign * (sums["plain"] - sums["regularised"]) > 0
+
+
+# ---- batches ----
+
+
+def test_directions_are_no_more_than_needed():
+    for classes, n in ((2, 1), (5, 1), (3, 4)):
+        model = mlp(classes)
+        optimizer = RKalman(model)
+        x, y, _ = data(n, classes)
+        optimizer.observe(model(x), y)
+        assert f"stacked, {n * (classes - 1)} rows" in optimizer.explain()
+
+
+def test_sampled_batch_keeps_the_gradient_exact():
+    """With a vanishing prior the step is ``p · gradient`` of the summed log-likelihood, whatever was drawn."""
+    x, y, _ = data(16)
+    model = mlp(dtype=torch.float64)
+    x = x.double()
+    loss = torch.nn.functional.cross_entropy(model(x), y, reduction="sum")
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    before = [p.detach().clone() for p in model.parameters()]
+    sigma0 = 1e-6
+    optimizer = RKalman(model, prior="global", sigma0=sigma0, rho=0.0, batch="sampled", max_rows=4)
+    feed(optimizer, model, x, y, 16)
+    for p, old, g in zip(model.parameters(), before, gradients, strict=True):
+        torch.testing.assert_close((p - old) / sigma0**2, -g, rtol=1e-4, atol=1e-4)
+
+
+def test_mean_of_one_sample_is_that_sample():
+    x, y, _ = data(10)
+    models = mlp(), mlp()
+    for model, batch in zip(models, ("mean", "stacked"), strict=True):
+        feed(RKalman(model, batch=batch), model, x, y)
+    for a, b in zip(*(m.parameters() for m in models), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_leading_dimensions_are_samples():
+    x, y, _ = data(6)
+    models = mlp(), mlp()
+    a, b = RKalman(models[0]), RKalman(models[1])
+    a.observe(models[0](x), y)
+    b.observe(models[1](x.view(2, 3, 8)), y.view(2, 3))
+    a.step()
+    b.step()
+    for p, q in zip(*(m.parameters() for m in models), strict=True):
+        assert torch.equal(p, q)
+
+
+# ---- prior and coherence ----
+
+
+def test_output_prior_predicts_outputs_with_standard_deviation_sigma0():
+    model = mlp()
+    x, y, _ = data(1)
+    optimizer = RKalman(model, sigma0=3.0, forgetting=1.0)
+    optimizer.observe(model(x), y)
+    rows = [r.clone() for r in optimizer._pending[1]]
+    optimizer._start_variances(rows, list(model.parameters()))
+    total = sum(
+        (optimizer.state[p]["variance"].reshape(-1) * r.square()).sum(1).mean()
+        for p, r in zip(model.parameters(), rows, strict=True)
+    )
+    assert float(total) == pytest.approx(9.0, rel=1e-5)
+
+
+def test_layer_without_gradient_at_first_joins_later():
+    """LoRA at B = 0: A has no gradient, its variance comes with its first one, and it then learns."""
+    torch.manual_seed(0)
+    a, b = nn.Linear(8, 2, bias=False), nn.Linear(2, 3, bias=False)
+    nn.init.zeros_(b.weight)
+    model, (x, y, _) = nn.Sequential(a, b), data(20)
+    start = a.weight.detach().clone()
+    optimizer = RKalman(model)
+    feed(optimizer, model, x[:1], y[:1])
+    assert "variance" not in optimizer.state[a.weight] and torch.equal(a.weight, start)
+    assert "not yet" in optimizer.explain()
+    feed(optimizer, model, x[1:], y[1:])
+    assert float(optimizer.state[a.weight]["variance"].max()) <= 1 / 8
+    assert not torch.equal(a.weight, start)
+
+
+def test_coherence_of_one_direction_and_of_many():
+    from grng.curvature.prior import coherence, update_coherence
+
+    d, generator = 64, torch.Generator().manual_seed(0)
+    one, many = {}, {}
+    direction = torch.randn(1, d, generator=generator)
+    for _ in range(400):
+        scale = torch.randn(1, generator=generator)
+        update_coherence(one, direction, direction[0] * scale)
+        row = torch.randn(1, d, generator=generator)
+        update_coherence(many, row, row[0] * scale)
+    assert float(coherence(one, d)) == pytest.approx(d, rel=0.3)
+    assert float(coherence(many, d)) == pytest.approx(1, abs=0.4)
+
+
+def test_coherence_counts_information_more_often():
+    x, y, _ = data(30)
+    variances = []
+    for corrected in (True, False):
+        model = mlp()
+        optimizer = RKalman(model, correct_coherence=corrected)
+        feed(optimizer, model, x, y)
+        variances.append(sum(float(optimizer.state[p]["variance"].sum()) for p in model.parameters()))
+    assert variances[0] < variances[1]
+
+
+# ---- learning and safety ----
+
+
+@pytest.mark.parametrize("sigma0", [1e-6, 0.02, 0.2, 2.0, 1e4])
+@pytest.mark.parametrize("prior", ["output", "fan_in", "global"])
+@pytest.mark.parametrize("options", [{}, {"noise": "ema"}, {"form": "fdekf"}], ids=str)
+def test_no_prior_gives_nan(sigma0, prior, options):
+    x, y, _ = data(60)
+    model = mlp()
+    optimizer = RKalman(model, sigma0=sigma0, prior=prior, **options)
+    feed(optimizer, model, x, y)
+    for p in model.parameters():
+        assert torch.isfinite(p).all()
+        if "variance" in optimizer.state[p]:
+            assert (optimizer.state[p]["variance"] >= 0).all()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"noise": "ema"}, {"noise": 0.1}, {"batch": "sampled"}, {"form": "fdekf"}], ids=str
+)
+def test_defaults_learn_a_stream_of_classes(options):
+    x, y, _ = data(400)
+    model = mlp()
+    feed(RKalman(model, **options), model, x, y, 2)
+    assert (model(x).argmax(1) == y).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("options", [{}, {"noise": 0.01}, {"batch": "mean"}], ids=str)
+def test_defaults_learn_a_stream_of_numbers(options):
+    x, _, y = data(400)
+    model = mlp()
+    feed(RKalman(model, likelihood="gaussian", **options), model, x, y, 2)
+    assert (model(x) - y).square().mean() < 0.1 * y.var()
+
+
+# ---- faults ----
+
+
+def snapshot(optimizer, model):
+    state = copy.deepcopy(optimizer.state_dict())
+    return [p.detach().clone() for p in model.parameters()], state
+
+
+def assert_same(before, after):
+    for a, b in zip(before[0], after[0], strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(before[1]["state"].values(), after[1]["state"].values(), strict=True):
+        assert a.keys() == b.keys()
+        for key, value in a.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(b[key])), key
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("options", [{}, {"noise": "ema"}, {"batch": "sampled"}], ids=str)
+def test_bad_sample_changes_nothing_and_is_counted(value, options):
+    x, y, _ = data(10)
+    model = mlp()
+    optimizer = RKalman(model, **options)
+    feed(optimizer, model, x, y)
+    before = snapshot(optimizer, model)
+    bad = x[:1].clone()
+    bad[0, 0] = value
+    optimizer.observe(model(bad), y[:1])
+    optimizer.step()
+    assert_same(before, snapshot(optimizer, model))
+    assert optimizer.diagnostics()["skipped"] == 1
+    feed(optimizer, model, x, y)
+    assert optimizer.diagnostics()["skipped_in_a_row"] == 0
+
+
+def test_too_many_bad_samples_in_a_row_are_an_error():
+    model = mlp()
+    optimizer = RKalman(model, max_failures=2)
+    for _ in range(2):
+        optimizer.observe(model(torch.full((1, 8), math.nan)), torch.tensor([0]))
+        optimizer.step()
+    optimizer.observe(model(torch.full((1, 8), math.nan)), torch.tensor([0]))
+    with pytest.raises(PreconditionerError, match="3 observations in a row could not be used"):
+        optimizer.step()
+
+
+def test_nan_target_is_skipped():
+    x, _, y = data(4)
+    model = mlp()
+    optimizer = RKalman(model, likelihood="gaussian")
+    feed(optimizer, model, x, y)
+    before = snapshot(optimizer, model)
+    optimizer.observe(model(x[:1]), torch.full((1, 3), math.nan))
+    optimizer.step()
+    assert_same(before, snapshot(optimizer, model))
+
+
+# ---- the torch.optim contract ----
+
+
+@pytest.mark.parametrize("options", [{}, {"noise": "ema"}], ids=str)
+def test_resumed_run_equals_the_uninterrupted_one(options):
+    x, y, _ = data(30)
+    whole, first = mlp(), mlp()
+    optimizer = RKalman(whole, **options)
+    feed(optimizer, whole, x, y)
+    half = RKalman(first, **options)
+    feed(half, first, x[:13], y[:13])
+    file = io.BytesIO()
+    torch.save({"model": first.state_dict(), "optimizer": half.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    second = mlp()
+    second.load_state_dict(saved["model"])
+    resumed = RKalman(second, **options)
+    resumed.load_state_dict(saved["optimizer"])
+    feed(resumed, second, x[13:], y[13:])
+    for a, b in zip(whole.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_state_of_another_shape_is_refused():
+    model, other = mlp(), mlp(classes=5)
+    x, y, _ = data(2)
+    optimizer = RKalman(model)
+    feed(optimizer, model, x, y)
+    with pytest.raises(ValueError, match=r"variance of 2.weight must have 60 elements"):
+        RKalman(other).load_state_dict(optimizer.state_dict())
+
+
+def test_copies_go_on_by_themselves():
+    x, y, _ = data(20)
+    model = mlp()
+    optimizer = RKalman(model)
+    feed(optimizer, model, x[:10], y[:10])
+    twin_model, twin = copy.deepcopy((model, optimizer))
+    restored_model, restored = pickle.loads(pickle.dumps((model, optimizer)))
+    feed(optimizer, model, x[10:], y[10:])
+    for other_model, other in ((twin_model, twin), (restored_model, restored)):
+        feed(other, other_model, x[10:], y[10:])
+        for a, b in zip(model.parameters(), other_model.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_learning_rate_scales_the_step():
+    x, y, _ = data(1)
+    moves = []
+    for lr in (1.0, 0.25):
+        model = mlp()
+        before = [p.detach().clone() for p in model.parameters()]
+        feed(RKalman(model, lr=lr), model, x, y)
+        moves.append([p - b for p, b in zip(model.parameters(), before, strict=True)])
+    for whole, part in zip(*moves, strict=True):
+        torch.testing.assert_close(part, 0.25 * whole, rtol=1e-4, atol=1e-6)
+
+
+def test_scheduler_and_groups():
+    x, y, _ = data(6)
+    model = mlp()
+    optimizer = RKalman([{"params": model[0].parameters(), "lr": 0.5}, {"params": model[2].parameters()}])
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    feed(optimizer, model, x[:1], y[:1])
+    scheduler.step()
+    assert [g["lr"] for g in optimizer.param_groups] == [0.25, 0.5]
+    optimizer.param_groups[0]["rho"] = 0.7
+    optimizer.observe(model(x[1:2]), y[1:2])
+    with pytest.raises(ValueError, match="rho must be the same in all parameter groups"):
+        optimizer.step()
+
+
+def test_frozen_parameters_stay():
+    model = mlp()
+    model[0].weight.requires_grad_(False)
+    frozen = model[0].weight.detach().clone()
+    x, y, _ = data(3)
+    feed(RKalman(model), model, x, y)
+    assert torch.equal(model[0].weight, frozen)
+
+
+def test_bf16_parameters_have_a_state_in_fp32():
+    x, y, _ = data(200)
+    model = mlp().bfloat16()
+    optimizer = RKalman(model)
+    feed(optimizer, model, x.bfloat16(), y)
+    assert optimizer.state[model[0].weight]["variance"].dtype == torch.float32
+    assert optimizer.state[model[0].weight]["weights"].dtype == torch.float32
+    assert (model(x.bfloat16()).argmax(1) == y).float().mean() > 0.7
+
+
+def test_closure_observes():
+    x, y, _ = data(1)
+    model = mlp()
+    optimizer = RKalman(model)
+
+    def closure():
+        outputs = model(x)
+        optimizer.observe(outputs, y)
+        return outputs
+
+    assert optimizer.step(closure).shape == (1, 3)
+
+
+def test_gradients_are_never_touched():
+    model = mlp()
+    x, y, _ = data(1)
+    feed(RKalman(model), model, x, y)
+    assert all(p.grad is None for p in model.parameters())
+
+
+# ---- errors ----
+
+X, Y, _ = data(4)
+OBSERVE = {
+    "no_graph": (ValueError, "attached to the graph", lambda m: m(X).detach(), Y),
+    "no_tensor": (TypeError, "outputs must be a tensor, got list", lambda m: [1.0], Y),
+    "target_no_tensor": (TypeError, "targets must be a tensor, got int", lambda m: m(X), 3),
+    "one_dim": (ValueError, "shape [..., C]", lambda m: m(X)[:, 0], Y),
+    "one_class": (ValueError, "C >= 2; got [4, 1]", lambda m: m(X)[:, :1], Y),
+    "empty": (ValueError, "got [0, 3]", lambda m: m(X[:0]), Y[:0]),
+    "target_shape": (ValueError, "targets must have shape [4]", lambda m: m(X), Y[:2]),
+    "target_kind": (TypeError, "integer dtype, got torch.float32", lambda m: m(X), Y.float()),
+    "target_bool": (TypeError, "integer dtype, got torch.bool", lambda m: m(X), Y > 0),
+    "target_range": (ValueError, "in [0, 3), got", lambda m: m(X), Y + 2),
+    "target_negative": (ValueError, "in [0, 3), got -1", lambda m: m(X), torch.full_like(Y, -1)),
+}
+
+
+@pytest.mark.parametrize("name", OBSERVE)
+def test_observe_says_what_is_wrong_and_changes_nothing(name):
+    kind, text, outputs, targets = OBSERVE[name]
+    model = mlp()
+    optimizer = RKalman(model)
+    with pytest.raises(kind) as caught:
+        optimizer.observe(outputs(model), targets)
+    assert text in str(caught.value) and "RKalman.observe" in str(caught.value)
+    with pytest.raises(RuntimeError, match="needs an observation"):
+        optimizer.step()
+
+
+def test_regression_targets_of_integers_are_refused():
+    model = mlp()
+    with pytest.raises(TypeError, match="floating-point dtype, got torch.int64"):
+        RKalman(model, likelihood="gaussian").observe(model(X), torch.zeros(4, 3, dtype=torch.int64))
+
+
+def test_observe_twice_and_step_without():
+    model = mlp()
+    optimizer = RKalman(model)
+    with pytest.raises(RuntimeError, match=r"RKalman: step\(\) needs an observation"):
+        optimizer.step()
+    optimizer.observe(model(X), Y)
+    with pytest.raises(RuntimeError, match=r"RKalman: observe\(\) was called twice"):
+        optimizer.observe(model(X), Y)
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("sigma0 must be a number", {"sigma0": 0.0}),
+        ("sigma0 must be a number", {"sigma0": math.nan}),
+        ("lr must be a number", {"lr": -1}),
+        ("rho must be a number", {"rho": -0.1}),
+        ("forgetting must be a number", {"forgetting": 0.0}),
+        ("forgetting must be a number", {"forgetting": 1.1}),
+        ("process_noise must be a number", {"process_noise": -1}),
+        ("beta must be a number", {"beta": 1.5}),
+        ("prior must be one of", {"prior": "none"}),
+        ("form must be one of", {"form": "ekf"}),
+        ("likelihood must be one of", {"likelihood": "poisson"}),
+        ("regularization must be one of", {"regularization": "both"}),
+        ("batch must be one of", {"batch": "all"}),
+        ("max_rows must be a", {"max_rows": 0}),
+        ("noise must be > 0", {"noise": 0.0}),
+        ("noise must be a number > 0 or one of", {"noise": "white"}),
+        ("one of ema with likelihood='gaussian'", {"noise": "fisher", "likelihood": "gaussian"}),
+    ],
+)
+def test_constructor_errors(text, options):
+    with pytest.raises(ValueError, match="RKalman: ") as caught:
+        RKalman(mlp(), **options)
+    assert text in str(caught.value)
+
+
+def test_model_without_trainable_parameters():
+    model = mlp().requires_grad_(False)
+    with pytest.raises(ValueError, match="RKalman: the model has no trainable parameters"):
+        RKalman(model)
+
+
+def test_public_names():
+    assert {"RKalman", "LoKO"} <= set(grng.__all__)
