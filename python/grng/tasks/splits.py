@@ -18,9 +18,7 @@ def hashed_order(keys: Sequence[str]) -> list[int]:
     Returns:
         A permutation of ``range(len(keys))``.
     """
-    return sorted(
-        range(len(keys)), key=lambda index: hashlib.sha256(keys[index].encode()).digest()
-    )
+    return sorted(range(len(keys)), key=lambda index: hashlib.sha256(keys[index].encode()).digest())
 
 
 def divide_training(samples: int, request: LoadRequest) -> tuple[slice, slice | None]:
