@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import hashlib
+import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +86,7 @@ def _read(path: Path) -> _Prepared | None:
         with np.load(path, allow_pickle=False) as content:
             found = _Prepared(content["token_ids"], content["labels"])
             checksum = str(content["sha256"])
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         return None
     return found if checksum == _checksum(found) else None
 
