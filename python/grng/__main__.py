@@ -23,6 +23,13 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the defaults, where there are any."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def _add_compare(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser = commands.add_parser(
         "compare",
@@ -30,23 +37,43 @@ def _add_compare(commands: argparse._SubParsersAction[_Parser]) -> None:
         description="Trains the same model from the same weights on the same batches with each "
         "optimizer; prints a table and writes JSON and plots.",
         epilog="An optimizer is NAME or NAME:KEY=VALUE:KEY=VALUE, for example adamw:lr=3e-4; "
-        "`python -m grng info` lists names and keys. Exit codes: 0 all runs finished, 1 a run "
-        "diverged or the data is missing, 2 wrong argument, 130 interrupted.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        "adamw:lr=1e-4|3e-4 is two of them; `python -m grng info` lists names and keys. Exit codes: "
+        "0 all runs finished, 1 a run diverged or the data is missing, 2 wrong argument, "
+        "130 interrupted.",
+        formatter_class=_Formatter,
     )
     add = parser.add_argument
     add("--task", default="fashion-mnist", help="data set and model")
     add("--optimizers", default="ring,adamw,sgd", metavar="SPECS", help="comma-separated")
-    add("--epochs", type=int, default=10, help="passes over the training set")
+    add("--epochs", type=int, help="passes over the training set (default: 10)")
+    add(
+        "--stream",
+        type=int,
+        metavar="N",
+        help="learn online instead: one pass over N training samples, one at a time, each predicted "
+        "before it is learned from",
+    )
     seeds = parser.add_mutually_exclusive_group()
     seeds.add_argument("--seed", type=int, default=0, help="weights and order of the batches")
     seeds.add_argument("--seeds", metavar="S,S,...", help="several seeds: mean and spread")
-    add("--batch-size", type=int, default=256, help="samples per step")
-    add("--hidden", default="256,256", metavar="N,N,...", help="sizes of the hidden layers")
+    add("--batch-size", type=int, help="samples per step (default: 256)")
+    add("--hidden", metavar="N,N,...", help="sizes of the hidden layers (default: the task's)")
+    add("--lora-rank", type=int, metavar="R", help="rank of the LoRA matrices (default: 8)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train")
     add("--threads", type=int, help="CPU threads of torch")
     add("--warmup-fraction", type=float, default=0.05, help="part of the steps with rising lr")
+    add("--schedule", help="of the lr: cosine or constant (default: cosine, in a stream constant)")
     add("--train-limit", type=int, metavar="N", help="use only the first N training samples")
+    add(
+        "--validation",
+        type=int,
+        metavar="N",
+        help="training samples held out: of several specs of an optimizer, the best on them is "
+        "marked and only it is tested (default: the task's)",
+    )
+    add(
+        "--checkpoints", type=int, metavar="N", help="evaluations (default: epochs; in a stream 10)"
+    )
     add("--data-dir", type=Path, help="folder of the data files, kept there once fetched")
     add("--out", type=Path, default=Path("results"), help="folder for the results")
     add("--no-progress", action="store_true", help="print only the table")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from grng.tasks import DataError, LoadRequest, fashion_mnist, fashion_mnist_sources
+from grng.tasks import DataError, LoadRequest, fashion_mnist, fashion_mnist_sources, fetch
 from grng.tasks import fashion_mnist_files as files
 from grng.tasks.idx import parse_idx
 
@@ -235,7 +235,7 @@ def test_apt_failure_gives_its_last_line(tmp_path: Path, monkeypatch: pytest.Mon
         return subprocess.CompletedProcess(command, 100, "", "W: old\nE: Unable to locate package")
 
     monkeypatch.setattr(fashion_mnist_sources.shutil, "which", lambda tool: f"/usr/bin/{tool}")
-    monkeypatch.setattr(fashion_mnist_sources.subprocess, "run", run)
+    monkeypatch.setattr(fetch.subprocess, "run", run)
     with pytest.raises(DataError, match=r"`apt-get .*` failed: E: Unable to locate package"):
         fashion_mnist_sources.extract_debian_package(tmp_path, ())
 
@@ -260,7 +260,7 @@ def test_apt_updates_only_empty_lists_and_only_as_root(
     if has_lists:
         (lists / "main_Packages.lz4").touch()
     monkeypatch.setattr(fashion_mnist_sources, "_APT_LISTS", lists)
-    monkeypatch.setattr(fashion_mnist_sources, "_run", run)
+    monkeypatch.setattr(fashion_mnist_sources, "run_command", run)
     monkeypatch.setattr(fashion_mnist_sources.os, "geteuid", lambda: uid)
     monkeypatch.setattr(fashion_mnist_sources.shutil, "which", lambda tool: f"/usr/bin/{tool}")
     fashion_mnist_sources.extract_debian_package(tmp_path, ())
@@ -273,6 +273,6 @@ def test_download_error_names_the_address(tmp_path: Path, monkeypatch: pytest.Mo
         assert timeout > 0
         raise OSError("no route to host")
 
-    monkeypatch.setattr(fashion_mnist_sources.urllib.request, "urlopen", refuse_connection)
+    monkeypatch.setattr(fetch.urllib.request, "urlopen", refuse_connection)
     with pytest.raises(DataError, match=r"https://.*train-images.*: no route to host"):
         fashion_mnist_sources.download(tmp_path, tuple(files.FILES))

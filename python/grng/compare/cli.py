@@ -16,19 +16,25 @@ from grng.compare.config import CompareConfig, resolve_device
 from grng.compare.errors import UsageError
 from grng.compare.memory import peak_memory_kind
 from grng.compare.optimizers import OptimizerSpec, parse_specs
+from grng.compare.plan import make_plan
 from grng.compare.plots import save_figures
 from grng.compare.progress import Reporter, choose_reporter
 from grng.compare.records import DIVERGED, FINISHED, INTERRUPTED, RUNNING, RunRecord
 from grng.compare.results import ComparisonResult, create_folder, load
-from grng.compare.runs import check_specs, execute, parameter_count
+from grng.compare.runs import check_specs, execute, parameter_counts
 from grng.compare.table import print_summary
-from grng.tasks import TASKS, ClassificationData, DataError, LoadRequest
+from grng.tasks import ClassificationData, DataError, LoadRequest
 
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
 # Wide enough for one line per row in a file; a terminal keeps its own width.
 _PLAIN_WIDTH = 160
+_EPOCHS, _BATCH_SIZE = 10, 256
+_SCHEDULES = {
+    "cosine": "linear warm-up, then cosine to zero",
+    "constant": "constant learning rate",
+}
 
 
 def _integers(option: str, text: str) -> tuple[int, ...]:
@@ -39,18 +45,38 @@ def _integers(option: str, text: str) -> tuple[int, ...]:
 
 
 def _config(arguments: argparse.Namespace) -> CompareConfig:
+    """The settings.
+
+    Raises:
+        UsageError: A value is wrong, or two do not go together.
+    """
     has_seeds = arguments.seeds is not None
+    hidden = arguments.hidden
+    if arguments.stream is not None:
+        for option, value in (("epochs", arguments.epochs), ("batch-size", arguments.batch_size)):
+            if value is not None:
+                raise UsageError(f"--{option} does not go with --stream: one pass with batch 1")
+        arguments.epochs = arguments.batch_size = 1
     return CompareConfig(
         task=arguments.task,
-        epochs=arguments.epochs,
+        epochs=_given(arguments.epochs, _EPOCHS),
         seeds=_integers("--seeds", arguments.seeds) if has_seeds else (arguments.seed,),
-        batch_size=arguments.batch_size,
-        hidden=_integers("--hidden", arguments.hidden),
+        batch_size=_given(arguments.batch_size, _BATCH_SIZE),
+        hidden=None if hidden is None else _integers("--hidden", hidden),
         device=arguments.device,
         threads=arguments.threads,
         warmup_fraction=arguments.warmup_fraction,
         train_limit=arguments.train_limit,
+        lora_rank=arguments.lora_rank,
+        stream=arguments.stream,
+        validation=arguments.validation,
+        checkpoints=arguments.checkpoints,
+        schedule=arguments.schedule,
     )
+
+
+def _given(value: int | None, default: int) -> int:
+    return default if value is None else value
 
 
 def _without_paths(argv: list[str]) -> list[str]:
@@ -70,8 +96,10 @@ def _without_paths(argv: list[str]) -> list[str]:
 def _describe_config(
     config: CompareConfig, specs: list[OptimizerSpec], resolved: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
+    parameters, trained = parameter_counts(config)
     return {
         "task": config.task,
+        "mode": "epochs" if config.stream is None else "stream",
         "optimizers": [
             {
                 "label": spec.label,
@@ -84,14 +112,24 @@ def _describe_config(
         "epochs": config.epochs,
         "seeds": list(config.seeds),
         "batch_size": config.batch_size,
-        "hidden": list(config.hidden),
-        "model_parameters": parameter_count(config),
-        "schedule": "linear warm-up, then cosine to zero",
-        "warmup_fraction": config.warmup_fraction,
+        "stream": config.stream,
+        "checkpoints": config.checkpoints,
+        "model": config.task_entry.describe_model(config.model_options),
+        "model_options": _options(config),
+        "model_parameters": parameters,
+        "trained_parameters": trained,
+        "schedule": _SCHEDULES[config.schedule_name],
+        "warmup_fraction": config.warmup_fraction if config.schedule_name == "cosine" else 0.0,
         "train_limit": config.train_limit,
+        "validation": config.held_out,
         "device": config.device,
         "threads": config.threads,
     }
+
+
+def _options(config: CompareConfig) -> dict[str, Any]:
+    name = config.task_entry.option[0]
+    return {name: _plain(getattr(config.model_options, name))}
 
 
 def _plain(value: Any) -> Any:
@@ -103,6 +141,7 @@ def _describe_data(data: ClassificationData, device: torch.device) -> dict[str, 
         "source": data.source,
         "sha256_decompressed": data.checksums,
         "train_samples": len(data.train_labels),
+        "validation_samples": 0 if data.validation is None else len(data.validation[1]),
         "test_samples": len(data.test_labels),
         "peak_memory_kind": peak_memory_kind(device),
     }
@@ -160,11 +199,13 @@ def compare(arguments: argparse.Namespace, argv: list[str]) -> int:
 
     Returns:
         The exit code: 0, 1 when a run diverged or there is no data, 130 when interrupted.
+
+    Raises:
+        UsageError: An argument is wrong.
     """
     config = _config(arguments)
     device = resolve_device(config.device)
     specs = parse_specs(arguments.optimizers)
-    resolved = check_specs(specs, config, device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
 
@@ -173,16 +214,20 @@ def compare(arguments: argparse.Namespace, argv: list[str]) -> int:
         device=device,
         data_dir=arguments.data_dir,
         train_limit=config.train_limit,
+        validation=config.held_out,
         report=lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True),
     )
     try:
-        data = TASKS[config.task].load(request)
+        resolved = check_specs(specs, config, device)
+        data = config.task_entry.load(request)
     except DataError as error:
         print(f"grng compare: {error}", file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
 
+    # Wrong numbers are reported before there is a folder.
+    make_plan(config, len(data.train_labels))
     folder, created_utc = create_folder(arguments.out, config.task)
     result = ComparisonResult(
         command=["python", "-m", "grng", *_without_paths(argv)],

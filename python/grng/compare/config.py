@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from grng.compare.errors import UsageError
-from grng.tasks import TASKS
+from grng.tasks import TASKS, ModelOptions, Task
 from grng_kernels import use_backend
 
+SCHEDULES = ("cosine", "constant")
 _LARGEST_SEED = 2**63 - 1
 # More only slows down, and thousands crash the thread library.
 _THREADS_PER_CORE = 8
@@ -25,11 +26,19 @@ class CompareConfig:
     epochs: int
     seeds: tuple[int, ...]
     batch_size: int
-    hidden: tuple[int, ...]
+    # None: the task's own.
+    hidden: tuple[int, ...] | None
     device: str
     threads: int | None
     warmup_fraction: float
     train_limit: int | None
+    lora_rank: int | None = None
+    # Samples of a stream: batch 1, one pass; None trains in epochs.
+    stream: int | None = None
+    # Held-out training samples; None is the task's own number.
+    validation: int | None = None
+    checkpoints: int | None = None
+    schedule: str | None = None
 
     def __post_init__(self) -> None:
         """Checks the values.
@@ -43,6 +52,9 @@ class CompareConfig:
         _at_least_one("--batch-size", self.batch_size)
         _at_least_one("--threads", self.threads)
         _at_least_one("--train-limit", self.train_limit)
+        _at_least_one("--stream", self.stream)
+        _at_least_one("--checkpoints", self.checkpoints)
+        _at_least_one("--lora-rank", self.lora_rank)
         most = _THREADS_PER_CORE * (os.cpu_count() or 1)
         if self.threads is not None and self.threads > most:
             raise UsageError(
@@ -53,15 +65,74 @@ class CompareConfig:
                 pass
         except ValueError as error:
             raise UsageError(f"GRNG_BACKEND: {error}") from error
-        for size in self.hidden:
+        for size in self.hidden or ():
             _at_least_one("--hidden", size)
+        self._check_model_option("hidden", self.hidden)
+        self._check_model_option("lora_rank", self.lora_rank)
         if not 0.0 <= self.warmup_fraction < 1.0:
             raise UsageError(f"--warmup-fraction must be in [0, 1), got {self.warmup_fraction}")
+        if self.schedule is not None and self.schedule not in SCHEDULES:
+            valid = ", ".join(SCHEDULES)
+            raise UsageError(f"--schedule must be one of {valid}, got {self.schedule!r}")
+        self._check_samples()
         for seed in self.seeds:
             if not 0 <= seed <= _LARGEST_SEED:
                 raise UsageError(f"--seeds must be in [0, 2**63), got {seed}")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise UsageError(f"--seeds must be different numbers, got {list(self.seeds)}")
+
+    def _check_model_option(self, name: str, value: object) -> None:
+        used = self.task_entry.option[0]
+        if value is not None and used != name:
+            raise UsageError(
+                f"{_as_option(name)} does not apply to task {self.task!r}, "
+                f"whose model has {_as_option(used)}"
+            )
+
+    def _check_samples(self) -> None:
+        least = 0 if self.stream is None else 1
+        if self.validation is not None and self.validation < least:
+            where = " with --stream" if self.stream is not None else ""
+            raise UsageError(f"--validation must be at least {least}{where}, got {self.validation}")
+        if self.stream is None and self.checkpoints and self.checkpoints > self.epochs:
+            raise UsageError(
+                f"--checkpoints must be at most the {self.epochs} epochs, got {self.checkpoints}"
+            )
+        if self.stream is not None and self.checkpoints and self.checkpoints > self.stream:
+            raise UsageError(
+                f"--checkpoints must be at most the {self.stream} samples of the stream, "
+                f"got {self.checkpoints}"
+            )
+
+    @property
+    def task_entry(self) -> Task:
+        """The task."""
+        return TASKS[self.task]
+
+    @property
+    def model_options(self) -> ModelOptions:
+        """Options of the model; where none were given, those of the task."""
+        name, default = self.task_entry.option
+        given = getattr(self, name)
+        chosen = {name: default if given is None else given}
+        return ModelOptions(**chosen)  # type: ignore[arg-type]
+
+    @property
+    def held_out(self) -> int:
+        """Number of validation samples."""
+        if self.validation is not None:
+            return self.validation
+        task = self.task_entry
+        return task.validation if self.stream is None else task.stream_validation
+
+    @property
+    def schedule_name(self) -> str:
+        """Cosine for epochs; constant for a stream, whose end an optimizer could not know."""
+        return self.schedule or ("cosine" if self.stream is None else "constant")
+
+
+def _as_option(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _at_least_one(option: str, value: int | None) -> None:

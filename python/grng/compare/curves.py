@@ -19,7 +19,7 @@ _SMOOTHING_FRACTION = 0.015
 
 @dataclass(frozen=True)
 class Curve:
-    """A quantity against epochs and against training seconds."""
+    """A quantity against epochs (samples in a stream) and against training seconds."""
 
     epochs: Array
     seconds: Array
@@ -92,7 +92,9 @@ def loss_curve(runs: Sequence[RunRecord]) -> Curve | None:
 
 
 def accuracy_curve(runs: Sequence[RunRecord]) -> Curve | None:
-    """Test accuracy in percent at the end of each epoch; None before the first end.
+    """Held-out accuracy in percent at each evaluation; None before the first.
+
+    On the validation samples where there are any, else on the test set.
 
     Args:
         runs: Runs of one optimizer, of equal length.
@@ -105,5 +107,46 @@ def accuracy_curve(runs: Sequence[RunRecord]) -> Curve | None:
     return _band(
         epochs=np.asarray([epoch.epoch for epoch in runs[0].epochs], dtype=np.float64),
         seconds=[np.asarray([epoch.train_seconds for epoch in run.epochs]) for run in runs],
-        values=[100 * np.asarray([epoch.test_accuracy for epoch in run.epochs]) for run in runs],
+        values=[_held_out_percent(run) for run in runs],
+    )
+
+
+def _held_out_percent(run: RunRecord) -> Array:
+    return 100 * np.asarray([epoch.held_out_accuracy for epoch in run.epochs], dtype=np.float64)
+
+
+def online_curve(runs: Sequence[RunRecord]) -> Curve | None:
+    """Online accuracy of a stream in percent after each sample: the mean over all so far.
+
+    Args:
+        runs: Runs of one optimizer, of equal length.
+
+    Returns:
+        The curve against samples; None before the first.
+    """
+    if not runs or not runs[0].step_correct:
+        return None
+    samples = np.arange(1, len(runs[0].step_correct) + 1, dtype=np.float64)
+    return _band(
+        epochs=samples,
+        seconds=[np.cumsum(run.step_seconds) for run in runs],
+        values=[100 * np.cumsum(run.step_correct) / samples for run in runs],
+    )
+
+
+def stream_accuracy_curve(runs: Sequence[RunRecord]) -> Curve | None:
+    """Held-out accuracy of a stream in percent at each evaluation.
+
+    Args:
+        runs: Runs of one optimizer, of equal length.
+
+    Returns:
+        The curve against samples; None before the first evaluation.
+    """
+    if not runs or not runs[0].epochs:
+        return None
+    return _band(
+        epochs=np.asarray([epoch.step for epoch in runs[0].epochs], dtype=np.float64),
+        seconds=[np.asarray([epoch.train_seconds for epoch in run.epochs]) for run in runs],
+        values=[_held_out_percent(run) for run in runs],
     )

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 import re
@@ -15,6 +16,9 @@ import torch
 
 import grng
 
+# What some of the tasks compute with.
+_OPTIONAL = ("scikit-learn", "transformers", "peft")
+
 
 def versions() -> dict[str, str | None]:
     """Versions of everything that computes."""
@@ -24,7 +28,15 @@ def versions() -> dict[str, str | None]:
         "torch": torch.__version__,
         "numpy": np.__version__,
         "cuda": torch.version.cuda,
+        **{name: _installed(name) for name in _OPTIONAL},
     }
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _git(*arguments: str) -> str | None:

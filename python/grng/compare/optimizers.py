@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import itertools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from grng.compare.errors import UsageError
+from grng.compare.protocols import Protocol
 
 OptionValue = bool | int | float | str | tuple[float, ...] | None
 Factory = Callable[..., torch.optim.Optimizer]
@@ -26,19 +28,22 @@ class OptimizerEntry:
     description: str
     factory: Callable[[], Factory]
     takes_model: bool
-    observes: bool
+    protocol: Protocol
     defaults: Mapping[str, OptionValue]
     # None: every keyword argument of the factory.
     options: tuple[str, ...] | None = None
 
 
-def _ring() -> Factory:
-    import grng
+def _of_grng(attribute: str) -> Callable[[], Factory]:
+    def find() -> Factory:
+        import grng
 
-    ring: Factory | None = getattr(grng, "RING", None)
-    if ring is None:
-        raise UsageError("optimizer 'ring' is not part of this build of grng")
-    return ring
+        found: Factory | None = getattr(grng, attribute, None)
+        if found is None:
+            raise UsageError(f"optimizer {attribute.lower()!r} is not part of this build of grng")
+        return found
+
+    return find
 
 
 def _adamw() -> Factory:
@@ -49,19 +54,23 @@ def _sgd() -> Factory:
     return torch.optim.SGD
 
 
+def _adagrad() -> Factory:
+    return torch.optim.Adagrad
+
+
 OPTIMIZERS: dict[str, OptimizerEntry] = {
     "ring": OptimizerEntry(
         description="regularised natural gradient, grng.RING",
-        factory=_ring,
+        factory=_of_grng("RING"),
         takes_model=True,
-        observes=True,
+        protocol="observe-backward",
         defaults={},
     ),
     "adamw": OptimizerEntry(
         description="torch.optim.AdamW",
         factory=_adamw,
         takes_model=False,
-        observes=False,
+        protocol="backward",
         defaults={"lr": 1e-3, "weight_decay": 1e-2},
         options=("lr", "betas", "eps", "weight_decay", "amsgrad", "foreach", "fused"),
     ),
@@ -69,9 +78,31 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
         description="torch.optim.SGD with momentum 0.9",
         factory=_sgd,
         takes_model=False,
-        observes=False,
+        protocol="backward",
         defaults={"lr": 0.1, "momentum": 0.9},
         options=("lr", "momentum", "dampening", "weight_decay", "nesterov", "foreach", "fused"),
+    ),
+    "adagrad": OptimizerEntry(
+        description="torch.optim.Adagrad",
+        factory=_adagrad,
+        takes_model=False,
+        protocol="backward",
+        defaults={"lr": 1e-2},
+        options=("lr", "lr_decay", "weight_decay", "initial_accumulator_value", "eps", "foreach"),
+    ),
+    "rkalman": OptimizerEntry(
+        description="Kalman filter with gradient regularisation, grng.RKalman",
+        factory=_of_grng("RKalman"),
+        takes_model=True,
+        protocol="observe-targets",
+        defaults={},
+    ),
+    "loko": OptimizerEntry(
+        description="low-rank Kalman optimizer, grng.LoKO",
+        factory=_of_grng("LoKO"),
+        takes_model=True,
+        protocol="observe-targets",
+        defaults={},
     ),
 }
 
@@ -102,7 +133,9 @@ class OptimizerSpec:
             UsageError: The optimizer refuses a value.
         """
         arguments = {**self.entry.defaults, **self.options}
-        target = model if self.entry.takes_model else model.parameters()
+        # Frozen parameters would cost Adagrad its state, and count as memory.
+        trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
+        target = model if self.entry.takes_model else trained
         try:
             return self.entry.factory()(target, **arguments)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -193,8 +226,26 @@ def parse_spec(text: str) -> OptimizerSpec:
     return OptimizerSpec(label, name, options)
 
 
+def expand(text: str) -> list[str]:
+    """The specs that a spec with alternatives stands for.
+
+    Args:
+        text: For example ``"sgd:lr=0.1|0.3:momentum=0.9"``.
+
+    Returns:
+        ``["sgd:lr=0.1:momentum=0.9", "sgd:lr=0.3:momentum=0.9"]``: every combination.
+    """
+    choices = []
+    for pair in text.split(":"):
+        key, has_value, values = pair.partition("=")
+        choices.append([key + has_value + value for value in values.split("|")])
+    return [":".join(chosen) for chosen in itertools.product(*choices)]
+
+
 def parse_specs(text: str) -> list[OptimizerSpec]:
     """Comma-separated optimizer specs; commas inside parentheses belong to a value.
+
+    A value may be several, separated by ``|``: each makes a spec of its own.
 
     Args:
         text: The specs.
@@ -205,7 +256,8 @@ def parse_specs(text: str) -> list[OptimizerSpec]:
     Raises:
         UsageError: A spec is wrong, empty, or given twice.
     """
-    specs = [parse_spec(part) for part in re.split(r",(?![^()]*\))", text)]
+    parts = re.split(r",(?![^()]*\))", text)
+    specs = [parse_spec(spec) for part in parts for spec in expand(part)]
     labels = [spec.label for spec in specs]
     for label in labels:
         if labels.count(label) > 1:

@@ -5,7 +5,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from grng.compare.curves import Curve, accuracy_curve, loss_curve, shown_runs
+from grng.compare.curves import (
+    Curve,
+    accuracy_curve,
+    loss_curve,
+    online_curve,
+    shown_runs,
+    stream_accuracy_curve,
+)
 from grng.compare.plot_style import Style, assign_styles
 from grng.compare.records import DIVERGED, INTERRUPTED
 from grng.compare.results import ComparisonResult
@@ -13,11 +20,12 @@ from grng.compare.results import ComparisonResult
 
 @dataclass(frozen=True)
 class Series:
-    """One optimizer in the figures."""
+    """One optimizer in the figures: training loss (left panel) and held-out accuracy."""
 
     label: str
     style: Style
-    loss: Curve | None
+    # Of a stream: the online accuracy.
+    left: Curve | None
     accuracy: Curve | None
     note: str
     is_complete: bool
@@ -32,9 +40,13 @@ def collect_series(result: ComparisonResult) -> list[Series]:
     Returns:
         Curves, styles and remarks.
     """
-    styles = assign_styles(result.labels)
+    # Of several settings of an optimizer only the one that counts: twelve lines say nothing.
+    labels = [row.optimizer for row in result.summary().rows if row.is_selected]
+    styles = assign_styles(labels)
+    accuracy_of = stream_accuracy_curve if result.is_stream else accuracy_curve
+    left_of = online_curve if result.is_stream else loss_curve
     found = []
-    for label in result.labels:
+    for label in labels:
         runs = shown_runs([run for run in result.runs if run.optimizer == label])
         if not runs:
             continue
@@ -43,7 +55,5 @@ def collect_series(result: ComparisonResult) -> list[Series]:
             note = f"\n(diverged at step {runs[0].divergence.step:,})"
         elif runs[0].status == INTERRUPTED:
             note = "\n(interrupted)"
-        found.append(
-            Series(label, styles[label], loss_curve(runs), accuracy_curve(runs), note, not note)
-        )
+        found.append(Series(label, styles[label], left_of(runs), accuracy_of(runs), note, not note))
     return found

@@ -8,8 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 # Okabe and Ito, "Color Universal Design" (2008).
-_FAMILY_COLORS = {"ring": "#0072B2", "adamw": "#D55E00", "sgd": "#009E73"}
-_OTHER_COLORS = ("#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_FAMILY_COLORS = {
+    "ring": "#0072B2",
+    "adamw": "#D55E00",
+    "sgd": "#009E73",
+    "rkalman": "#000000",
+    "loko": "#CC79A7",
+    "adagrad": "#E69F00",
+}
+_OTHER_COLORS = ("#56B4E9", "#999999")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
 _MARKERS = ("o", "s", "^", "D")
 

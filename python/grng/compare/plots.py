@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two figures of a comparison: loss and accuracy against epochs, and against seconds."""
+"""The figures of a comparison: loss and accuracy against epochs and against seconds; one of a stream."""
 
 from __future__ import annotations
 
@@ -9,23 +9,26 @@ from pathlib import Path
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from grng.compare.curves import Curve
+from grng.compare.plot_parts import (
+    accuracy_floor,
+    draw_curve,
+    held_out_names,
+    label_ends,
+    make_figure,
+)
 from grng.compare.plot_series import Series, collect_series
-from grng.compare.plot_style import RC, spread_labels
+from grng.compare.plot_style import RC
 from grng.compare.results import ComparisonResult
+from grng.compare.stream_plot import draw_stream
 from grng.compare.summary import Target
-from grng.tasks import TASKS
 from grng.tasks.atomic import replacing
 
 FILE_NAMES = {"epochs": "loss_accuracy_steps.png", "seconds": "loss_accuracy_seconds.png"}
+STREAM_FILE_NAME = "stream_accuracy.png"
 _DOTS_PER_INCH = 150
-# Least distance between two labels, as a part of the height of the axes.
-_LABEL_GAP = 0.06
 # Multiples of each power of ten that get a label.
 _NARROW_TICKS = (1.0, 2.0, 3.0, 4.0, 6.0)
 _WIDE_TICKS = (1.0, 2.0, 5.0)
@@ -35,28 +38,10 @@ _X_LABELS = {
 }
 
 
-def _draw(axes: Axes, curve: Curve, axis: str, series: Series, *, has_markers: bool) -> None:
-    style = series.style
-    x = curve.x(axis)
-    axes.fill_between(x, curve.low, curve.high, color=style.color, alpha=0.15, linewidth=0)
-    axes.plot(
-        x,
-        curve.mean,
-        color=style.color,
-        linestyle=style.dash,
-        linewidth=2.0 if has_markers else 1.6,
-        marker=style.marker if has_markers else None,
-        markersize=4.5,
-        zorder=3,
-    )
-    if not series.is_complete:
-        axes.plot(x[-1], curve.mean[-1], marker="x", color=style.color, markersize=9, mew=2.5)
-
-
 def _draw_loss(axes: Axes, all_series: list[Series], axis: str) -> None:
     for series in all_series:
-        if series.loss is not None:
-            _draw(axes, series.loss, axis, series, has_markers=False)
+        if series.left is not None:
+            draw_curve(axes, series.left, axis, series, has_markers=False)
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     is_narrow = high < 12 * low
@@ -65,17 +50,6 @@ def _draw_loss(axes: Axes, all_series: list[Series], axis: str) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_title("Training loss")
     axes.set_ylabel("cross entropy per sample, smoothed")
-
-
-def _accuracy_floor(all_series: list[Series]) -> float | None:
-    """Lower end of the accuracy axis: one bad optimizer must not flatten the others."""
-    means = [series.accuracy.mean for series in all_series if series.accuracy is not None]
-    if not means:
-        return None
-    best = max(float(mean.max()) for mean in means)
-    middle = float(np.median(np.concatenate(means)))
-    lowest = min(float(mean.min()) for mean in means)
-    return max(lowest, best - max(2.0, 5.0 * (best - middle)))
 
 
 def _draw_target(axes: Axes, all_series: list[Series], target: Target, axis: str) -> None:
@@ -118,70 +92,23 @@ def _draw_target(axes: Axes, all_series: list[Series], target: Target, axis: str
         height += 1
 
 
-def _label_ends(axes: Axes, all_series: list[Series]) -> None:
-    """Names to the right of both panels, each at the height of its line's end, with its key."""
-    low, high = axes.get_ylim()
-    labels, heights = [], []
-    for series in all_series:
-        ended_well = series.accuracy is not None and series.is_complete
-        value = series.accuracy.mean[-1] if series.accuracy is not None else low
-        labels.append(f"{value:.2f} %  {series.label}" if ended_well else series.label)
-        heights.append(min(1.0, max(0.0, (value - low) / (high - low))))
-    for series, label, height in zip(
-        all_series, labels, spread_labels(heights, gap=_LABEL_GAP), strict=True
-    ):
-        style = series.style
-        axes.plot(
-            [1.015, 1.0375, 1.06],
-            [height] * 3,
-            color=style.color,
-            linestyle=style.dash,
-            linewidth=2,
-            marker=style.marker,
-            markevery=[1],
-            markersize=4.5,
-            transform=axes.transAxes,
-            clip_on=False,
-        )
-        axes.annotate(
-            label + series.note,
-            (1.07, height),
-            xycoords="axes fraction",
-            color=style.color,
-            fontweight="bold",
-            fontsize=9.5,
-            va="center",
-        )
-
-
-def _draw_accuracy(axes: Axes, all_series: list[Series], target: Target | None, axis: str) -> None:
+def _draw_accuracy(
+    axes: Axes, all_series: list[Series], result: ComparisonResult, axis: str
+) -> None:
+    target = result.summary().target
     for series in all_series:
         if series.accuracy is not None:
-            _draw(axes, series.accuracy, axis, series, has_markers=True)
-    floor = _accuracy_floor(all_series)
+            draw_curve(axes, series.accuracy, axis, series, has_markers=True)
+    floor = accuracy_floor(all_series)
     if floor is not None:
         top = axes.get_ylim()[1]
         axes.set_ylim(floor - 0.08 * (top - floor), top + 0.04 * (top - floor))
         if target is not None:
             _draw_target(axes, all_series, target, axis)
-        _label_ends(axes, all_series)
-    axes.set_title("Test accuracy")
-    axes.set_ylabel("correct test samples in %")
-
-
-def _heading(result: ComparisonResult) -> tuple[str, str]:
-    config = result.config
-    task = TASKS.get(config["task"])
-    title = task.title if task else config["task"]
-    hidden = "-".join(str(size) for size in config["hidden"])
-    seeds = config["seeds"]
-    repeats = f"{len(seeds)} seeds: mean and range" if len(seeds) > 1 else f"seed {seeds[0]}"
-    return (
-        f"{title}: training loss and test accuracy by optimizer",
-        f"ReLU MLP, hidden {hidden} ({config['model_parameters']:,} parameters)  ·  "
-        f"{result.data['train_samples']:,} training samples, batch {config['batch_size']}  ·  "
-        f"{config['schedule']}  ·  {repeats}",
-    )
+        label_ends(axes, all_series)
+    title, label = held_out_names(result)
+    axes.set_title(title)
+    axes.set_ylabel(label)
 
 
 def _short(processor: str) -> str:
@@ -200,29 +127,20 @@ def draw(result: ComparisonResult, axis: str) -> Figure:
     """
     all_series = collect_series(result)
     with rc_context(RC):
-        figure = Figure(figsize=(13, 5.2), layout="constrained")
-        FigureCanvasAgg(figure)
-        engine = figure.get_layout_engine()
-        if isinstance(engine, ConstrainedLayoutEngine):
-            engine.set(rect=(0, 0, 0.99, 1), w_pad=0.08)
-        loss_axes, accuracy_axes = figure.subplots(1, 2)
+        figure, loss_axes, accuracy_axes = make_figure(result)
         _draw_loss(loss_axes, all_series, axis)
-        _draw_accuracy(accuracy_axes, all_series, result.summary().target, axis)
+        _draw_accuracy(accuracy_axes, all_series, result, axis)
         steps = max((run.steps_per_epoch for run in result.runs), default=0)
         processor = _short(result.environment["gpu"] or result.environment["cpu"])
         for axes in (loss_axes, accuracy_axes):
             axes.set_xlabel(_X_LABELS[axis].format(steps=steps, processor=processor))
             axes.set_xlim(left=0)
             axes.xaxis.set_major_locator(MaxNLocator(integer=axis == "epochs"))
-        title, subtitle = _heading(result)
-        # Two lines of figure title: the second keeps the room that the layout gives to the first.
-        figure.suptitle(f"{title}\n", x=0.008, ha="left", fontsize=14, fontweight="bold")
-        figure.text(0.008, 0.925, subtitle, ha="left", va="top", fontsize=9.5, color="#555555")
     return figure
 
 
 def save_figures(result: ComparisonResult, folder: Path) -> list[Path]:
-    """Draws both figures into a folder; nothing before the first training step.
+    """Draws the figures into a folder; nothing before the first training step.
 
     Args:
         result: The comparison.
@@ -233,9 +151,11 @@ def save_figures(result: ComparisonResult, folder: Path) -> list[Path]:
     """
     if not any(run.step_loss for run in result.runs):
         return []
-    written = []
-    for axis, name in FILE_NAMES.items():
+    if result.is_stream:
+        figures = {STREAM_FILE_NAME: draw_stream(result)}
+    else:
+        figures = {name: draw(result, axis) for axis, name in FILE_NAMES.items()}
+    for name, figure in figures.items():
         with replacing(folder / name) as partial:
-            draw(result, axis).savefig(partial, dpi=_DOTS_PER_INCH)
-        written.append(folder / name)
-    return written
+            figure.savefig(partial, dpi=_DOTS_PER_INCH)
+    return [folder / name for name in figures]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Progress of the runs: a bar on a terminal, one line per epoch in a file or pipe, or nothing."""
+"""Progress of the runs: a bar on a terminal, one line per evaluation in a file or pipe, or nothing."""
 
 from __future__ import annotations
 
@@ -10,11 +10,25 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from grng.compare.records import RunRecord
+from grng.compare.records import EpochRecord, RunRecord
 
 # Redrawing costs processor time next to the training threads.
 _REFRESH_PER_SECOND = 4
 _UPDATE_EVERY = 10
+
+
+def _place(record: RunRecord, step: int, epochs: int) -> str:
+    if record.step_correct:
+        return f"sample {step:,}/{record.steps_per_epoch:,}"
+    epoch = min(epochs, 1 + max(0, step - 1) // record.steps_per_epoch)
+    return f"epoch {epoch}/{epochs}"
+
+
+def _accuracy(last: EpochRecord) -> str:
+    kind = "test" if last.validation_accuracy is None else "val"
+    online = last.online_accuracy
+    before = "" if online is None else f"online {100 * online:.2f} %  "
+    return f"{before}{kind} acc {100 * last.held_out_accuracy:.2f} %"
 
 
 class Reporter:
@@ -41,11 +55,11 @@ class Reporter:
         """Called after each training step."""
 
     def epoch(self, record: RunRecord) -> None:
-        """Called after each epoch."""
+        """Called after each evaluation."""
 
 
 class LineReporter(Reporter):
-    """One short line per epoch."""
+    """One short line per evaluation."""
 
     def __init__(self, console: Console) -> None:
         """Args: console: where to print."""
@@ -59,12 +73,11 @@ class LineReporter(Reporter):
         yield
 
     def epoch(self, record: RunRecord) -> None:
-        """Prints the line of the epoch that has just ended."""
+        """Prints the line of the evaluation that has just ended."""
         last = record.epochs[-1]
         self._console.print(
-            f"{record.optimizer} seed {record.seed}  epoch {last.epoch}/{self._epochs}  "
-            f"loss {last.train_loss:.4f}  test acc {100 * last.test_accuracy:.2f} %  "
-            f"{last.train_seconds:.1f} s",
+            f"{record.optimizer} seed {record.seed}  {_place(record, last.step, self._epochs)}  "
+            f"loss {last.train_loss:.4f}  {_accuracy(last)}  {last.train_seconds:.1f} s",
             markup=False,
             highlight=False,
         )
@@ -111,12 +124,11 @@ class BarReporter(Reporter):
     def _update(self, record: RunRecord) -> None:
         if self._progress is None:
             return
-        epoch = min(self._epochs, 1 + (self._steps - 1) // record.steps_per_epoch)
-        state = Text.assemble(f"epoch {epoch}/{self._epochs}")
+        state = Text(_place(record, self._steps, self._epochs))
         if record.step_loss:
             state.append(f"  loss {record.step_loss[-1]:.4f}")
         if record.epochs:
-            state.append(f"  test acc {100 * record.epochs[-1].test_accuracy:.2f} %")
+            state.append(f"  {_accuracy(record.epochs[-1])}")
         self._progress.update(
             self._progress.task_ids[0],
             completed=self._steps,

@@ -14,14 +14,29 @@ DIVERGED = "diverged"
 
 @dataclass
 class EpochRecord:
-    """State at the end of an epoch; seconds count training steps only."""
+    """State at the end of an epoch, or after so many samples of a stream.
+
+    Seconds count training steps only. With validation samples, the test set is looked at only once,
+    at the end of the run.
+    """
 
     epoch: int
     step: int
     train_seconds: float
     train_loss: float
-    test_loss: float
-    test_accuracy: float
+    test_loss: float | None = None
+    test_accuracy: float | None = None
+    validation_loss: float | None = None
+    validation_accuracy: float | None = None
+    # Of a stream: part of all samples so far that was predicted before it was learned from.
+    online_accuracy: float | None = None
+
+    @property
+    def held_out_accuracy(self) -> float:
+        """Accuracy on the validation samples; on the test set where there are none."""
+        accuracy = self.validation_accuracy
+        accuracy = self.test_accuracy if accuracy is None else accuracy
+        return 0.0 if accuracy is None else accuracy
 
 
 @dataclass
@@ -44,7 +59,8 @@ class Divergence:
 
     step: int
     what: str
-    lr: float
+    # None for an optimizer without a learning rate.
+    lr: float | None
     last_finite_loss: float | None
     diagnostics: Any = None
 
@@ -66,6 +82,8 @@ class RunRecord:
     epochs: list[EpochRecord] = field(default_factory=list)
     step_loss: list[float] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
+    # Of a stream: 1 where the sample was predicted before it was learned from, else 0.
+    step_correct: list[int] = field(default_factory=list)
 
     @property
     def train_seconds(self) -> float:
@@ -74,13 +92,18 @@ class RunRecord:
 
     @property
     def final_accuracy(self) -> float:
-        """Test accuracy after the last epoch."""
-        return self.epochs[-1].test_accuracy
+        """Test accuracy at the end of a finished run."""
+        return self.epochs[-1].test_accuracy or 0.0
+
+    @property
+    def held_out_accuracy(self) -> float:
+        """Validation accuracy at the end; test accuracy without validation samples."""
+        return self.epochs[-1].held_out_accuracy
 
     @property
     def best_accuracy(self) -> float:
-        """Highest test accuracy after any epoch."""
-        return max(epoch.test_accuracy for epoch in self.epochs)
+        """Highest held-out accuracy at any look."""
+        return max(epoch.held_out_accuracy for epoch in self.epochs)
 
     def to_json(self) -> dict[str, Any]:
         """The record as JSON objects."""

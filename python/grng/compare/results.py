@@ -36,6 +36,11 @@ class ComparisonResult:
         """Labels of the optimizers in the order given."""
         return [optimizer["label"] for optimizer in self.config["optimizers"]]
 
+    @property
+    def is_stream(self) -> bool:
+        """Whether samples came one by one, each predicted before it was learned from."""
+        return self.config.get("stream") is not None
+
     def summary(self) -> Summary:
         """The rows of the table."""
         return summarise(self.labels, self.runs, seeds=len(self.config["seeds"]))

@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 import grng
 from grng.compare.config import CompareConfig
 from grng.compare.memory import PeakMemory, state_bytes
 from grng.compare.optimizers import OptimizerSpec
+from grng.compare.protocols import take_step
 from grng.compare.records import DIVERGED, FINISHED, Divergence, RunRecord
-from grng.compare.training import NonFiniteError, Trainer
-from grng.tasks import TASKS, ClassificationData
+from grng.compare.training import NonFiniteError, Trainer, learning_rate
+from grng.tasks import ClassificationData
 
 _PREPARATION_STEPS = 3
 # Small enough to change nothing, large enough to take the usual code path.
@@ -39,7 +39,7 @@ def build_model(config: CompareConfig, seed: int, device: torch.device) -> nn.Mo
     """The model of the task with the weights of this seed, drawn on the CPU for every device.
 
     Args:
-        config: Task and hidden sizes.
+        config: Task and options of the model.
         seed: Seeds torch's global generators.
         device: Where the model goes.
 
@@ -47,7 +47,7 @@ def build_model(config: CompareConfig, seed: int, device: torch.device) -> nn.Mo
         The model.
     """
     torch.manual_seed(seed)
-    return TASKS[config.task].build_model(config.hidden).to(device)
+    return config.task_entry.build_model(config.model_options).to(device)
 
 
 def weights_sha256(model: nn.Module) -> str:
@@ -63,16 +63,12 @@ def _prepare(spec: OptimizerSpec, config: CompareConfig, data: ClassificationDat
     model = build_model(config, 0, data.train_inputs.device)
     optimizer = spec.build(model)
     for group in optimizer.param_groups:
-        group["lr"] = _PREPARATION_LR
+        if "lr" in group:
+            group["lr"] = _PREPARATION_LR
     inputs = data.train_inputs[: config.batch_size]
     labels = data.train_labels[: config.batch_size]
     for _ in range(_PREPARATION_STEPS):
-        logits = model(inputs)
-        if spec.entry.observes:
-            optimizer.observe(logits)  # type: ignore[attr-defined]
-        F.cross_entropy(logits, labels).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        take_step(model, optimizer, spec.entry.protocol, inputs, labels, lambda: None)
 
 
 def _jsonable(value: Any) -> Any:
@@ -125,7 +121,7 @@ def execute(
     record.initial_weights_sha256 = weights_sha256(model)
     optimizer = spec.build(model)
     peak = PeakMemory(device)
-    trainer = Trainer(record, model, optimizer, data, config, observes=spec.entry.observes)
+    trainer = Trainer(record, model, optimizer, data, config, protocol=spec.entry.protocol)
 
     def finish_epoch() -> None:
         record.peak_memory_bytes = peak.read()
@@ -136,7 +132,7 @@ def execute(
         trainer.train(on_step, finish_epoch)
         record.status = FINISHED
     except numerical_errors as error:
-        lr = float(optimizer.param_groups[0]["lr"])
+        lr = learning_rate(optimizer)
         if not isinstance(error, NonFiniteError):
             error = NonFiniteError(len(record.step_loss) + 1, str(error), lr)
         record.status = DIVERGED
@@ -158,7 +154,7 @@ def check_specs(
 
     Args:
         specs: The optimizers.
-        config: Task and hidden sizes.
+        config: Task and options of the model.
         device: Device of the runs.
 
     Returns:
@@ -171,7 +167,8 @@ def check_specs(
     return resolved
 
 
-def parameter_count(config: CompareConfig) -> int:
-    """Number of parameters of the model."""
-    model = build_model(config, 0, torch.device("cpu"))
-    return sum(parameter.numel() for parameter in model.parameters())
+def parameter_counts(config: CompareConfig) -> tuple[int, int]:
+    """Numbers of all parameters of the model and of those that are trained."""
+    parameters = list(build_model(config, 0, torch.device("cpu")).parameters())
+    trained = (parameter.numel() for parameter in parameters if parameter.requires_grad)
+    return sum(parameter.numel() for parameter in parameters), sum(trained)

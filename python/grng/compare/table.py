@@ -12,6 +12,7 @@ from rich.text import Text
 
 from grng.compare.records import DIVERGED, FINISHED
 from grng.compare.results import ComparisonResult
+from grng.compare.selection import family
 from grng.compare.summary import Row, Summary
 
 # Below this many columns the table has no room for all numbers of several seeds.
@@ -40,8 +41,11 @@ def _reached(row: Row, summary: Summary) -> str:
     return f"{row.epochs_to_target} ep, {row.seconds_to_target:.1f} s"
 
 
-def _label(row: Row) -> str:
+def _label(row: Row, rows: list[Row]) -> str:
     notes = []
+    siblings = [other for other in rows if family(other.optimizer) == family(row.optimizer)]
+    if row.is_selected and not all(other.is_selected for other in siblings):
+        notes.append("best")
     if row.status != FINISHED:
         notes.append(row.status)
     if 0 < row.seeds_finished < row.seeds_total:
@@ -49,21 +53,34 @@ def _label(row: Row) -> str:
     return row.optimizer + (f" ({', '.join(notes)})" if notes else "")
 
 
-def _cells(row: Row, summary: Summary, peak_heading: str) -> dict[str, str]:
+def _accuracies(row: Row, summary: Summary, result: ComparisonResult) -> dict[str, str]:
+    """The columns that depend on what was measured."""
+    test = {"test acc %": _percent(row.final_accuracy, row.final_accuracy_std)}
+    validation = {"val acc %": _percent(row.validation_accuracy, row.validation_accuracy_std)}
+    if result.is_stream:
+        online = {"online %": _percent(row.online_accuracy, row.online_accuracy_std)}
+        return online | validation | test
+    if result.data.get("validation_samples"):
+        return validation | test | {"to AdamW": _reached(row, summary)}
+    best = {"best %": _percent(row.best_accuracy, row.best_accuracy_std)}
+    return test | best | {"to AdamW": _reached(row, summary)}
+
+
+def _cells(row: Row, summary: Summary, result: ComparisonResult) -> dict[str, str]:
     """The cells by heading, in the order of the columns."""
     split = row.ms_per_step
+    peak_heading = result.data["peak_memory_kind"]
+    label = _label(row, summary.rows)
     cells = {
-        "optimizer": _label(row),
-        "test acc %": _percent(row.final_accuracy, row.final_accuracy_std),
-        "best %": _percent(row.best_accuracy, row.best_accuracy_std),
-        "to AdamW": _reached(row, summary),
+        "optimizer": label,
+        **_accuracies(row, summary, result),
         "ms/step": _NEVER,
         "fwd bwd opt": _NEVER,
         peak_heading: _megabytes(row.peak_memory_bytes),
         "state MB": _megabytes(row.optimizer_state_bytes),
     }
     if split is None:
-        return dict.fromkeys(cells, _NEVER) | {"optimizer": _label(row)}
+        return dict.fromkeys(cells, _NEVER) | {"optimizer": label}
     cells["ms/step"] = f"{split.total:.2f}"
     cells["fwd bwd opt"] = f"{split.forward:.2f} {split.backward:.2f} {split.optimizer:.2f}"
     return cells
@@ -82,7 +99,7 @@ def build_table(result: ComparisonResult, summary: Summary, *, width: int | None
     """
     is_plain = width is None
     omitted = _OMITTED_WHEN_NARROW if width is not None and width < _NARROW else ()
-    rows = [_cells(row, summary, result.data["peak_memory_kind"]) for row in summary.rows]
+    rows = [_cells(row, summary, result) for row in summary.rows]
     table = Table(
         box=box.MARKDOWN if is_plain else box.SIMPLE_HEAD,
         pad_edge=is_plain,
@@ -111,10 +128,23 @@ def _ending(row: Row, result: ComparisonResult) -> Iterator[str]:
             continue
         found = run.divergence
         last = found.last_finite_loss
+        rate = "none" if found.lr is None else f"{found.lr:.3g}"
         yield (
             f"{run.optimizer} seed {run.seed} stopped at step {found.step}: {found.what}; "
-            f"lr {found.lr:.3g}, last finite loss {'none' if last is None else f'{last:.4g}'}"
+            f"lr {rate}, last finite loss {'none' if last is None else f'{last:.4g}'}"
         )
+
+
+def _against_in_stream(row: Row, baseline: Row) -> str:
+    parts = []
+    for name, found, known in (
+        ("online", row.online_accuracy, baseline.online_accuracy),
+        ("on the test set", row.final_accuracy, baseline.final_accuracy),
+    ):
+        if found is not None and known is not None:
+            side = "above" if found >= known else "below"
+            parts.append(f"{name} {100 * abs(found - known):.2f} points {side}")
+    return f"{row.optimizer} against {baseline.optimizer}: {', '.join(parts)}"
 
 
 def verdicts(result: ComparisonResult, summary: Summary) -> Iterator[str]:
@@ -132,9 +162,15 @@ def verdicts(result: ComparisonResult, summary: Summary) -> Iterator[str]:
     baseline = next((r for r in summary.rows if target and r.optimizer == target.optimizer), None)
     for row in summary.rows:
         yield from _ending(row, result)
-        if target is None or baseline is None or row.final_accuracy is None or row is baseline:
+        accuracy = row.held_out_accuracy
+        if target is None or baseline is None or accuracy is None or row is baseline:
             continue
-        points = 100 * (row.final_accuracy - target.accuracy)
+        if not row.is_selected:
+            continue
+        if result.is_stream:
+            yield _against_in_stream(row, baseline)
+            continue
+        points = 100 * (accuracy - target.accuracy)
         side = "above" if points >= 0 else "below"
         ends = f"{row.optimizer} ends {abs(points):.2f} points {side} {target.optimizer}"
         if row.epochs_to_target is None or row.seconds_to_target is None:
@@ -145,6 +181,21 @@ def verdicts(result: ComparisonResult, summary: Summary) -> Iterator[str]:
                 f"{row.epochs_to_target} of {epochs} in {row.seconds_to_target:.1f} s "
                 f"({target.optimizer}: {baseline.seconds_to_target or 0:.1f} s)"
             )
+
+
+def _explain_columns(result: ComparisonResult) -> str:
+    parts = []
+    validation = result.data.get("validation_samples", 0)
+    if result.is_stream:
+        parts.append("online: predicted before learned from")
+    else:
+        parts.append("to AdamW: epochs and seconds until AdamW's final accuracy is reached")
+    if validation:
+        parts.append(
+            f"val: {validation:,} held-out training samples; of several settings the best on them "
+            "is marked, and only it is tested"
+        )
+    return "; ".join(parts)
 
 
 def _notes(result: ComparisonResult) -> list[str]:
@@ -158,7 +209,7 @@ def _notes(result: ComparisonResult) -> list[str]:
         else "peak RSS MB: the whole process with the data set"
     )
     return [
-        f"{accuracy}; to AdamW: epochs and seconds until AdamW's final accuracy is reached",
+        f"{accuracy}; {_explain_columns(result)}",
         "s, ms (median of the seeds): forward, backward, optimizer (observe, step, zero_grad), no evaluation",
         f"{memory}; state MB: tensors in optimizer.state",
     ]

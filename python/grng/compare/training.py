@@ -3,16 +3,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
 from grng.compare.config import CompareConfig
+from grng.compare.evaluation import evaluate
+from grng.compare.plan import make_plan
+from grng.compare.protocols import Protocol, take_step
 from grng.compare.records import EpochRecord, RunRecord, StepSplit
 from grng.compare.schedule import warmup_cosine
 from grng.compare.timing import StepTimer
@@ -20,42 +21,21 @@ from grng.tasks import ClassificationData
 
 # Reading a loss on CUDA waits for the device, so it is done once in so many steps.
 _CUDA_CHECK_EVERY = 50
-_EVALUATION_ROWS = 2500
 
 
 class NonFiniteError(ArithmeticError):
     """Loss or weights stopped being finite."""
 
-    def __init__(self, step: int, what: str, lr: float) -> None:
+    def __init__(self, step: int, what: str, lr: float | None) -> None:
         """Args: step: first bad step, from 1; what: the bad number; lr: that step's rate."""
         super().__init__(f"{what} at step {step}")
         self.step, self.what, self.lr = step, what, lr
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, inputs: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Mean cross entropy and accuracy.
-
-    Args:
-        model: The classifier; left in training mode.
-        inputs: ``[n, ...]``.
-        labels: ``[n]``.
-
-    Returns:
-        ``(loss, accuracy)``, accuracy in ``[0, 1]``.
-    """
-    model.eval()
-    loss_sum = torch.zeros((), dtype=torch.float64, device=inputs.device)
-    correct = torch.zeros((), dtype=torch.int64, device=inputs.device)
-    chunks = zip(
-        torch.split(inputs, _EVALUATION_ROWS), torch.split(labels, _EVALUATION_ROWS), strict=True
-    )
-    for rows, targets in chunks:
-        logits = model(rows)
-        loss_sum += F.cross_entropy(logits, targets, reduction="sum")
-        correct += (logits.argmax(dim=1) == targets).sum()
-    model.train()
-    return float(loss_sum) / len(labels), int(correct) / len(labels)
+def learning_rate(optimizer: torch.optim.Optimizer) -> float | None:
+    """Rate of the first group; None for an optimizer that has none."""
+    rate = optimizer.param_groups[0].get("lr")
+    return None if rate is None else float(rate)
 
 
 class Trainer:
@@ -69,7 +49,7 @@ class Trainer:
         data: ClassificationData,
         config: CompareConfig,
         *,
-        observes: bool,
+        protocol: Protocol,
         check_every: int | None = None,
     ) -> None:
         """Prepares the run; nothing is trained yet.
@@ -78,71 +58,67 @@ class Trainer:
             record: Filled as the run goes on, so that an interrupted run keeps what it has.
             model: On the device of ``data``.
             optimizer: Updates ``model``.
-            data: Training and test set.
+            data: Training, validation and test samples.
             config: Shared settings.
-            observes: Whether ``optimizer.observe(logits)`` is called in each step.
+            protocol: How the optimizer takes part in a step.
             check_every: Steps between two looks at the losses; 1 on the CPU if None.
         """
         device = data.train_inputs.device
         default_check = _CUDA_CHECK_EVERY if device.type == "cuda" else 1
         self._record, self._model, self._optimizer = record, model, optimizer
-        self._data, self._config = data, config
-        self._observe = optimizer.observe if observes else None  # type: ignore[attr-defined]
+        self._data, self._protocol = data, protocol
+        self._rows = config.task_entry.evaluation_rows
+        self._is_stream = config.stream is not None
         self._check_every = check_every or default_check
         self._timer = StepTimer(device)
         self._losses: list[Tensor] = []
-        self._rates: list[float] = []
+        self._correct: list[Tensor] = []
+        self._rates: list[float | None] = []
         self._split_seconds = [0.0, 0.0, 0.0]
-        samples = len(data.train_labels)
-        record.steps_per_epoch = math.ceil(samples / config.batch_size)
-        total_steps = config.epochs * record.steps_per_epoch
-        self._scheduler = LambdaLR(optimizer, warmup_cosine(total_steps, config.warmup_fraction))
+        self._plan = make_plan(config, len(data.train_labels))
+        record.steps_per_epoch = self._plan.steps_per_pass
+        has_rate = all("lr" in group for group in optimizer.param_groups)
+        self._scheduler = None
+        if has_rate and config.schedule_name == "cosine":
+            factor = warmup_cosine(self._plan.steps, config.warmup_fraction)
+            self._scheduler = LambdaLR(optimizer, factor)
 
-    def train(self, on_step: Callable[[], None], on_epoch: Callable[[], None]) -> None:
-        """Runs all epochs.
+    def train(self, on_step: Callable[[], None], on_checkpoint: Callable[[], None]) -> None:
+        """Runs the whole plan.
 
         Args:
             on_step: Called after each step.
-            on_epoch: Called after each epoch and its evaluation.
+            on_checkpoint: Called after each evaluation: after each epoch unless planned otherwise.
 
         Raises:
             NonFiniteError: A loss is not finite; ``record`` holds the steps before it.
         """
-        data, record = self._data, self._record
-        # Its own generator: an optimizer that draws random numbers must not change the batches.
-        generator = torch.Generator().manual_seed(record.seed)
-        order_hash = hashlib.sha256()
+        data, record, plan = self._data, self._record, self._plan
+        stops = set(plan.checkpoints)
         self._model.train()
-        for epoch in range(1, self._config.epochs + 1):
-            order = torch.randperm(len(data.train_labels), generator=generator)
-            order_hash.update(order.numpy().tobytes())
-            for index in torch.split(order.to(data.train_labels.device), self._config.batch_size):
-                self._step(data.train_inputs[index], data.train_labels[index])
-                if len(self._losses) >= self._check_every:
-                    self._collect()
-                on_step()
-            self._collect()
-            record.batch_order_sha256 = order_hash.hexdigest()
-            self._finish_epoch(epoch)
-            on_epoch()
+        for step, (index, order_sha256) in enumerate(plan.batches(record.seed), start=1):
+            chosen = index.to(data.train_labels.device)
+            self._step(data.train_inputs[chosen], data.train_labels[chosen])
+            if len(self._losses) >= self._check_every:
+                self._collect()
+            on_step()
+            if step in stops:
+                self._collect()
+                record.batch_order_sha256 = order_sha256
+                self._evaluate(is_last=step == plan.steps)
+                on_checkpoint()
 
     def _step(self, inputs: Tensor, labels: Tensor) -> None:
-        timer, optimizer = self._timer, self._optimizer
-        self._rates.append(float(optimizer.param_groups[0]["lr"]))
-        timer.mark()
-        logits = self._model(inputs)
-        loss = F.cross_entropy(logits, labels)
-        timer.mark()
-        if self._observe is not None:
-            self._observe(logits)
-        timer.mark()
-        loss.backward()
-        timer.mark()
-        optimizer.step()
-        optimizer.zero_grad()
-        timer.mark()
-        self._losses.append(loss.detach())
-        self._scheduler.step()
+        self._rates.append(learning_rate(self._optimizer))
+        loss, logits = take_step(
+            self._model, self._optimizer, self._protocol, inputs, labels, self._timer.mark
+        )
+        self._losses.append(loss)
+        if self._is_stream:
+            # These logits are from before the update: the prediction of a sample not yet seen.
+            self._correct.append((logits.argmax(dim=1) == labels).sum())
+        if self._scheduler is not None:
+            self._scheduler.step()
 
     def _collect(self) -> None:
         """Moves losses and times to the record.
@@ -154,38 +130,58 @@ class Trainer:
             return
         record = self._record
         losses = torch.stack(self._losses).tolist()
+        correct = torch.stack(self._correct).tolist() if self._correct else []
         rates = list(self._rates)
         self._losses.clear()
+        self._correct.clear()
         self._rates.clear()
-        for loss, rate, parts in zip(losses, rates, self._timer.flush(), strict=True):
+        for place, parts in enumerate(self._timer.flush()):
+            loss = losses[place]
             if not math.isfinite(loss):
-                raise NonFiniteError(len(record.step_loss) + 1, f"training loss {loss}", rate)
+                step = len(record.step_loss) + 1
+                raise NonFiniteError(step, f"training loss {loss}", rates[place])
             # Nine digits identify an fp32 number; times need no more than microseconds.
             record.step_loss.append(float(f"{loss:.9g}"))
             record.step_seconds.append(round(sum(parts), 7))
+            record.step_correct += correct[place : place + 1]
             self._split_seconds = [a + b for a, b in zip(self._split_seconds, parts, strict=True)]
         milliseconds = (1e3 * part / len(record.step_loss) for part in self._split_seconds)
         record.ms_per_step = StepSplit(*(round(value, 5) for value in milliseconds))
 
-    def _finish_epoch(self, epoch: int) -> None:
-        """Evaluates the model and records the epoch.
+    def _loss_and_accuracy(self, what: str, inputs: Tensor, labels: Tensor) -> tuple[float, float]:
+        """Loss and accuracy on held-out samples.
 
         Raises:
-            NonFiniteError: The test loss is not finite.
+            NonFiniteError: The loss is not finite.
         """
-        record, data = self._record, self._data
-        test_loss, test_accuracy = evaluate(self._model, data.test_inputs, data.test_labels)
-        if not math.isfinite(test_loss):
-            rate = float(self._optimizer.param_groups[0]["lr"])
-            raise NonFiniteError(len(record.step_loss), f"test loss {test_loss}", rate)
-        epoch_losses = record.step_loss[-record.steps_per_epoch :]
-        record.epochs.append(
-            EpochRecord(
-                epoch=epoch,
-                step=len(record.step_loss),
-                train_seconds=round(record.train_seconds, 6),
-                train_loss=sum(epoch_losses) / len(epoch_losses),
-                test_loss=test_loss,
-                test_accuracy=test_accuracy,
-            )
+        loss, accuracy = evaluate(self._model, inputs, labels, self._rows)
+        if not math.isfinite(loss):
+            rate = learning_rate(self._optimizer)
+            raise NonFiniteError(len(self._record.step_loss), f"{what} loss {loss}", rate)
+        return loss, accuracy
+
+    def _evaluate(self, *, is_last: bool) -> None:
+        """Evaluates the model and adds a record of it.
+
+        Raises:
+            NonFiniteError: A loss is not finite.
+        """
+        record, data, done = self._record, self._data, len(self._record.step_loss)
+        before = record.epochs[-1].step if record.epochs else 0
+        losses = record.step_loss[before:]
+        number = len(record.epochs) + 1 if self._is_stream else done // record.steps_per_epoch
+        found = EpochRecord(
+            epoch=number,
+            step=done,
+            train_seconds=round(record.train_seconds, 6),
+            train_loss=sum(losses) / len(losses),
         )
+        if record.step_correct:
+            found.online_accuracy = sum(record.step_correct) / len(record.step_correct)
+        if data.validation is not None:
+            held_out = self._loss_and_accuracy("validation", *data.validation)
+            found.validation_loss, found.validation_accuracy = held_out
+        if is_last or data.validation is None:
+            test = self._loss_and_accuracy("test", data.test_inputs, data.test_labels)
+            found.test_loss, found.test_accuracy = test
+        record.epochs.append(found)

@@ -21,17 +21,31 @@ def _silent(message: str) -> None:
 
 @dataclass(frozen=True)
 class LoadRequest:
-    """Where to look for the data and where to put it."""
+    """Where to look for the data, where to put it, and how much of it is wanted."""
 
     device: torch.device
     data_dir: Path | None = None
     train_limit: int | None = None
+    # Taken from the end of the training samples, before train_limit counts from their start.
+    validation: int = 0
     report: Callable[[str], None] = field(default=_silent)
 
 
 @dataclass(frozen=True)
+class ModelOptions:
+    """Options of the models; each task uses one of them and ignores the other."""
+
+    hidden: tuple[int, ...] = ()
+    lora_rank: int = 8
+
+
+@dataclass(frozen=True)
 class ClassificationData:
-    """A whole classification data set on one device; inputs are fp32 and normalised."""
+    """A whole classification data set on one device.
+
+    Inputs are normalised fp32 ``[n, features]``, or token ids int64 ``[n, tokens]`` padded at the
+    right; labels are int64 ``[n]``.
+    """
 
     train_inputs: Tensor
     train_labels: Tensor
@@ -39,3 +53,12 @@ class ClassificationData:
     test_labels: Tensor
     source: str
     checksums: dict[str, str]
+    validation_inputs: Tensor | None = None
+    validation_labels: Tensor | None = None
+
+    @property
+    def validation(self) -> tuple[Tensor, Tensor] | None:
+        """Inputs and labels held out from training; None if there are none."""
+        if self.validation_inputs is None or self.validation_labels is None:
+            return None
+        return self.validation_inputs, self.validation_labels

@@ -3,17 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from grng.tasks import fashion_mnist_files as files
-from grng.tasks.data import ClassificationData, DataError, LoadRequest
+from grng.tasks.data import ClassificationData, DataError, LoadRequest, ModelOptions
 from grng.tasks.idx import parse_idx
 from grng.tasks.mlp import build_mlp
+from grng.tasks.splits import divide_training
 
 _PIXELS = 28 * 28
 _CLASSES = 10
@@ -22,16 +21,16 @@ _PIXEL_MEAN = 0.2860
 _PIXEL_STD = 0.3530
 
 
-def build_model(hidden: Sequence[int]) -> nn.Module:
+def build_model(options: ModelOptions) -> nn.Module:
     """ReLU MLP from 784 pixels to 10 classes.
 
     Args:
-        hidden: Sizes of the hidden layers.
+        options: ``hidden`` are the sizes of the hidden layers.
 
     Returns:
         The model, on the CPU; its weights are drawn from torch's global generator.
     """
-    return build_mlp([_PIXELS, *hidden, _CLASSES])
+    return build_mlp([_PIXELS, *options.hidden, _CLASSES])
 
 
 def _inputs(images: npt.NDArray[np.uint8], device: torch.device) -> Tensor:
@@ -49,7 +48,7 @@ def load(request: LoadRequest) -> ClassificationData:
     """The data set, found or fetched, verified, normalised and moved to the device.
 
     Args:
-        request: Device, folder and number of training samples.
+        request: Device, folder and numbers of samples.
 
     Returns:
         Flattened images ``[n, 784]`` fp32 and labels ``[n]`` int64.
@@ -59,12 +58,15 @@ def load(request: LoadRequest) -> ClassificationData:
         name: parse_idx(found.contents[name], name=name, shape=expected.shape)
         for name, expected in files.FILES.items()
     }
-    limit = request.train_limit
+    images, labels = arrays[files.TRAIN_IMAGES], arrays[files.TRAIN_LABELS]
+    training, held_out = divide_training(len(labels), request)
     return ClassificationData(
-        train_inputs=_inputs(arrays[files.TRAIN_IMAGES][:limit], request.device),
-        train_labels=_labels(arrays[files.TRAIN_LABELS][:limit], request.device),
+        train_inputs=_inputs(images[training], request.device),
+        train_labels=_labels(labels[training], request.device),
         test_inputs=_inputs(arrays[files.TEST_IMAGES], request.device),
         test_labels=_labels(arrays[files.TEST_LABELS], request.device),
         source=found.source,
         checksums={name: expected.sha256 for name, expected in files.FILES.items()},
+        validation_inputs=None if held_out is None else _inputs(images[held_out], request.device),
+        validation_labels=None if held_out is None else _labels(labels[held_out], request.device),
     )

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import os
 import tempfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from grng.tasks import cache
 from grng.tasks.atomic import replacing
 from grng.tasks.data import DataError
 from grng.tasks.fashion_mnist_sources import (
@@ -79,8 +79,7 @@ SOURCES: tuple[Source, ...] = (
 
 def cache_dir() -> Path:
     """``$GRNG_DATA/fashion-mnist``, or ``~/.cache/grng/fashion-mnist``."""
-    root = os.environ.get("GRNG_DATA")
-    return (Path(root).expanduser() if root else Path.home() / ".cache/grng") / "fashion-mnist"
+    return cache.cache_dir("fashion-mnist")
 
 
 def read_verified(path: Path) -> bytes:

@@ -3,21 +3,17 @@
 
 from __future__ import annotations
 
-import http.client
 import os
 import shutil
-import subprocess
-import urllib.request
 from pathlib import Path
 
 from grng.tasks.data import DataError
+from grng.tasks.fetch import read_url, run_command
 
 PACKAGE = "dataset-fashion-mnist"
 _PACKAGE_DIR = Path("usr/share/datasets/fashion-mnist")
 _APT_LISTS = Path("/var/lib/apt/lists")
 _URL = "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/"
-_COMMAND_TIMEOUT_S = 300
-_DOWNLOAD_TIMEOUT_S = 30
 # The largest of the four files has 26 MB; more than this is not what was asked for.
 _DOWNLOAD_LIMIT_BYTES = 64 << 20
 
@@ -27,23 +23,6 @@ def _with_all(folder: Path, names: tuple[str, ...]) -> Path:
     if missing:
         raise DataError(f"no {', '.join(missing)} there")
     return folder
-
-
-def _run(command: list[str], folder: Path) -> None:
-    try:
-        done = subprocess.run(
-            command,
-            cwd=folder,
-            timeout=_COMMAND_TIMEOUT_S,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise DataError(f"{command[0]} took more than {_COMMAND_TIMEOUT_S} s") from None
-    if done.returncode != 0:
-        reason = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
-        raise DataError(f"`{' '.join(command)}` failed: {reason}")
 
 
 def find_debian_package(scratch: Path, names: tuple[str, ...]) -> Path:
@@ -84,12 +63,12 @@ def extract_debian_package(scratch: Path, names: tuple[str, ...]) -> Path:
             raise DataError(f"this system has no {tool}")
     has_lists = any(_APT_LISTS.glob("*_Packages*"))
     if not has_lists and os.geteuid() == 0:
-        _run(["apt-get", "update", "-qq"], scratch)
-    _run(["apt-get", "download", "-qq", PACKAGE], scratch)
+        run_command(["apt-get", "update", "-qq"], scratch)
+    run_command(["apt-get", "download", "-qq", PACKAGE], scratch)
     archives = sorted(scratch.glob("*.deb"))
     if not archives:
         raise DataError("apt-get download left no .deb file")
-    _run(["dpkg", "-x", archives[0].name, "unpacked"], scratch)
+    run_command(["dpkg", "-x", archives[0].name, "unpacked"], scratch)
     return _with_all(scratch / "unpacked" / _PACKAGE_DIR, names)
 
 
@@ -107,12 +86,6 @@ def download(scratch: Path, names: tuple[str, ...]) -> Path:
         DataError: A file could not be downloaded.
     """
     for name in names:
-        try:
-            with urllib.request.urlopen(_URL + name, timeout=_DOWNLOAD_TIMEOUT_S) as response:
-                content = response.read(_DOWNLOAD_LIMIT_BYTES + 1)
-        except (OSError, http.client.HTTPException) as error:
-            raise DataError(f"{_URL}{name}: {error}") from None
-        if len(content) > _DOWNLOAD_LIMIT_BYTES:
-            raise DataError(f"{_URL}{name}: more than {_DOWNLOAD_LIMIT_BYTES} bytes")
+        content = read_url(_URL + name, _DOWNLOAD_LIMIT_BYTES)
         (scratch / name).write_bytes(content)
     return scratch

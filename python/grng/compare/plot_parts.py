@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parts that the figures of epochs and of streams share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+from grng.compare.curves import Curve
+from grng.compare.plot_series import Series
+from grng.compare.plot_style import spread_labels
+from grng.compare.results import ComparisonResult
+from grng.tasks import TASKS
+
+# Least distance between two labels, as a part of the height of the axes.
+_LABEL_GAP = 0.06
+
+
+def draw_curve(axes: Axes, curve: Curve, axis: str, series: Series, *, has_markers: bool) -> None:
+    """Mean and band of one optimizer; a cross where it broke off.
+
+    Args:
+        axes: Where to.
+        curve: What.
+        axis: ``"epochs"`` or ``"seconds"``.
+        series: The optimizer.
+        has_markers: Whether the points are few enough to be marked.
+    """
+    style = series.style
+    x = curve.x(axis)
+    axes.fill_between(x, curve.low, curve.high, color=style.color, alpha=0.15, linewidth=0)
+    axes.plot(
+        x,
+        curve.mean,
+        color=style.color,
+        linestyle=style.dash,
+        linewidth=2.0 if has_markers else 1.6,
+        marker=style.marker if has_markers else None,
+        markersize=4.5,
+        zorder=3,
+    )
+    if not series.is_complete:
+        axes.plot(x[-1], curve.mean[-1], marker="x", color=style.color, markersize=9, mew=2.5)
+
+
+def accuracy_floor(all_series: list[Series]) -> float | None:
+    """Lower end of the accuracy axis: one bad optimizer must not flatten the others."""
+    means = [series.accuracy.mean for series in all_series if series.accuracy is not None]
+    if not means:
+        return None
+    best = max(float(mean.max()) for mean in means)
+    middle = float(np.median(np.concatenate(means)))
+    lowest = min(float(mean.min()) for mean in means)
+    return max(lowest, best - max(2.0, 5.0 * (best - middle)))
+
+
+def label_ends(axes: Axes, all_series: list[Series]) -> None:
+    """Names to the right of both panels, each at the height of its line's end, with its key.
+
+    Args:
+        axes: The right panel, with its final limits.
+        all_series: The optimizers.
+    """
+    low, high = axes.get_ylim()
+    labels, heights = [], []
+    for series in all_series:
+        ended_well = series.accuracy is not None and series.is_complete
+        value = series.accuracy.mean[-1] if series.accuracy is not None else low
+        labels.append(f"{value:.2f} %  {series.label}" if ended_well else series.label)
+        heights.append(min(1.0, max(0.0, (value - low) / (high - low))))
+    for series, label, height in zip(
+        all_series, labels, spread_labels(heights, gap=_LABEL_GAP), strict=True
+    ):
+        style = series.style
+        axes.plot(
+            [1.015, 1.0375, 1.06],
+            [height] * 3,
+            color=style.color,
+            linestyle=style.dash,
+            linewidth=2,
+            marker=style.marker,
+            markevery=[1],
+            markersize=4.5,
+            transform=axes.transAxes,
+            clip_on=False,
+        )
+        axes.annotate(
+            label + series.note,
+            (1.07, height),
+            xycoords="axes fraction",
+            color=style.color,
+            fontweight="bold",
+            fontsize=9.5,
+            va="center",
+        )
+
+
+def _model(config: dict[str, Any]) -> str:
+    # Results of before there were other models than MLPs have no description.
+    model = config.get("model") or "ReLU MLP, hidden " + "-".join(map(str, config["hidden"]))
+    parameters = config["model_parameters"]
+    trained = config.get("trained_parameters", parameters)
+    of_all = f"{trained:,} of " if trained != parameters else ""
+    return f"{model} ({of_all}{parameters:,} parameters)"
+
+
+def _heading(result: ComparisonResult) -> tuple[str, str]:
+    config = result.config
+    task = TASKS.get(config["task"])
+    title = task.title if task else config["task"]
+    seeds = config["seeds"]
+    repeats = f"{len(seeds)} seeds: mean and range" if len(seeds) > 1 else f"seed {seeds[0]}"
+    if result.is_stream:
+        what = "accuracy online and held out"
+        how = f"stream of {config['stream']:,} samples, batch 1"
+    else:
+        what = f"training loss and {held_out_names(result)[0].lower()}"
+        how = f"{result.data['train_samples']:,} training samples, batch {config['batch_size']}"
+    shown = [_model(config), how, config["schedule"], repeats]
+    if not all(row.is_selected for row in result.summary().rows):
+        shown.append("best settings")
+    return f"{title}: {what} by optimizer", "  ·  ".join(shown)
+
+
+def make_figure(result: ComparisonResult) -> tuple[Figure, Axes, Axes]:
+    """A figure with two panels and its heading.
+
+    Args:
+        result: The comparison.
+
+    Returns:
+        ``(figure, left axes, right axes)``.
+    """
+    figure = Figure(figsize=(13, 5.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    engine = figure.get_layout_engine()
+    if isinstance(engine, ConstrainedLayoutEngine):
+        engine.set(rect=(0, 0, 0.99, 1), w_pad=0.08)
+    left, right = figure.subplots(1, 2)
+    title, subtitle = _heading(result)
+    # Two lines of figure title: the second keeps the room that the layout gives to the first.
+    figure.suptitle(f"{title}\n", x=0.008, ha="left", fontsize=14, fontweight="bold")
+    figure.text(0.008, 0.925, subtitle, ha="left", va="top", fontsize=9.5, color="#555555")
+    return figure, left, right
+
+
+def held_out_names(result: ComparisonResult) -> tuple[str, str]:
+    """Title and axis label of held-out accuracy.
+
+    Args:
+        result: The comparison.
+
+    Returns:
+        ``(title, label)``.
+    """
+    kind = "Validation" if result.data.get("validation_samples") else "Test"
+    return f"{kind} accuracy", f"correct {kind.lower()} samples in %"
