@@ -31,6 +31,7 @@ from grng_kernels.kron_factor.triton_kernel import (
     rows_per_split,
 )
 from grng_kernels.precondition import triton_kernel as two_sided
+from grng_kernels.rank_one import triton_kernel as rank_one_kernel
 
 TARGET = Path(__file__).resolve().parent / "results" / "GPU_DEBT.md"
 MULTIPROCESSORS = 132
@@ -327,6 +328,33 @@ def kalman_gram(outputs: int, d: int) -> list[Work]:
         first=f"one thread adds {shares} partial sums one after another: unroll or use a tree",
     )
     return [partial, reduce]
+
+
+def rank_one(d: int) -> list[Work]:
+    """Return the three launches of ``rank1_precondition`` on one fp32 vector."""
+    chunks = math.ceil(d / rank_one_kernel.CHUNK)
+    steps = rank_one_kernel.CHUNK / rank_one_kernel.BLOCK
+    # The second pass finds in the L2 what the first read last.
+    again = 8.0 * d if 8.0 * d > L2_BYTES else 0.0
+    passes = [
+        Work(
+            kernel=f"{name} (Triton)", variant=f"d={d:.0e}", blocks=chunks, flops=flops * d,
+            rate=FP32 * 0.5, hbm=hbm, l2=l2, l1=0.0, serial_us=steps * LATENCY_US / 2,
+            least_bytes=hbm, least_flops=flops * d, peak=FP32,
+            first="loads in flight per thread; fp64 arithmetic on GPUs that have little of it",
+        )
+        for name, flops, hbm, l2 in (
+            ("_dots_kernel", 4.0, 8.0 * d, 8.0 * d),
+            ("_apply_kernel", 3.0, again + 4.0 * d, 12.0 * d),
+        )
+    ]  # fmt: skip
+    total = Work(
+        kernel="_coefficient_kernel (Triton)", variant=f"d={d:.0e}", blocks=1, flops=2.0 * chunks,
+        rate=FP32 * 0.01, hbm=0.0, l2=16.0 * chunks, l1=0.0,
+        serial_us=math.ceil(chunks / rank_one_kernel.SUMS_BLOCK) * LATENCY_US,
+        least_bytes=16.0 * chunks, least_flops=0.0, peak=FP32, first="one program adds all",
+    )  # fmt: skip
+    return [passes[0], total, passes[1]]
 
 
 def kalman_apply(outputs: int, d: int) -> Work:
@@ -747,6 +775,8 @@ def works() -> Iterator[Work]:
     for outputs, d in ((2, 300_000), (10, 300_000), (10, 3_000_000), (100, 300_000)):
         yield from kalman_gram(outputs, d)
         yield kalman_apply(outputs, d)
+    for d in (100_000, 10_000_000):
+        yield from rank_one(d)
     for name, shapes, layers in LORA_SETS:
         yield from precondition(name, shapes * layers)
     for name, orders in SMALL_INVERSES:
@@ -781,7 +811,7 @@ def calls() -> list[Call]:
         ),
         Call("damped_inverse, one size", 180, "18 steps of power iteration, 5 launches each"),
         Call("precondition, any list of LoRA weights", 2, "3 with the inner products"),
-        Call("rank1_precondition, one block", 20, "plain PyTorch in fp64"),
+        Call("rank1_precondition, any list", 4, "with the one that writes the damping"),
     ]
 
 

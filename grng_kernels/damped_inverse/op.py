@@ -176,7 +176,8 @@ def _usual_list(factors: list[Tensor], vectors: list[Tensor], rho: float) -> Dam
     # its inverse. They are cut out of it in order, so the matrices are put in the order of their sizes.
     sizes = [len(f) for f in factors]
     order = sorted(range(len(sizes)), key=sizes.__getitem__)
-    buffers, inverses = [], []
+    buffers: list[Tensor] = []
+    inverses: list[Tensor] = []
     for n, run in itertools.groupby(order, key=sizes.__getitem__):
         count = sum(1 for _ in run)
         for rows in [n * count] if n <= SHARED_BUFFER_ORDER else [n] * count:

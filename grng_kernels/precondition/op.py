@@ -199,8 +199,8 @@ def _run_usual(
         return outs, dots
     if narrow:
         values = dots.new_empty(len(narrow) if dot else 0)
-        columns = (outs, grads, lefts, rights, biases)
-        _run_cpu(values, *([c[i] for i in narrow] for c in columns))
+        o, g, a, b = ([c[i] for i in narrow] for c in (outs, grads, lefts, rights))
+        _run_cpu(values, o, g, a, b, [biases[i] for i in narrow])
         if dot:
             dots[narrow] = values
     done = set(narrow)

@@ -34,7 +34,9 @@ DTYPES = {
 
 
 @triton.jit
-def _dots_kernel(sums_ptr, table_ptr, DTYPE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+def _dots_kernel(
+    sums_ptr, table_ptr, DTYPE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr
+):
     chunk = tl.program_id(0).to(tl.int64)
     row = table_ptr + chunk * _FIELDS
     grad_ptr = tl.load(row + _GRAD).to(tl.pointer_type(DTYPE))
@@ -87,6 +89,9 @@ def _apply_kernel(
         grad = tl.load(grad_ptr + at, mask=at < length, other=0.0).to(tl.float64)
         score = tl.load(score_ptr + at, mask=at < length, other=0.0).to(tl.float64)
         result = (grad - coefficient * score) / damping
+        if DTYPE != tl.float64:
+            # No instruction goes from fp64 to 16 bits at once.
+            result = result.to(tl.float32)
         tl.store(out_ptr + at, result.to(DTYPE), mask=at < length)
 
 
@@ -124,7 +129,11 @@ def launch(
         damping: A number, or a 0-d tensor on the device.
     """
     device, dtype = outs[0].device, outs[0].dtype
-    key = ("rank_one", dtype, *(tuple((t.data_ptr(), t.numel()) for t in x) for x in (outs, grads, scores)))
+    key = (
+        "rank_one",
+        dtype,
+        *(tuple((t.data_ptr(), t.numel()) for t in x) for x in (outs, grads, scores)),
+    )
 
     def build() -> tuple[Tensor, int]:
         rows = _build(outs, grads, scores)

@@ -307,6 +307,34 @@ def compile_precondition(variant, arch, kernel="_partial_kernel", *, dots=True):
 # ---- CUDA ----
 
 
+# ---- rank-one preconditioning ----
+
+RANK_ONE_KERNELS = ("_dots_kernel", "_coefficient_kernel", "_apply_kernel")
+
+
+def compile_rank_one(dtype, arch, kernel):
+    """Compile one kernel of ``rank1_precondition``; ``dtype`` is ``"fp32"``, ``"bf16"``, ..."""
+    from grng_kernels.rank_one import triton_kernel
+
+    function = getattr(triton_kernel, kernel)
+    given = {
+        "DTYPE": triton_kernel.DTYPES[torch_dtype(dtype)],
+        "CHUNK": triton_kernel.CHUNK,
+        "BLOCK": triton_kernel.BLOCK,
+    }
+    types = {
+        "table_ptr": "*i64", "sums_ptr": "*fp64", "coefficient_ptr": "*fp64", "damping_ptr": "*fp64",
+        "chunks": "i32",
+    }  # fmt: skip
+    signature = {n: types.get(n, "constexpr") for n in function.arg_names}
+    constants = {n: given[n] for n, kind in signature.items() if kind == "constexpr"}
+    pointers = [n for n, kind in signature.items() if kind.startswith("*")]
+    return compile_triton(
+        function, signature, constants, pointers, arch,
+        num_warps=triton_kernel.WARPS, num_stages=3,
+    )  # fmt: skip
+
+
 def find_nvcc():
     """Return the path of nvcc, or None."""
     return shutil.which("nvcc")
@@ -367,6 +395,10 @@ def all_reports():
                 compiled = compile_precondition(variant, arch, kernel)
                 name = f"precondition{kernel.removesuffix('_kernel')}-{variant_name(variant)}"
                 yield report_triton(compiled, name, arch)
+    for kernel in RANK_ONE_KERNELS:
+        for arch in TRITON_ARCHS:
+            compiled = compile_rank_one("fp32", arch, kernel)
+            yield report_triton(compiled, f"rank_one{kernel.removesuffix('_kernel')}", arch)
     if find_nvcc():
         with tempfile.TemporaryDirectory() as folder:
             for source in CUDA_SOURCES:

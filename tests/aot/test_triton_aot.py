@@ -244,6 +244,14 @@ def test_precondition_dots_take_a_stride_of_one(arch):
     assert_fits(resources.report_triton(compiled, "dots", arch), arch)
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("kernel", ["_dots_kernel", "_coefficient_kernel", "_apply_kernel"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp64"])
+def test_rank_one_fits(dtype, kernel, arch):
+    compiled = resources.compile_rank_one(dtype, arch, kernel)
+    assert_fits(resources.report_triton(compiled, kernel, arch), arch)
+
+
 def test_no_kernel_is_tuned_and_no_size_is_specialised():
     """Tuning runs a kernel many times, which an update in place does not survive; and a size that is 1 in one
     call and 2 in the next would be compiled twice."""

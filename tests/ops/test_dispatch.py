@@ -168,6 +168,7 @@ KERNELS = {
     "damped_inverse": {"cpu", "cuda", "triton"},
     "kalman_update_": {"cpu", "cuda"},
     "precondition": {"cpu", "triton"},
+    "rank1_precondition": {"cpu", "triton"},
 }
 
 
@@ -190,6 +191,7 @@ def test_named_backend_without_a_kernel_says_so(op, backend):
         ("kron_factor_conv2d_update_", "triton"),
         ("kalman_update_", "cuda"),
         ("precondition", "triton"),
+        ("rank1_precondition", "triton"),
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")

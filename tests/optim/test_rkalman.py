@@ -41,7 +41,7 @@ def feed(optimizer, model, x, y, size=1):
 
 
 def dense_step(model, x, y, variance, rho, form):
-    """Information form ``(P⁻¹ + Jᵀ C J)⁻¹`` of one batch for softmax outputs of a linear model, numpy fp64."""
+    """Information form ``(P⁻¹ + Jᵀ C J)⁻¹`` of one batch, softmax outputs of a linear model."""
     w = model.weight.detach().numpy()
     q = torch.from_numpy(x.numpy() @ w.T).softmax(-1).numpy()
     n, c = q.shape
@@ -78,7 +78,7 @@ def test_one_step_equals_the_dense_filter(form, rho, n, classes):
 
 
 def test_scalar_regression_is_recursive_least_squares():
-    """One weight: the filter is exact, its mean that of Bayesian linear regression after any number of steps."""
+    """One weight: the filter is exact, its mean that of Bayesian linear regression."""
     model = nn.Linear(1, 1, bias=False).double()
     start = float(model.weight)
     x = torch.randn(50, 1, dtype=torch.float64)
@@ -88,7 +88,9 @@ def test_scalar_regression_is_recursive_least_squares():
     precision = 1 / 0.25 + float(x.square().sum()) / 0.01
     mean = (start / 0.25 + float((x * y).sum()) / 0.01) / precision
     assert float(model.weight) == pytest.approx(mean, rel=1e-9)
-    assert float(optimizer.state[model.weight]["variance"]) == pytest.approx(1 / precision, rel=1e-9)
+    assert float(optimizer.state[model.weight]["variance"]) == pytest.approx(
+        1 / precision, rel=1e-9
+    )
 
 
 def test_loko_is_the_filter_without_regularisation_and_additions():
@@ -130,7 +132,7 @@ def test_directions_are_no_more_than_needed():
 
 
 def test_sampled_batch_keeps_the_gradient_exact():
-    """With a vanishing prior the step is ``p · gradient`` of the summed log-likelihood, whatever was drawn."""
+    """With a vanishing prior the step is ``p · gradient`` of the log-likelihood, whatever was drawn."""
     x, y, _ = data(16)
     model = mlp(dtype=torch.float64)
     x = x.double()
@@ -220,7 +222,9 @@ def test_coherence_counts_information_more_often():
         model = mlp()
         optimizer = RKalman(model, correct_coherence=corrected)
         feed(optimizer, model, x, y)
-        variances.append(sum(float(optimizer.state[p]["variance"].sum()) for p in model.parameters()))
+        variances.append(
+            sum(float(optimizer.state[p]["variance"].sum()) for p in model.parameters())
+        )
     assert variances[0] < variances[1]
 
 
@@ -242,7 +246,9 @@ def test_no_prior_gives_nan(sigma0, prior, options):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"noise": "ema"}, {"noise": 0.1}, {"batch": "sampled"}, {"form": "fdekf"}], ids=str
+    "options",
+    [{}, {"noise": "ema"}, {"noise": 0.1}, {"batch": "sampled"}, {"form": "fdekf"}],
+    ids=str,
 )
 def test_defaults_learn_a_stream_of_classes(options):
     x, y, _ = data(400)
@@ -378,7 +384,9 @@ def test_learning_rate_scales_the_step():
 def test_scheduler_and_groups():
     x, y, _ = data(6)
     model = mlp()
-    optimizer = RKalman([{"params": model[0].parameters(), "lr": 0.5}, {"params": model[2].parameters()}])
+    optimizer = RKalman(
+        [{"params": model[0].parameters(), "lr": 0.5}, {"params": model[2].parameters()}]
+    )
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
     feed(optimizer, model, x[:1], y[:1])
     scheduler.step()
@@ -460,8 +468,10 @@ def test_observe_says_what_is_wrong_and_changes_nothing(name):
 
 def test_regression_targets_of_integers_are_refused():
     model = mlp()
-    with pytest.raises(TypeError, match="floating-point dtype, got torch.int64"):
-        RKalman(model, likelihood="gaussian").observe(model(X), torch.zeros(4, 3, dtype=torch.int64))
+    with pytest.raises(TypeError, match=r"floating-point dtype, got torch\.int64"):
+        RKalman(model, likelihood="gaussian").observe(
+            model(X), torch.zeros(4, 3, dtype=torch.int64)
+        )
 
 
 def test_observe_twice_and_step_without():
