@@ -26,6 +26,10 @@ constexpr int64_t kMaxNarrow = 16, kMaxPairs = kMaxNarrow * (kMaxNarrow + 1) / 2
 
 inline int64_t pairs_of(int64_t outputs) { return outputs * (outputs + 1) / 2; }
 
+// Into L2, so that memory works on the next chunk during the arithmetic of this one: the strips of
+// a chunk are too short for the hardware to see a stream in them. Any address will do.
+GRNG_INLINE void fetch_ahead(const float* p) { __builtin_prefetch(p, 0, 2); }
+
 // ---- pass 1, narrow ----
 
 // Sums of products of rows i >= j, at i (i + 1) / 2 + j, each in a few lanes of fp64: lanes of a
@@ -46,11 +50,12 @@ GRNG_INLINE void add_rows(double* sums, const float* weight, const float* const*
 #pragma GCC unroll 16
     for (int i = 0; i < kEnd - kBegin; ++i) {
       left[i] = S::load(rows[kBegin + i] + k);
+      fetch_ahead(rows[kBegin + i] + k + kChunk);
       if constexpr (kWeighted) left[i] *= S::load(weight + k);
     }
 #pragma GCC unroll 16
     for (int j = 0; j < kEnd; ++j) {
-      const typename S::Vec right = S::load(rows[j] + k);
+      const typename S::Vec right = S::load_once(rows[j] + k);
 #pragma GCC unroll 16
       for (int i = 0; i < kEnd - kBegin; ++i)
         if (j <= kBegin + i) acc[i][j] += left[i] * right;
@@ -209,7 +214,8 @@ GRNG_INLINE void write_state(float* mean, float* variance, typename Simd<Isa, fl
     const Vec left = 1.0F - t;
     p *= left > kEps ? left : kEps - Vec{};
   }
-  p = p / next.forgetting + next.process_noise;
+  if (next.forgetting != 1.0F) p /= next.forgetting;
+  p += next.process_noise;
   S::store(variance, p < kMax ? p : kMax - Vec{});
   S::store(mean, S::load(mean) + step);
 }
@@ -228,6 +234,7 @@ GRNG_INLINE void apply_columns(float* mean, float* variance, const float* root,
 #pragma GCC unroll 16
     for (int c = 0; c < kOutputs; ++c) {
       s[c] = scale * S::load(rows[c] + k);
+      fetch_ahead(rows[c] + k - kChunk);  // this pass walks backwards
       step += S::broadcast(direction + c) * s[c];
     }
 #pragma GCC unroll 16

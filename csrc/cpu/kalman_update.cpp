@@ -250,7 +250,7 @@ struct Application {
   Prediction next;
 };
 
-int64_t apply_room(int64_t outputs) { return (outputs + 3) * chunk_length(outputs) + 2 * kChunk; }
+int64_t apply_room(int64_t outputs) { return (outputs + 4) * chunk_length(outputs) + 2 * kChunk; }
 
 template <class Isa>
 GRNG_INLINE void roots_of(float* root, const float* variance, int64_t length) {
@@ -279,7 +279,8 @@ GRNG_INLINE void apply_slice_wide(const Application& a, float* room, int64_t num
   using S = Simd<Isa, float>;
   constexpr int64_t kWidth = kStrip<Isa>;
   const int64_t outputs = a.range->outputs, stride = chunk_length(outputs);
-  float *root = room + outputs * stride, *step = root + stride, *row = step + stride;
+  float *root = room + outputs * stride, *step = root + stride, *lost = step + stride,
+        *row = lost + stride;
   a.range->for_chunks(
       number, true,
       [&](const KalmanPiece& block, int64_t first, int64_t length) GRNG_INLINE_LAMBDA {
@@ -287,7 +288,7 @@ GRNG_INLINE void apply_slice_wide(const Application& a, float* room, int64_t num
         const int64_t whole = (length + kWidth - 1) / kWidth * kWidth;
         roots_of<Isa>(root, variance, length);
         std::fill(root + length, root + whole, 0.0F);
-        std::fill(step, step + whole, 0.0F);
+        std::fill(step, step + 2 * stride, 0.0F);  // and lost
         for (int64_t c = 0; c < outputs; ++c) {
           fetch_row(row, block.jacobian, c, first, length, whole);
           const float direction = a.direction[c];
@@ -295,7 +296,10 @@ GRNG_INLINE void apply_slice_wide(const Application& a, float* room, int64_t num
             float* s = room + k * outputs + c * kWidth;
             for (int64_t l = 0; l < kWidth; ++l) {
               s[l] = root[k + l] * row[k + l];
-              step[k + l] += s[l] * direction;
+              // With compensation, as the sums of squares are.
+              const float more = s[l] * direction - lost[k + l], sum = step[k + l] + more;
+              lost[k + l] = (sum - step[k + l]) - more;
+              step[k + l] = sum;
             }
           }
         }

@@ -17,6 +17,7 @@ OP = "kalman_update_"
 FORMS = ("fdekf", "vdekf")
 LIKELIHOODS = ("gaussian", "categorical", "fisher")
 HALF_DTYPES = (torch.bfloat16, torch.float16)
+FAST_DTYPES = (torch.float32, *HALF_DTYPES)
 LARGEST = torch.finfo(torch.float32).max
 # The largest grid of the CUDA kernel: 65535 tiles of 8 x 8 outputs.
 MAX_CUDA_OUTPUTS = 2880
@@ -216,7 +217,11 @@ def _usual_call(
 
 def _is_usual(t: Tensor) -> bool:
     return (
-        type(t) is Tensor and t.is_cpu and t.layout is torch.strided and not t.requires_grad
+        type(t) is Tensor
+        and t.is_cpu
+        and t.dtype in FAST_DTYPES
+        and t.layout is torch.strided
+        and not t.requires_grad
     )
 
 
@@ -295,8 +300,9 @@ def _kalman_update_op(
             rho=rho,
             regularization=regularization,
         )
-    jacobians = [h.to(innovation.dtype) for h in jacobians]
-    jacobians = [h if h.stride(1) == 1 else h.contiguous() for h in jacobians]
+    if backend == "cuda":
+        jacobians = [h.to(innovation.dtype) for h in jacobians]
+        jacobians = [h if h.stride(1) == 1 else h.contiguous() for h in jacobians]
     gram = torch.zeros(outputs, outputs, dtype=torch.float64, device=innovation.device)
     torch.ops.grng._kalman_gram_(gram, variances, jacobians)
     plain_gram = None
