@@ -3,34 +3,48 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from harness import cli
 from harness.case import Bench, Case, Contender, Plan, Role, compiled, our_backend, relative_error
-from shapes import KALMAN_SIZES
+from shapes import KALMAN_SIZES, MODELS
 from torch import Tensor
 
 from grng_kernels import kalman_update_, use_backend
 from grng_kernels.kalman_update.reference import kalman_update as reference
 
 NOISE = 0.1
+RHO = 0.1
 LIMIT = 1e-4
-Update = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], object]
+# One tensor, or the blocks of one state.
+State = Tensor | Sequence[Tensor]
+Update = Callable[[State, State, State, Tensor, Tensor], object]
 
 
 def _ours(
-    mean: Tensor, variance: Tensor, jacobian: Tensor, innovation: Tensor, noise: Tensor
+    mean: State,
+    variance: State,
+    jacobian: State,
+    innovation: Tensor,
+    noise: Tensor,
+    rho: float = 0.0,
 ) -> object:
-    return kalman_update_(mean, variance, jacobian, innovation, noise)
+    return kalman_update_(mean, variance, jacobian, innovation, noise, rho=rho)
 
 
 def _naive(
-    mean: Tensor, variance: Tensor, jacobian: Tensor, innovation: Tensor, noise: Tensor
+    mean: State,
+    variance: State,
+    jacobian: State,
+    innovation: Tensor,
+    noise: Tensor,
+    rho: float = 0.0,
 ) -> None:
     with use_backend("reference"):
-        kalman_update_(mean, variance, jacobian, innovation, noise)
+        kalman_update_(mean, variance, jacobian, innovation, noise, rho=rho)
 
 
 def _lean(
@@ -58,6 +72,42 @@ def _lean_whitener(
     variance -= variance * variance * (whitener @ jacobian).square().sum(0)
 
 
+def _lean_rho(
+    mean: Tensor, variance: Tensor, jacobian: Tensor, innovation: Tensor, noise: Tensor
+) -> None:
+    """The lean form with gradient regularisation: R (R + rho·H Hᵀ)⁻¹ R in place of R."""
+    lower, _ = torch.linalg.cholesky_ex(torch.addmm(noise, jacobian, jacobian.mT, alpha=RHO))
+    half = torch.linalg.solve_triangular(lower, noise, upper=False)
+    _lean(mean, variance, jacobian, innovation, half.mT @ half)
+
+
+def _lean_half(
+    mean: Tensor, variance: Tensor, jacobian: Tensor, innovation: Tensor, noise: Tensor
+) -> None:
+    """The lean form of a Jacobian in 16 bits, which is widened first: its state is fp32."""
+    _lean(mean, variance, jacobian.float(), innovation, noise)
+
+
+def _lean_blocks(
+    mean: Sequence[Tensor],
+    variance: Sequence[Tensor],
+    jacobian: Sequence[Tensor],
+    innovation: Tensor,
+    noise: Tensor,
+) -> None:
+    """The lean form of a list of blocks, without concatenating them."""
+    blocks = list(zip(mean, variance, jacobian, strict=True))
+    gram = noise.clone()
+    for _, p, h in blocks:
+        gram.addmm_(h * p, h.mT)
+    lower, _ = torch.linalg.cholesky_ex(gram)
+    direction = torch.cholesky_solve(innovation.unsqueeze(-1), lower)
+    for m, p, h in blocks:
+        m += p * (h.mT @ direction).squeeze(-1)
+        whitened = torch.linalg.solve_triangular(lower, h, upper=False)
+        p -= p * p * whitened.square().sum(0)
+
+
 def _inputs(outputs: int, d: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator(device).manual_seed(0)
     # Columns of falling length: some parameters learn much from one observation, most little.
@@ -71,16 +121,23 @@ def _contender(
     name: str,
     backend: str,
     role: Role,
-    update: Update,
-    inputs: tuple[Tensor, ...],
+    update: Callable[..., object],
+    jacobian: State,
+    small: tuple[Tensor, Tensor],
     notes: tuple[str, ...] = (),
 ) -> Contender:
-    d, device = inputs[0].shape[1], inputs[0].device
+    blocks = [jacobian] if isinstance(jacobian, Tensor) else list(jacobian)
+    sizes = [h.shape[1] for h in blocks]
+    device = small[0].device
     # A zero mean: its error is then relative to the step, not to the weights.
-    mean, variance = torch.zeros(d, device=device), torch.ones(d, device=device)
+    mean, variance = torch.zeros(sum(sizes), device=device), torch.ones(sum(sizes), device=device)
+    state: list[State] = [mean, variance]
+    if not isinstance(jacobian, Tensor):
+        state = [mean.split(sizes), variance.split(sizes)]
+        state = [list(s) for s in state]
 
     def call() -> list[Tensor]:
-        update(mean, variance, *inputs)
+        update(*state, jacobian, *small)
         return [mean, variance]
 
     def reset() -> None:
@@ -90,34 +147,68 @@ def _contender(
     return Contender(name, backend, role, call, reset, notes)
 
 
-def _case(plan: Plan, outputs: int, d: int) -> Case:
-    inputs = _inputs(outputs, d, plan.device)
-    wide = [t.double() for t in inputs]
+def _case(
+    plan: Plan,
+    outputs: int,
+    d: int,
+    *,
+    rho: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+    blocks: Sequence[int] = (),
+) -> Case:
+    full, innovation, noise = _inputs(outputs, d, plan.device)
+    full = full.to(dtype)
+    wide = full.double()
     mean, variance, _ = reference(
-        torch.zeros_like(wide[0][0]),
-        torch.ones_like(wide[0][0]),
-        *wide,
+        torch.zeros_like(wide[0]),
+        torch.ones_like(wide[0]),
+        wide,
+        innovation.double(),
+        noise.double(),
         form="fdekf",
         likelihood="gaussian",
         forgetting=1.0,
         process_noise=0.0,
+        rho=rho,
     )
+    del wide
+    jacobian: State = [h.contiguous() for h in full.split(list(blocks), 1)] if blocks else full
+    small = (innovation, noise)
     backend, remarks = our_backend({"cpu": "cpu", "cuda": "cuda"}, plan.device)
+    lean: Callable[..., object] = _lean
+    if blocks:
+        lean = _lean_blocks
+    elif rho:
+        lean = _lean_rho
+    elif dtype != torch.float32:
+        lean = _lean_half
+    ours = functools.partial(_ours, rho=rho)
+    naive = functools.partial(_naive, rho=rho)
     contenders = [
-        _contender("grng", backend, "ours", _ours, inputs, notes=remarks),
-        _contender("lean", "torch", "rival", _lean, inputs),
-        _contender("lean, inverted factor", "torch", "rival", _lean_whitener, inputs),
-        _contender("naive with gain", "reference", "yardstick", _naive, inputs),
+        _contender("grng", backend, "ours", ours, jacobian, small, notes=remarks),
+        _contender("lean", "torch", "rival", lean, jacobian, small),
+        _contender("naive with gain", "reference", "yardstick", naive, jacobian, small),
     ]
+    if lean is _lean:
+        contenders.insert(
+            2,
+            _contender("lean, inverted factor", "torch", "rival", _lean_whitener, jacobian, small),
+        )
     if plan.compile:
-        contenders.append(_contender("lean compiled", "inductor", "rival", compiled(_lean), inputs))
+        contenders.append(
+            _contender("lean compiled", "inductor", "rival", compiled(lean), jacobian, small)
+        )
+    kind = f" {len(blocks)} blocks" if blocks else ""
+    kind += f" rho={rho}" if rho else ""
+    kind += f" H {str(dtype).removeprefix('torch.')}" if dtype != torch.float32 else ""
+    grams = 3 if rho else 2
     return Case(
         op="kalman_update",
-        shape=f"C={outputs} d={d:.0e}",
-        dims={"outputs": outputs, "parameters": d},
+        shape=f"C={outputs} d={d:.0e}{kind}",
+        dims={"outputs": outputs, "parameters": d, "blocks": max(1, len(blocks))},
         dtype="float32",
-        bytes=8.0 * outputs * d + 20.0 * d,
-        flops=(2.0 * outputs * (outputs + 1) + 4 * outputs) * d,
+        bytes=2.0 * full.element_size() * outputs * d + 20.0 * d,
+        flops=(grams * outputs * (outputs + 1.0) + 4 * outputs) * d,
         error=relative_error([mean, variance]),
         limit=LIMIT,
         contenders=contenders,
@@ -132,6 +223,13 @@ def cases(plan: Plan) -> Iterator[Case]:
         pairs = [(2, 30_000), (10, 30_000)] if plan.quick else list(KALMAN_SIZES)
     for outputs, d in pairs:
         yield _case(plan, outputs, d)
+    if plan.sizes:
+        return
+    d = 30_000 if plan.quick else 300_000
+    yield _case(plan, 10, d, rho=RHO)
+    yield _case(plan, 10, d, dtype=torch.bfloat16)
+    weights = [rows * cols for rows, cols in MODELS["minilm-lora"].weights]
+    yield _case(plan, 10, sum(weights), blocks=weights)
 
 
 BENCH = Bench("kalman_update", "kalman_update_: Kalman update with a diagonal covariance", cases)

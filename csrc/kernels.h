@@ -135,10 +135,38 @@ struct RankOneBlock {
 void rank_one_cpu(const RankOneBlock* blocks, int64_t count, Dtype dtype, double damping,
                   const Threads& threads);
 
-// ---- kalman_update (csrc/cpu/kalman_update.cpp, csrc/cuda/kalman_update.cu) ----
+// ---- kalman_update (csrc/cpu/kalman_*.cpp, csrc/cuda/kalman_update.cu) ----
 
-// One block of parameters: mean and variance [d] are contiguous, jacobian [outputs, d] has unit
-// column stride. Everything is fp32.
+// One block of parameters: mean and variance [d] are contiguous, jacobian [outputs, d] of any
+// layout and fp32, bf16 or fp16. The state is fp32.
+struct KalmanPiece {
+  float *mean, *variance;
+  ConstMatrix jacobian;
+};
+
+enum class Likelihood { kGaussian, kCategorical, kFisher };
+
+// The whole update, as grng_kernels/kalman_update/op.py describes it.
+struct KalmanUpdate {
+  const KalmanPiece* blocks;
+  int64_t count, outputs;
+  const double* innovation;  // [outputs]
+  // Gaussian: R [outputs, outputs]. Categorical: outputs probabilities, noise_cols to each
+  // observation. Fisher: T [outputs, noise_cols].
+  const double* noise;
+  int64_t noise_cols;
+  Likelihood likelihood;
+  bool variational, raises_noise;
+  double rho;
+  float forgetting, process_noise;
+};
+
+// The C x C stage between the passes is for at most so many outputs.
+constexpr int64_t kMaxKalmanOutputs = 256;
+// Where the result is not kOk, nothing was written.
+Info kalman_update_cpu(const KalmanUpdate& update, const Threads& threads);
+
+// One block where everything is fp32 and jacobian [outputs, d] has unit column stride.
 struct KalmanBlock {
   float* mean;
   float* variance;
@@ -155,10 +183,10 @@ struct KalmanGain {
   float forgetting, process_noise;
 };
 
-// gram [outputs, outputs] (fp64, row-major, symmetric) += H diag(p) H^T.
-void kalman_gram_cpu(double* gram, const KalmanBlock& block, int64_t outputs,
+// gram [outputs, outputs] (fp64, row-major, symmetric) += H diag(p) H^T, summed over the blocks.
+void kalman_gram_cpu(double* gram, const KalmanPiece* blocks, int64_t count, int64_t outputs,
                      const Threads& threads);
-void kalman_apply_cpu(const KalmanBlock* blocks, int64_t count, const KalmanGain& gain,
+void kalman_apply_cpu(const KalmanPiece* blocks, int64_t count, const KalmanGain& gain,
                       const Threads& threads);
 
 // The CUDA versions enqueue on `stream` and return a cudaError_t. `workspace` holds

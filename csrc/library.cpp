@@ -369,27 +369,30 @@ void rank_one(const Tensors outs, const Tensors grads, const Tensors scores, dou
 
 // ---- kalman_update ----
 
-grng::KalmanBlock kalman_block(const Tensor* mean, const Tensor& variance, const Tensor& jacobian,
-                               int64_t outputs) {
+void check_state(const Tensor* mean, const Tensor& variance) {
   const int64_t d = variance.numel();
   check_dense(variance, ScalarType::Float, {d}, "variance");
   if (mean) check_dense(*mean, ScalarType::Float, {d}, "mean");
-  STD_TORCH_CHECK(jacobian.scalar_type() == ScalarType::Float && jacobian.dim() == 2 &&
-                      jacobian.size(0) == outputs && jacobian.size(1) == d &&
-                      (jacobian.stride(1) == 1 || d <= 1),
-                  "grng: jacobian must be float32 [outputs, d] with unit column stride");
-  return {mean ? static_cast<float*>(mean->data_ptr()) : nullptr,
-          static_cast<float*>(variance.data_ptr()), static_cast<const float*>(jacobian.data_ptr()),
-          d, jacobian.stride(0)};
 }
 
-// All blocks are checked before any is written.
-std::vector<grng::KalmanBlock> kalman_blocks(const Tensors& means, const Tensors& variances,
+// All blocks are checked before any is written. Where `means` is empty, no mean will be written.
+std::vector<grng::KalmanPiece> kalman_pieces(const Tensors& means, const Tensors& variances,
                                              const Tensors& jacobians, int64_t outputs) {
-  std::vector<grng::KalmanBlock> blocks;
-  for (size_t i = 0; i < means.size(); ++i)
-    blocks.push_back(kalman_block(&means[i], variances[i], jacobians[i], outputs));
-  return blocks;
+  std::vector<grng::KalmanPiece> pieces;
+  pieces.reserve(variances.size());
+  for (size_t i = 0; i < variances.size(); ++i) {
+    const Tensor& h = jacobians[i];
+    check_state(means.empty() ? nullptr : &means[i], variances[i]);
+    STD_TORCH_CHECK(h.dim() == 2 && h.size(0) == outputs &&
+                        h.size(1) == static_cast<int64_t>(variances[i].numel()) &&
+                        h.scalar_type() != ScalarType::Double,
+                    "grng: jacobian must be float32 [outputs, d], or bfloat16 or float16");
+    float* variance = static_cast<float*>(variances[i].data_ptr());
+    pieces.push_back({means.empty() ? variance : static_cast<float*>(means[i].data_ptr()),
+                      variance,
+                      {h.data_ptr(), dtype_of(h), outputs, h.size(1), h.stride(0), h.stride(1)}});
+  }
+  return pieces;
 }
 
 int64_t check_gram(const Tensor& gram) {
@@ -401,10 +404,9 @@ int64_t check_gram(const Tensor& gram) {
 void kalman_gram(const Tensor gram, const Tensors variances, const Tensors jacobians) {
   const int64_t outputs = check_gram(gram);
   STD_TORCH_CHECK(variances.size() == jacobians.size(), "grng: one jacobian per variance");
-  for (size_t i = 0; i < variances.size(); ++i)
-    grng::kalman_gram_cpu(static_cast<double*>(gram.data_ptr()),
-                          kalman_block(nullptr, variances[i], jacobians[i], outputs), outputs,
-                          threads_of_torch());
+  const auto blocks = kalman_pieces({}, variances, jacobians, outputs);
+  grng::kalman_gram_cpu(static_cast<double*>(gram.data_ptr()), blocks.data(),
+                        static_cast<int64_t>(blocks.size()), outputs, threads_of_torch());
 }
 
 grng::KalmanGain kalman_gain(const Tensor& direction, const Tensor& whitener, bool variational,
@@ -429,9 +431,83 @@ void kalman_apply(const Tensors means, const Tensors variances, const Tensors ja
   STD_TORCH_CHECK(means.size() == variances.size() && means.size() == jacobians.size(),
                   "grng: one mean, variance and jacobian per block");
   if (*static_cast<const int32_t*>(info.data_ptr()) != grng::kOk) return;
-  const auto blocks = kalman_blocks(means, variances, jacobians, gain.outputs);
+  const auto blocks = kalman_pieces(means, variances, jacobians, gain.outputs);
   grng::kalman_apply_cpu(blocks.data(), static_cast<int64_t>(blocks.size()), gain,
                          threads_of_torch());
+}
+
+// The elements of a small fp32 tensor of any layout, in fp64.
+std::vector<double> small_values(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && (t.dim() == 1 || t.dim() == 2),
+                  "grng: ", name, " must be a float32 vector or matrix");
+  const float* data = static_cast<const float*>(t.data_ptr());
+  const int64_t rows = t.dim() == 2 ? t.size(0) : 1, cols = t.size(t.dim() - 1);
+  const int64_t row_stride = t.dim() == 2 ? t.stride(0) : 0, col_stride = t.stride(t.dim() - 1);
+  std::vector<double> values;
+  values.reserve(static_cast<size_t>(rows * cols));
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < cols; ++j)
+      values.push_back(static_cast<double>(data[i * row_stride + j * col_stride]));
+  return values;
+}
+
+// What the kernel takes as noise; where none is given, `scale` times the identity.
+std::vector<double> kalman_noise(const Tensors& given, double scale, grng::Likelihood likelihood,
+                                 int64_t outputs, int64_t* cols) {
+  const int64_t n = outputs;
+  const bool gaussian = likelihood == grng::Likelihood::kGaussian;
+  STD_TORCH_CHECK(given.size() == 1 || (given.empty() && gaussian), "grng: one tensor of noise");
+  std::vector<double> values = given.empty() ? std::vector<double>(static_cast<size_t>(n), scale)
+                                             : small_values(given[0], "noise");
+  const bool flat = given.empty() || given[0].dim() == 1;
+  *cols = flat ? static_cast<int64_t>(values.size()) : given[0].size(1);
+  const int64_t count = static_cast<int64_t>(values.size());
+  bool fits = flat ? count == n : given[0].size(0) == n;
+  if (gaussian) fits = fits && *cols == n;
+  if (likelihood == grng::Likelihood::kCategorical) fits = count == n;
+  if (likelihood == grng::Likelihood::kFisher) fits = fits && !flat && *cols <= n;
+  STD_TORCH_CHECK(fits, "grng: noise has the wrong shape");
+  if (!gaussian || !flat) return values;
+  std::vector<double> diagonal(static_cast<size_t>(n * n));
+  for (int64_t i = 0; i < n; ++i) diagonal[i * n + i] = values[i];
+  return diagonal;
+}
+
+// likelihood: 0 gaussian, 1 categorical, 2 fisher.
+void kalman_update(const Tensors means, const Tensors variances, const Tensor info,
+                   const Tensors jacobians, const Tensor innovation, const Tensors noise,
+                   double noise_scale, int64_t likelihood, bool variational, double forgetting,
+                   double process_noise, double rho, bool raises_noise) {
+  check_dense(info, ScalarType::Int, {}, "info");
+  STD_TORCH_CHECK(means.size() == variances.size() && means.size() == jacobians.size(),
+                  "grng: one mean, variance and jacobian per block");
+  STD_TORCH_CHECK(innovation.dim() == 1 && innovation.size(0) <= grng::kMaxKalmanOutputs,
+                  "grng: innovation must be [outputs], at most ", grng::kMaxKalmanOutputs);
+  STD_TORCH_CHECK(0 <= likelihood && likelihood <= 2, "grng: no such likelihood");
+  const int64_t outputs = innovation.size(0);
+  const auto blocks = kalman_pieces(means, variances, jacobians, outputs);
+  const std::vector<double> error = small_values(innovation, "innovation");
+  const grng::Likelihood kind = static_cast<grng::Likelihood>(likelihood);
+  int64_t noise_cols = 0;
+  const std::vector<double> values = kalman_noise(noise, noise_scale, kind, outputs, &noise_cols);
+
+  std::vector<Span> spans;
+  spans.reserve(3 * means.size() + 3);
+  for (size_t i = 0; i < means.size(); ++i) {
+    spans.push_back(span_of(means[i], true));
+    spans.push_back(span_of(variances[i], true));
+    spans.push_back(span_of(jacobians[i], false));
+  }
+  spans.push_back(span_of(info, true));
+  spans.push_back(span_of(innovation, false));
+  if (!noise.empty()) spans.push_back(span_of(noise[0], false));
+  check_no_overlap(std::move(spans));
+
+  *static_cast<int32_t*>(info.data_ptr()) = grng::kalman_update_cpu(
+      {blocks.data(), static_cast<int64_t>(blocks.size()), outputs, error.data(), values.data(),
+       noise_cols, kind, variational, raises_noise, rho, static_cast<float>(forgetting),
+       static_cast<float>(process_noise)},
+      threads_of_torch());
 }
 
 #ifdef GRNG_CUDA
@@ -443,6 +519,28 @@ void* current_stream(const Tensor& t) {
 }
 
 void check_launch(int error) { STD_TORCH_CHECK(error == 0, "grng: cudaError ", error); }
+
+grng::KalmanBlock kalman_block(const Tensor* mean, const Tensor& variance, const Tensor& jacobian,
+                               int64_t outputs) {
+  const int64_t d = variance.numel();
+  check_state(mean, variance);
+  STD_TORCH_CHECK(jacobian.scalar_type() == ScalarType::Float && jacobian.dim() == 2 &&
+                      jacobian.size(0) == outputs && jacobian.size(1) == d &&
+                      (jacobian.stride(1) == 1 || d <= 1),
+                  "grng: jacobian must be float32 [outputs, d] with unit column stride");
+  return {mean ? static_cast<float*>(mean->data_ptr()) : nullptr,
+          static_cast<float*>(variance.data_ptr()), static_cast<const float*>(jacobian.data_ptr()),
+          d, jacobian.stride(0)};
+}
+
+// All blocks are checked before any is written.
+std::vector<grng::KalmanBlock> kalman_blocks(const Tensors& means, const Tensors& variances,
+                                             const Tensors& jacobians, int64_t outputs) {
+  std::vector<grng::KalmanBlock> blocks;
+  for (size_t i = 0; i < means.size(); ++i)
+    blocks.push_back(kalman_block(&means[i], variances[i], jacobians[i], outputs));
+  return blocks;
+}
 
 void kalman_gram_on_cuda(const Tensor gram, const Tensors variances, const Tensors jacobians) {
   const int64_t outputs = check_gram(gram);
@@ -554,6 +652,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(grng, m) {
       "Tensor whitener, Tensor info, bool variational, float forgetting, float process_noise) -> "
       "()");
   m.def(
+      "_kalman_update_(Tensor(a!)[] means, Tensor(b!)[] variances, Tensor(c!) info, Tensor[] "
+      "jacobians, Tensor innovation, Tensor[] noise, float noise_scale, int likelihood, bool "
+      "variational, float forgetting, float process_noise, float rho, bool raises_noise) -> ()");
+  m.def(
       "_damped_inverse_small_cuda(Tensor(a!)[] inverses, Tensor(b!)[] vectors, Tensor(c!)[] used, "
       "Tensor(d!)[] norms, Tensor(e!)[] residuals, Tensor(f!)[] infos, Tensor[] factors, Tensor[] "
       "dampings, float rho_root) -> ()");
@@ -567,6 +669,7 @@ STABLE_TORCH_LIBRARY_IMPL(grng, CPU, m) {
   m.impl("_rank1_precondition_", TORCH_BOX(&rank_one));
   m.impl("_kalman_gram_", TORCH_BOX(&kalman_gram));
   m.impl("_kalman_apply_", TORCH_BOX(&kalman_apply));
+  m.impl("_kalman_update_", TORCH_BOX(&kalman_update));
 }
 
 #ifdef GRNG_CUDA

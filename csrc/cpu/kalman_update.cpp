@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// The two streaming passes of the diagonal Kalman update on the CPU.
-//
-// Pass 1 forms H diag(p) H^T, pass 2 applies the gain. Both walk the parameters in chunks that fit
-// in L1, so H is read from memory once per pass and neither H*p nor the gain is ever stored.
+// The diagonal Kalman update on the CPU: a pass over the Jacobian that forms H diag(p) H^T and
+// looks at the state, a small stage, and a pass that applies the gain. Both passes walk the
+// parameters in chunks that fit in a cache, so H is read from memory once in each, and neither H*p
+// nor the gain is ever stored. The blocks of parameters are one range of numbers to both: small
+// ones cost nothing.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -10,196 +11,419 @@
 #include <vector>
 
 #include "../kernels.h"
+#include "elements.h"
+#include "kalman_gain.h"
+#include "kalman_sweep.h"
 #include "parallel.h"
 #include "simd.h"
 
 namespace grng {
 namespace {
 
-constexpr int64_t kChunk = 256;  // elements; 16 rows of H in 16 KiB
-constexpr int kRowTile = 4;
+using namespace kalman;
+
+// ---- the range of all parameters ----
+
+// The sums depend on how the range is cut, so the cut depends on its length alone: the result is
+// the same for any number of threads. At most 64 slices bounds the memory of their partial sums.
+constexpr int64_t kMaxSlices = 64, kMinSlice = 8192;
+
+struct Range {
+  const KalmanPiece* blocks;
+  int64_t count, outputs, length, slice, slices;
+  std::vector<int64_t> starts;
+
+  Range(const KalmanPiece* b, int64_t n, int64_t c) : blocks(b), count(n), outputs(c), starts(n) {
+    length = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      starts[i] = length;
+      length += b[i].jacobian.cols;
+    }
+    slice = std::max(kMinSlice, (length + kMaxSlices - 1) / kMaxSlices);
+    slice = (slice + kChunk - 1) / kChunk * kChunk;
+    slices = (length + slice - 1) / slice;
+  }
+
+  // Calls f(block, first, length) for the chunks of a slice, from the last to the first on request.
+  template <class F>
+  GRNG_INLINE void for_chunks(int64_t number, bool backwards, const F& f) const {
+    const int64_t begin = number * slice, end = std::min(length, begin + slice);
+    const int64_t step = chunk_length(outputs);
+    const auto after = [&](int64_t at) {
+      return std::upper_bound(starts.begin(), starts.end(), at) - starts.begin();
+    };
+    const int64_t first = after(begin) - 1, last = after(end - 1) - 1;
+    for (int64_t n = 0; n <= last - first; ++n) {
+      const int64_t i = backwards ? last - n : first + n, d = blocks[i].jacobian.cols;
+      const int64_t from = std::max<int64_t>(0, begin - starts[i]);
+      const int64_t to = std::min(d, end - starts[i]), chunks = (to - from + step - 1) / step;
+      for (int64_t c = 0; c < chunks; ++c) {
+        const int64_t k = from + (backwards ? chunks - 1 - c : c) * step;
+        f(blocks[i], k, std::min(step, to - k));
+      }
+    }
+  }
+};
+
+// ---- elements of H ----
+
+template <class T>
+GRNG_INLINE void copy_row(float* out, const T* in, int64_t step, int64_t length) {
+  if (step == 1) {
+    for (int64_t k = 0; k < length; ++k) out[k] = static_cast<float>(in[k]);
+  } else {
+    for (int64_t k = 0; k < length; ++k) out[k] = static_cast<float>(in[k * step]);
+  }
+}
+
+// out[0..length) = elements [first, first + length) of a row of H, and zeros up to `whole`.
+GRNG_INLINE void fetch_row(float* out, const ConstMatrix& h, int64_t row, int64_t first,
+                           int64_t length, int64_t whole) {
+  const int64_t at = row * h.row_stride + first * h.col_stride;
+  switch (h.dtype) {
+    case Dtype::kBFloat16:
+      copy_row(out, static_cast<const BFloat16*>(h.data) + at, h.col_stride, length);
+      break;
+    case Dtype::kFloat16:
+      copy_row(out, static_cast<const _Float16*>(h.data) + at, h.col_stride, length);
+      break;
+    default:
+      copy_row(out, static_cast<const float*>(h.data) + at, h.col_stride, length);
+  }
+  for (int64_t k = length; k < whole; ++k) out[k] = 0;
+}
+
+GRNG_INLINE bool is_direct(const ConstMatrix& h) {
+  return h.dtype == Dtype::kFloat32 && (h.col_stride == 1 || h.cols <= 1);
+}
+
+GRNG_INLINE void copy_padded(float* out, const float* in, int64_t length, int64_t whole) {
+  for (int64_t k = 0; k < whole; ++k) out[k] = k < length ? in[k] : 0.0F;
+}
+
+template <class Isa>
+constexpr int64_t whole_lanes(int64_t length) {
+  constexpr int64_t kLanes = Simd<Isa, float>::kLanes;
+  return (length + kLanes - 1) / kLanes * kLanes;
+}
+
+// Calls f(mean, variance, rows, first, length) for parts of a chunk whose length is a multiple of
+// the lanes: rows of H as they lie where that is possible, and padded copies where it is not. What
+// f writes to the mean and the variance reaches the state. `room` holds outputs + 2 chunks.
+template <class Isa, class F>
+GRNG_INLINE void with_rows(const KalmanPiece& block, int64_t outputs, float* room, int64_t first,
+                           int64_t length, bool written, const F& f) {
+  const float* rows[kMaxNarrow];
+  float *padded_mean = room + outputs * kChunk, *padded_variance = padded_mean + kChunk;
+  for (int64_t done = 0, n; done < length; done += n) {
+    float *mean = block.mean + first + done, *variance = block.variance + first + done;
+    const int64_t left = length - done, lanes = left - left % Simd<Isa, float>::kLanes;
+    const bool direct = is_direct(block.jacobian) && lanes > 0;
+    // First what is whole vectors, without a copy where H is direct; then the rest, padded. All
+    // layouts are cut the same way, so their sums are the same.
+    n = lanes > 0 ? lanes : left;
+    const int64_t whole = whole_lanes<Isa>(n);
+    for (int64_t c = 0; c < outputs; ++c) {
+      rows[c] = direct ? static_cast<const float*>(block.jacobian.data) +
+                             c * block.jacobian.row_stride + first + done
+                       : room + c * kChunk;
+      if (!direct) fetch_row(room + c * kChunk, block.jacobian, c, first + done, n, whole);
+    }
+    if (whole > n) {
+      copy_padded(padded_mean, mean, n, whole);
+      copy_padded(padded_variance, variance, n, whole);
+    }
+    f(whole > n ? padded_mean : mean, whole > n ? padded_variance : variance, rows, whole);
+    if (whole > n && written) {
+      std::copy(padded_mean, padded_mean + n, mean);
+      std::copy(padded_variance, padded_variance + n, variance);
+    }
+  }
+}
 
 // ---- pass 1 ----
 
-// The sums depend on how d is cut, so the cut depends on d alone: the result is the same for any
-// number of threads. At most 64 slices bounds the memory of their partial sums.
-constexpr int64_t kMaxSlices = 64, kMinSlice = 8192;
+// What one slice found: the packed lower triangles of its grams are in `sums`.
+struct Slice {
+  double* sums;  // weighted, and plain after it where that is wanted
+  Extremes extremes;
+};
 
-int64_t slice_length(int64_t d) {
-  const int64_t length = std::max(kMinSlice, (d + kMaxSlices - 1) / kMaxSlices);
-  return (length + kChunk - 1) / kChunk * kChunk;
+int64_t gram_room(int64_t outputs) {
+  return (padded_rows(outputs) + 6 + 2) * chunk_length(outputs) + kChunk * 2;
 }
 
-// gram[i0+i][j0+j] += sum over the chunk of weighted[i] * h[j], for a tile of rows. Chunks are
-// padded with zeros to whole vectors.
 template <class Isa>
-GRNG_INLINE void add_products(double* gram, int64_t outputs, const float* weighted, const float* h,
-                              int64_t i0, int64_t j0, int64_t length) {
-  using S = Simd<Isa, float>;
-  typename S::Vec acc[kRowTile][kRowTile] = {};
-  for (int64_t k = 0; k < length; k += S::kLanes) {
-    typename S::Vec b[kRowTile];
-#pragma GCC unroll 4
-    for (int j = 0; j < kRowTile; ++j) b[j] = S::load(h + (j0 + j) * kChunk + k);
-#pragma GCC unroll 4
-    for (int i = 0; i < kRowTile; ++i) {
-      const typename S::Vec a = S::load(weighted + (i0 + i) * kChunk + k);
-#pragma GCC unroll 4
-      for (int j = 0; j < kRowTile; ++j) acc[i][j] += a * b[j];
-    }
+GRNG_INLINE void gram_narrow(Slice& out, const Range& range, bool plain, float* room,
+                             int64_t number) {
+  NarrowSums weighted, unweighted;
+  const int64_t outputs = range.outputs, pairs = pairs_of(outputs);
+  std::fill_n(weighted.lanes, pairs * kSumLanes, 0.0);
+  if (plain) std::fill_n(unweighted.lanes, pairs * kSumLanes, 0.0);
+  range.for_chunks(number, false,
+                   [&](const KalmanPiece& block, int64_t first, int64_t length) GRNG_INLINE_LAMBDA {
+                     with_rows<Isa>(
+                         block, outputs, room, first, length, false,
+                         [&](const float* mean, const float* variance, const float* const* rows,
+                             int64_t n) GRNG_INLINE_LAMBDA {
+                           look_at_state<Isa>(out.extremes, mean, variance, n);
+                           add_narrow<Isa, true>(weighted.lanes, variance, rows, outputs, n);
+                           if (plain)
+                             add_narrow<Isa, false>(unweighted.lanes, nullptr, rows, outputs, n);
+                         });
+                   });
+  for (int64_t i = 0; i < pairs * kSumLanes; ++i) {
+    out.sums[i / kSumLanes] += weighted.lanes[i];
+    if (plain) out.sums[pairs + i / kSumLanes] += unweighted.lanes[i];
   }
-  for (int i = 0; i < std::min<int64_t>(kRowTile, outputs - i0); ++i)
-    for (int j = 0; j < std::min<int64_t>(kRowTile, outputs - j0); ++j)
-      if (j0 + j <= i0 + i) gram[(i0 + i) * outputs + j0 + j] += S::sum(acc[i][j]);
 }
 
-int64_t padded_rows(int64_t outputs) { return (outputs + kRowTile - 1) / kRowTile * kRowTile; }
-
-// Lower triangle of H diag(p) H^T over the elements [begin, end). scratch holds 2 * padded_rows(C)
-// chunks, zero in the padded rows.
 template <class Isa>
-GRNG_INLINE void gram_range(double* gram, float* scratch, const KalmanBlock& block, int64_t outputs,
-                            int64_t begin, int64_t end) {
-  constexpr int64_t kLanes = Simd<Isa, float>::kLanes;
+GRNG_INLINE void gram_wide(Slice& out, const Range& range, bool plain, float* room,
+                           int64_t number) {
+  const int64_t outputs = range.outputs, stride = chunk_length(outputs);
   const int64_t rows = padded_rows(outputs);
-  constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-  float *h = scratch, *weighted = scratch + rows * kChunk;
-  for (int64_t k = begin; k < end; k += kChunk) {
-    const int64_t length = std::min(kChunk, end - k),
-                  whole = (length + kLanes - 1) / kLanes * kLanes;
-    for (int64_t c = 0; c < outputs; ++c) {
-      const float* in = block.jacobian + c * block.row_stride + k;
-      const float* p = block.variance + k;
-      float *row = h + c * kChunk, *product = weighted + c * kChunk;
-      for (int64_t i = 0; i < length; ++i) {
-        row[i] = in[i];
-        // A negative variance is an error of the caller; as NaN it reaches the check of the gram.
-        product[i] = (p[i] >= 0 ? p[i] : kNaN) * in[i];
-      }
-      for (int64_t i = length; i < whole; ++i) row[i] = product[i] = 0;
+  float *left = room + rows * stride, *mean = left + 6 * stride, *variance = mean + stride;
+  std::fill(room + outputs * stride, room + rows * stride, 0.0F);
+  range.for_chunks(number, false,
+                   [&](const KalmanPiece& block, int64_t first, int64_t length) GRNG_INLINE_LAMBDA {
+                     const int64_t whole = whole_lanes<Isa>(length);
+                     for (int64_t c = 0; c < outputs; ++c)
+                       fetch_row(room + c * stride, block.jacobian, c, first, length, whole);
+                     copy_padded(variance, block.variance + first, length, whole);
+                     copy_padded(mean, block.mean + first, length, whole);
+                     look_at_state<Isa>(out.extremes, mean, variance, whole);
+                     add_wide<Isa>(out.sums, variance, left, room, stride, outputs, whole);
+                     if (plain)
+                       add_wide<Isa>(out.sums + pairs_of(outputs), nullptr, left, room, stride,
+                                     outputs, whole);
+                   });
+}
+
+void add_symmetric(double* gram, const double* packed, int64_t n) {
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t j = 0; j <= i; ++j) {
+      gram[i * n + j] += packed[pairs_of(i) + j];
+      gram[j * n + i] = gram[i * n + j];
     }
-    for (int64_t i = 0; i < outputs; i += kRowTile)
-      for (int64_t j = 0; j <= i; j += kRowTile)
-        add_products<Isa>(gram, outputs, weighted, h, i, j, whole);
+}
+
+// gram += H diag(p) H^T, plain_gram (may be null) += H H^T.
+Extremes form_grams(double* gram, double* plain_gram, const Range& range, const Threads& threads) {
+  const int64_t size = pairs_of(range.outputs) * (plain_gram ? 2 : 1);
+  std::vector<double> sums(static_cast<size_t>(range.slices * size));
+  std::vector<Slice> slices(static_cast<size_t>(range.slices));
+  const int64_t room = gram_room(range.outputs);
+  const Buffer<float> rooms = allocate<float>(threads.count * room);
+  std::atomic<int64_t> next_room{0};
+  threads.run(range.slices, 1, [&](int64_t begin, int64_t end) {
+    float* const mine = rooms.get() + next_room++ * room;
+    for_this_cpu([&](auto isa) GRNG_INLINE_LAMBDA {
+      using Isa = decltype(isa);
+      for (int64_t i = begin; i < end; ++i) {
+        slices[i].sums = sums.data() + i * size;
+        if (range.outputs <= kNarrow<Isa>) {
+          gram_narrow<Isa>(slices[i], range, plain_gram != nullptr, mine, i);
+        } else {
+          gram_wide<Isa>(slices[i], range, plain_gram != nullptr, mine, i);
+        }
+      }
+    });
+  });
+  Extremes all;
+  for (const Slice& slice : slices) {
+    add_symmetric(gram, slice.sums, range.outputs);
+    if (plain_gram) add_symmetric(plain_gram, slice.sums + pairs_of(range.outputs), range.outputs);
+    all.mean = larger(all.mean, slice.extremes.mean);
+    all.variance = larger(all.variance, slice.extremes.variance);
+    all.negative |= slice.extremes.negative;
   }
+  return all;
 }
 
 // ---- pass 2 ----
 
-// y[r][:] = sum over c < extent[r] of W[r][c] * s[c][:] for a tile of rows; returns by adding the
-// squares to t. `extent` skips the zeros of a triangular W.
+struct Application {
+  const Range* range;
+  const float *direction, *whitener;  // as given, and packed where it is wide
+  const int64_t* extents;
+  Prediction next;
+};
+
+int64_t apply_room(int64_t outputs) { return (outputs + 4) * chunk_length(outputs) + 2 * kChunk; }
+
 template <class Isa>
-GRNG_INLINE void add_squares(float* t, const float* s, const float* whitener, int64_t outputs,
-                             int64_t r0, int64_t extent, int64_t length) {
-  using S = Simd<Isa, float>;
-  constexpr int kVecs = 2;
-  const int rows = static_cast<int>(std::min<int64_t>(kRowTile, outputs - r0));
-  const float* w[kRowTile];
-  for (int r = 0; r < kRowTile; ++r) w[r] = whitener + (r0 + std::min(r, rows - 1)) * outputs;
-  for (int64_t k = 0; k < length; k += kVecs * S::kLanes) {
-    typename S::Vec acc[kRowTile][kVecs] = {};
-    for (int64_t c = 0; c < extent; ++c) {
-      typename S::Vec b[kVecs];
-#pragma GCC unroll 2
-      for (int v = 0; v < kVecs; ++v) b[v] = S::load(s + c * kChunk + k + v * S::kLanes);
-#pragma GCC unroll 4
-      for (int r = 0; r < kRowTile; ++r) {
-        const typename S::Vec a = S::broadcast(w[r] + c);
-#pragma GCC unroll 2
-        for (int v = 0; v < kVecs; ++v) acc[r][v] += a * b[v];
-      }
-    }
-#pragma GCC unroll 2
-    for (int v = 0; v < kVecs; ++v) {
-      typename S::Vec total = S::load(t + k + v * S::kLanes);
-#pragma GCC unroll 4
-      for (int r = 0; r < kRowTile; ++r)
-        if (r < rows) total += acc[r][v] * acc[r][v];
-      S::store(t + k + v * S::kLanes, total);
-    }
-  }
+GRNG_INLINE void roots_of(float* root, const float* variance, int64_t length) {
+  for (int64_t k = 0; k < length; ++k) root[k] = std::sqrt(variance[k]);
 }
 
-// Everything is scaled by sqrt(p): s = sqrt(p) h has squares below trace(S), so no product leaves
-// the range of fp32 that S itself has not left.
 template <class Isa>
-GRNG_INLINE void apply_range(const KalmanBlock& block, const KalmanGain& gain,
-                             const int64_t* extent, float* scratch, int64_t begin, int64_t end) {
-  float *s = scratch, *root = s + gain.outputs * kChunk, *t = root + kChunk, *step = t + kChunk;
-  for (int64_t k = begin; k < end; k += kChunk) {
-    const int64_t length = std::min(kChunk, end - k);
-    float *mean = block.mean + k, *variance = block.variance + k;
-    for (int64_t i = 0; i < length; ++i) root[i] = std::sqrt(variance[i]);
-    for (int64_t i = 0; i < kChunk; ++i) t[i] = step[i] = 0;
-    for (int64_t c = 0; c < gain.outputs; ++c) {
-      const float* in = block.jacobian + c * block.row_stride + k;
-      const float direction = gain.direction[c];
-      float* row = s + c * kChunk;
-      for (int64_t i = 0; i < length; ++i) {
-        row[i] = root[i] * in[i];
-        step[i] += row[i] * direction;
+GRNG_INLINE void apply_slice_narrow(const Application& a, float* room, int64_t number) {
+  const int64_t outputs = a.range->outputs;
+  float* const root = room + (outputs + 2) * kChunk;
+  a.range->for_chunks(
+      number, true,
+      [&](const KalmanPiece& block, int64_t first, int64_t length) GRNG_INLINE_LAMBDA {
+        with_rows<Isa>(block, outputs, room, first, length, true,
+                       [&](float* mean, float* variance, const float* const* rows, int64_t n)
+                           GRNG_INLINE_LAMBDA {
+                             roots_of<Isa>(root, variance, n);
+                             apply_narrow<Isa>(outputs, mean, variance, root, rows, a.direction,
+                                               a.whitener, a.next, n);
+                           });
+      });
+}
+
+template <class Isa>
+GRNG_INLINE void apply_slice_wide(const Application& a, float* room, int64_t number) {
+  using S = Simd<Isa, float>;
+  constexpr int64_t kWidth = kStrip<Isa>;
+  const int64_t outputs = a.range->outputs, stride = chunk_length(outputs);
+  float *root = room + outputs * stride, *step = root + stride, *lost = step + stride,
+        *row = lost + stride;
+  a.range->for_chunks(
+      number, true,
+      [&](const KalmanPiece& block, int64_t first, int64_t length) GRNG_INLINE_LAMBDA {
+        float *mean = block.mean + first, *variance = block.variance + first;
+        const int64_t whole = (length + kWidth - 1) / kWidth * kWidth;
+        roots_of<Isa>(root, variance, length);
+        std::fill(root + length, root + whole, 0.0F);
+        std::fill(step, step + 2 * stride, 0.0F);  // and lost
+        for (int64_t c = 0; c < outputs; ++c) {
+          fetch_row(row, block.jacobian, c, first, length, whole);
+          const float direction = a.direction[c];
+          for (int64_t k = 0; k < whole; k += kWidth) {
+            float* s = room + k * outputs + c * kWidth;
+            for (int64_t l = 0; l < kWidth; ++l) {
+              s[l] = root[k + l] * row[k + l];
+              // With compensation, as the sums of squares are.
+              const float more = s[l] * direction - lost[k + l], sum = step[k + l] + more;
+              lost[k + l] = (sum - step[k + l]) - more;
+              step[k + l] = sum;
+            }
+          }
+        }
+        for (int64_t k = 0; k < whole; k += kWidth) {
+          alignas(64) float t[kWidth], old_mean[kWidth], old_variance[kWidth];
+          squares_of_strip<Isa>(t, room + k * outputs, a.whitener, a.extents, outputs);
+          const int64_t n = std::min(kWidth, length - k);
+          copy_padded(old_mean, mean + k, n, kWidth);
+          copy_padded(old_variance, variance + k, n, kWidth);
+          for (int64_t l = 0; l < kWidth; l += S::kLanes)
+            write_state<Isa>(old_mean + l, old_variance + l,
+                             S::load(root + k + l) * S::load(step + k + l), S::load(t + l), a.next);
+          std::copy(old_mean, old_mean + n, mean + k);
+          std::copy(old_variance, old_variance + n, variance + k);
+        }
+      });
+}
+
+bool is_lower_triangular(const float* w, int64_t n) {
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t j = i + 1; j < n; ++j)
+      if (w[i * n + j] != 0) return false;
+  return true;
+}
+
+void apply(const Range& range, const KalmanGain& gain, const Threads& threads) {
+  const int64_t outputs = range.outputs, room = apply_room(outputs);
+  const bool triangular = is_lower_triangular(gain.whitener, outputs);
+  // All of it before any block is written: where there is no memory, no block has been.
+  const Buffer<float> rooms = allocate<float>(threads.count * room);
+  std::vector<float> packed(static_cast<size_t>(padded_rows(outputs) * outputs));
+  std::vector<int64_t> extents(static_cast<size_t>(outputs));
+  Application a{&range, gain.direction, gain.whitener, extents.data(), {}};
+  a.next = {gain.variational, gain.forgetting, gain.process_noise};
+  bool narrow = false;
+  for_this_cpu([&](auto isa) GRNG_INLINE_LAMBDA {
+    using Isa = decltype(isa);
+    narrow = triangular && outputs <= kNarrow<Isa>;
+    if (!narrow) pack_whitener<Isa>(packed.data(), extents.data(), gain.whitener, outputs);
+  });
+  if (!narrow) a.whitener = packed.data();
+  std::atomic<int64_t> next_room{0};
+  threads.run(range.slices, 1, [&](int64_t begin, int64_t end) {
+    float* const mine = rooms.get() + next_room++ * room;
+    for_this_cpu([&](auto isa) GRNG_INLINE_LAMBDA {
+      using Isa = decltype(isa);
+      // Backwards: what pass 1 read last is still in the caches.
+      for (int64_t i = end - 1; i >= begin; --i) {
+        if (narrow) {
+          apply_slice_narrow<Isa>(a, mine, i);
+        } else {
+          apply_slice_wide<Isa>(a, mine, i);
+        }
       }
-      for (int64_t i = length; i < kChunk; ++i) row[i] = 0;
-    }
-    for (int64_t r = 0; r < gain.outputs; r += kRowTile)
-      add_squares<Isa>(t, s, gain.whitener, gain.outputs, r, extent[r / kRowTile], kChunk);
-    constexpr float kEps = std::numeric_limits<float>::epsilon();
-    constexpr float kMax = std::numeric_limits<float>::max();
-    for (int64_t i = 0; i < length; ++i) {
-      mean[i] += root[i] * step[i];
-      // 1 - t > 0 in exact arithmetic; rounding must not make it zero or negative.
-      const float posterior =
-          gain.variational ? variance[i] / (1 + t[i]) : variance[i] * std::max(1 - t[i], kEps);
-      variance[i] = std::min(posterior / gain.forgetting + gain.process_noise, kMax);
-    }
+    });
+  });
+}
+
+// ---- faults ----
+
+bool all_finite(const double* values, int64_t count) {
+  return std::all_of(values, values + count, [](double x) { return std::isfinite(x); });
+}
+
+bool jacobians_are_finite(const Range& range) {
+  std::vector<float> row(kChunk);
+  for (int64_t i = 0; i < range.count; ++i) {
+    const ConstMatrix& h = range.blocks[i].jacobian;
+    for (int64_t c = 0; c < h.rows; ++c)
+      for (int64_t k = 0; k < h.cols; k += kChunk) {
+        const int64_t length = std::min(kChunk, h.cols - k);
+        fetch_row(row.data(), h, c, k, length, length);
+        if (!std::all_of(row.data(), row.data() + length, [](float x) { return std::isfinite(x); }))
+          return false;
+      }
   }
+  return true;
 }
 
 }  // namespace
 
-void kalman_gram_cpu(double* gram, const KalmanBlock& block, int64_t outputs,
+void kalman_gram_cpu(double* gram, const KalmanPiece* blocks, int64_t count, int64_t outputs,
                      const Threads& threads) {
-  const int64_t length = slice_length(block.d), slices = (block.d + length - 1) / length;
-  std::vector<double> partial(slices * outputs * outputs);
-  threads.run(slices, 1, [&](int64_t b, int64_t e) {
-    std::vector<float> scratch(2 * padded_rows(outputs) * kChunk);
-    for_this_cpu([&](auto isa) {
-      for (int64_t s = b; s < e; ++s)
-        gram_range<decltype(isa)>(partial.data() + s * outputs * outputs, scratch.data(), block,
-                                  outputs, s * length, std::min(block.d, (s + 1) * length));
-    });
-  });
-  for (int64_t s = 0; s < slices; ++s) {
-    const double* in = partial.data() + s * outputs * outputs;
-    for (int64_t i = 0; i < outputs; ++i)
-      for (int64_t j = 0; j <= i; ++j) {
-        gram[i * outputs + j] += in[i * outputs + j];
-        gram[j * outputs + i] = gram[i * outputs + j];
-      }
-  }
+  const Range range(blocks, count, outputs);
+  if (range.length == 0 || outputs == 0) return;
+  const Extremes found = form_grams(gram, nullptr, range, threads);
+  // A negative variance is an error of the caller; as NaN it reaches the check of the gram.
+  if (found.negative) gram[0] = std::numeric_limits<double>::quiet_NaN();
 }
 
-void kalman_apply_cpu(const KalmanBlock* blocks, int64_t count, const KalmanGain& gain,
+void kalman_apply_cpu(const KalmanPiece* blocks, int64_t count, const KalmanGain& gain,
                       const Threads& threads) {
-  std::vector<int64_t> extent((gain.outputs + kRowTile - 1) / kRowTile);
-  for (int64_t r = 0; r < gain.outputs; ++r)
-    for (int64_t c = 0; c < gain.outputs; ++c)
-      if (gain.whitener[r * gain.outputs + c] != 0)
-        extent[r / kRowTile] = std::max(extent[r / kRowTile], c + 1);
-  // All of it before any block is written: where there is no memory, no block has been.
-  const int64_t size = (gain.outputs + 3) * kChunk;
-  const Buffer<float> scratch = allocate<float>(threads.count * size);
-  for (const KalmanBlock* block = blocks; block < blocks + count; ++block) {
-    const int64_t chunks = (block->d + kChunk - 1) / kChunk;
-    std::atomic<int64_t> next_slot{0};
-    threads.run(chunks, 8, [&](int64_t b, int64_t e) {
-      float* const mine = scratch.get() + next_slot++ * size;
-      for_this_cpu([&](auto isa) {
-        apply_range<decltype(isa)>(*block, gain, extent.data(), mine, b * kChunk,
-                                   std::min(block->d, e * kChunk));
-      });
-    });
-  }
+  const Range range(blocks, count, gain.outputs);
+  if (range.length > 0 && gain.outputs > 0) apply(range, gain, threads);
+}
+
+Info kalman_update_cpu(const KalmanUpdate& u, const Threads& threads) {
+  const Range range(u.blocks, u.count, u.outputs);
+  const int64_t n = u.outputs;
+  if (range.length == 0 || n == 0) return kOk;
+  const int64_t noise_rows = u.likelihood == Likelihood::kCategorical ? 1 : n;
+  const int64_t noise_count =
+      u.likelihood == Likelihood::kCategorical ? n : noise_rows * u.noise_cols;
+  if (!all_finite(u.innovation, n) || !all_finite(u.noise, noise_count)) return kNonfiniteInput;
+
+  Found found{Matrix(n, n), u.rho > 0 ? Matrix(n, n) : Matrix(), 0, 0};
+  const Extremes state = form_grams(
+      found.gram.data.data(), u.rho > 0 ? found.plain_gram.data.data() : nullptr, range, threads);
+  if (state.negative || !std::isfinite(state.mean) || !std::isfinite(state.variance))
+    return kNonfiniteInput;
+  if (!all_finite(found.gram.data.data(), n * n) ||
+      (u.rho > 0 && !all_finite(found.plain_gram.data.data(), n * n)))
+    return jacobians_are_finite(range) ? kOverflow : kNonfiniteInput;
+  found.mean_max = state.mean;
+  found.variance_max = state.variance;
+
+  Gain gain;
+  const Info info = gain_from_gram(gain, u, found);
+  if (info != kOk) return info;
+  apply(range,
+        {n, gain.direction.data(), gain.whitener.data(), u.variational, u.forgetting,
+         u.process_noise},
+        threads);
+  return kOk;
 }
 
 }  // namespace grng

@@ -9,13 +9,16 @@ from torch import Tensor
 from grng_kernels import _checks, _dispatch
 from grng_kernels._register import operator
 from grng_kernels.info import Info
-from grng_kernels.kalman_update import reference
+from grng_kernels.kalman_update import cpu, reference
 from grng_kernels.kalman_update.innovation import gain_from_gram, largest_magnitude
 from grng_kernels.kalman_update.regularization import REGULARIZATIONS
 
 OP = "kalman_update_"
 FORMS = ("fdekf", "vdekf")
 LIKELIHOODS = ("gaussian", "categorical", "fisher")
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+FAST_DTYPES = (torch.float32, *HALF_DTYPES)
+LARGEST = torch.finfo(torch.float32).max
 # The largest grid of the CUDA kernel: 65535 tiles of 8 x 8 outputs.
 MAX_CUDA_OUTPUTS = 2880
 
@@ -46,7 +49,7 @@ def kalman_update_(
         mean: ``[d]``, fp32 or fp64, or a list of blocks ``[d_i]``: one state, cut in pieces. Mutated.
         variance: The diagonal ``p`` of the covariance, >= 0, same form. Mutated.
         jacobian: ``H``, derivative of the outputs by the parameters, ``[C, d]`` or a list of ``[C, d_i]``,
-            same dtype, any strides.
+            same dtype, any strides; bf16 or fp16 beside an fp32 state (read as such, computed in fp32).
         innovation: ``e``, target minus prediction, ``[C]``.
         noise: ``R``, observation noise: ``[C, C]`` symmetric positive definite, its diagonal ``[C]``, or a
             number > 0 for that times the identity. With ``likelihood="categorical"`` the class
@@ -75,10 +78,17 @@ def kalman_update_(
             argument in memory.
 
     Accuracy: for ``C <= d`` at most twice the error of PyTorch in the same dtype against fp64.
-    Cost: two passes over ``H``, ``2·C²·d`` FLOPs each at most; with ``rho > 0`` half as many again.
+    Cost: two passes over ``H``, ``C²·d`` FLOPs each (a dense whitener: twice that in the second); with
+    ``rho > 0`` half as many again, and no pass more.
     Source: public code of FDEKF and VDEKF (probml/rebayes); Ollivier 2018 for the categorical form; the
     regularised forms are derived from Dash et al. 2026 in ``regularization.py``.
     """
+    usual = _usual_call(
+        mean, variance, jacobian, innovation, noise, form=form, likelihood=likelihood,
+        forgetting=forgetting, process_noise=process_noise, rho=rho, regularization=regularization,
+    )  # fmt: skip
+    if usual is not None:
+        return usual
     means = _checks.as_list(OP, "mean", mean)
     variances = _checks.as_list(OP, "variance", variance)
     jacobians = _checks.as_list(OP, "jacobian", jacobian)
@@ -107,8 +117,10 @@ def kalman_update_(
     for i, block in enumerate(zip(means, variances, jacobians, strict=True)):
         at = "" if single else f"[{i}]"
         names = [f"mean{at}", f"variance{at}", f"jacobian{at}"]
-        for name, tensor in zip(names, block, strict=True):
+        for name, tensor in zip(names[:2], block[:2], strict=True):
             _checks.check_dtype(OP, name, tensor, [dtype])
+        half = HALF_DTYPES if dtype == torch.float32 else ()
+        _checks.check_dtype(OP, names[2], block[2], [dtype, *half])
         _checks.check_rank(OP, names[0], block[0], 1, "[d]")
         d = block[0].shape[0]
         _checks.check_shape(OP, names[1], block[1], [d], "as mean")
@@ -130,6 +142,86 @@ def kalman_update_(
         float(process_noise),
         float(rho),
         regularization,
+    )
+
+
+def _usual_call(
+    mean: Tensor | Sequence[Tensor],
+    variance: Tensor | Sequence[Tensor],
+    jacobian: Tensor | Sequence[Tensor],
+    innovation: Tensor,
+    noise: float | Tensor,
+    *,
+    form: str,
+    likelihood: str,
+    forgetting: float,
+    process_noise: float,
+    rho: float,
+    regularization: str,
+) -> Tensor | None:
+    """Run a call on CPU tensors at once where nothing about it is unusual, else return None.
+
+    What is accepted here passes every check of the general way, but for shapes, dtypes and overlaps, which
+    the C++ operator looks at before it writes: what it refuses goes the general way, where the error is
+    said in the user's terms. The general way takes longer than the update of a small net.
+
+    Raises:
+        RuntimeError: The operator failed for another reason, such as memory.
+    """
+    if isinstance(mean, Tensor):
+        if not (isinstance(variance, Tensor) and isinstance(jacobian, Tensor)):
+            return None
+        means, variances, jacobians = [mean], [variance], [jacobian]
+    else:
+        if not (type(mean) is type(variance) is type(jacobian) is list and mean):
+            return None
+        means, variances, jacobians = mean, variance, jacobian  # type: ignore[assignment]
+    if (
+        not _dispatch.runs_at_once()
+        or not _dispatch.serves_cpu()
+        or form not in FORMS
+        or likelihood not in LIKELIHOODS
+        or regularization not in REGULARIZATIONS
+        or type(forgetting) is not float
+        or not 2.0**-149 < forgetting <= 1.0
+        or type(process_noise) is not float
+        or not 0.0 <= process_noise <= LARGEST
+        or type(rho) is not float
+        or not 0.0 <= rho <= LARGEST
+        or not _is_usual(innovation)
+        or innovation.dim() != 1
+        or not 0 < innovation.shape[0] <= cpu.MAX_OUTPUTS
+        or not all(map(_is_usual, means))
+        or not all(map(_is_usual, variances))
+        or not all(map(_is_usual, jacobians))
+    ):
+        return None
+    if isinstance(noise, Tensor):
+        if not _is_usual(noise):
+            return None
+    elif type(noise) is not float or likelihood != "gaussian" or not 2.0**-149 <= noise <= LARGEST:
+        return None
+    try:
+        info = cpu.call(
+            means, variances, jacobians, innovation, noise, form=form, likelihood=likelihood,
+            forgetting=forgetting, process_noise=process_noise, rho=rho, regularization=regularization,
+        )  # fmt: skip
+    except RuntimeError as error:
+        if "grng: " in str(error):
+            return None
+        raise
+    torch.autograd.graph.increment_version(means)
+    torch.autograd.graph.increment_version(variances)
+    return info
+
+
+def _is_usual(t: Tensor) -> bool:
+    return (
+        type(t) is Tensor
+        and t.is_cpu
+        and t.dtype in FAST_DTYPES
+        and t.layout is torch.strided
+        and not t.requires_grad
     )
 
 
@@ -188,13 +280,14 @@ def _kalman_update_op(
     outputs = innovation.shape[0]
     if outputs == 0 or all(m.numel() == 0 for m in means):
         return torch.zeros((), dtype=torch.int32, device=innovation.device)
-    problem = _streaming_unsupported(means, variances, innovation)
+    problem = cpu.unsupported(means, variances, innovation)
     too_wide = (
         f"it serves at most {MAX_CUDA_OUTPUTS} outputs" if outputs > MAX_CUDA_OUTPUTS else None
     )
     backend = _dispatch.select(OP, innovation.device, cpu=problem, cuda=problem or too_wide)
-    if backend == "reference":
-        return _run_reference(
+    if backend == "reference" or (backend == "cpu" and outputs <= cpu.MAX_OUTPUTS):
+        run = _run_reference if backend == "reference" else cpu.call
+        return run(
             means,
             variances,
             jacobians,
@@ -207,7 +300,9 @@ def _kalman_update_op(
             rho=rho,
             regularization=regularization,
         )
-    jacobians = [h if h.stride(1) == 1 else h.contiguous() for h in jacobians]
+    if backend == "cuda":
+        jacobians = [h.to(innovation.dtype) for h in jacobians]
+        jacobians = [h if h.stride(1) == 1 else h.contiguous() for h in jacobians]
     gram = torch.zeros(outputs, outputs, dtype=torch.float64, device=innovation.device)
     torch.ops.grng._kalman_gram_(gram, variances, jacobians)
     plain_gram = None
@@ -265,16 +360,6 @@ def _(
     return innovation.new_empty((), dtype=torch.int32)
 
 
-def _streaming_unsupported(
-    means: Sequence[Tensor], variances: Sequence[Tensor], innovation: Tensor
-) -> str | None:
-    if innovation.dtype != torch.float32:
-        return "it computes in fp32 only"
-    if not all(t.is_contiguous() for t in (*means, *variances)):
-        return "it needs contiguous mean and variance"
-    return None
-
-
 def _run_reference(
     means: Sequence[Tensor],
     variances: Sequence[Tensor],
@@ -293,7 +378,7 @@ def _run_reference(
     mean, variance, info = reference.kalman_update(
         torch.cat(list(means)),
         torch.cat(list(variances)),
-        torch.cat(list(jacobians), dim=1),
+        torch.cat([h.to(innovation.dtype) for h in jacobians], dim=1),
         innovation,
         noise,
         form=form,

@@ -140,7 +140,10 @@ def test_gradient_regularisation_shrinks_the_variance_and_noise_does_the_opposit
 @forms
 @signs
 @pytest.mark.parametrize("likelihood", ["gaussian", "categorical", "fisher"])
-@pytest.mark.parametrize(("outputs", "d"), [(1, 300), (2, 5000), (10, 700), (17, 20000), (40, 400)])
+@pytest.mark.parametrize(
+    ("outputs", "d"),
+    [(1, 300), (2, 5000), (10, 700), (17, 20000), (40, 400), (70, 300), (130, 400)],
+)
 def test_kernel_error_is_at_most_twice_that_of_torch(
     backend, form, regularization, likelihood, outputs, d
 ):

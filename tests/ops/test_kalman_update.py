@@ -719,7 +719,15 @@ ERRORS = {
         TypeError, "variance must have dtype float32, got float64", {"variance": P.double()},
     ),
     "jacobian_dtype": (
-        TypeError, "jacobian must have dtype float32, got float16", {"jacobian": H.half()},
+        TypeError,
+        "jacobian must have dtype float32, bfloat16, float16, got float64",
+        {"jacobian": H.double()},
+    ),
+    "half_jacobian_of_double_state": (
+        TypeError,
+        "jacobian must have dtype float64, got bfloat16",
+        {"mean": M.double(), "variance": P.double(), "innovation": E.double(), "noise": R.double(),
+         "jacobian": H.bfloat16()},
     ),
     "innovation_dtype": (
         TypeError, "innovation must have dtype float32, got int64", {"innovation": E.long()},

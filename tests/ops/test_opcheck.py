@@ -200,6 +200,10 @@ def private_samples():
         ),
     )
     yield "_kalman_gram_", (gram, [torch.rand(9)], [torch.randn(2, 9)])
+    yield "_kalman_update_", (
+        [torch.randn(9)], [torch.rand(9)], torch.zeros((), dtype=torch.int32), [torch.randn(2, 9)],
+        torch.randn(2), [torch.eye(2)], 0.0, 0, False, 1.0, 0.0, 0.0, False,
+    )  # fmt: skip
     yield "_kalman_apply_", (
         [torch.randn(9)], [torch.rand(9)], [torch.randn(2, 9)], torch.randn(2), torch.eye(2) / 9,
         torch.zeros((), dtype=torch.int32), False, 1.0, 0.0,
@@ -250,8 +254,21 @@ BAD = torch.zeros(3)
         ("_kalman_gram_", 1, [], "one jacobian per variance"),
         ("_kalman_gram_", 1, [torch.ones(8)], "jacobian must be float32 [outputs, d]"),
         ("_kalman_gram_", 1, [torch.ones(18)[::2]], "variance has the wrong dtype, shape or layout"),
-        ("_kalman_gram_", 2, [torch.ones(9, 2).mT], "jacobian must be float32 [outputs, d]"),
+        ("_kalman_gram_", 2, [torch.ones(2, 9).double()], "jacobian must be float32 [outputs, d]"),
         ("_kalman_gram_", 2, [torch.ones(3, 9)], "jacobian must be float32 [outputs, d]"),
+        ("_kalman_update_", 0, [torch.ones(8)], "mean has the wrong dtype, shape or layout"),
+        ("_kalman_update_", 0, [], "one mean, variance and jacobian per block"),
+        ("_kalman_update_", 1, [torch.ones(18)[::2]], "variance has the wrong dtype, shape or layout"),
+        ("_kalman_update_", 2, torch.zeros(1, dtype=torch.int32), "info has the wrong dtype"),
+        ("_kalman_update_", 3, [torch.ones(3, 9)], "jacobian must be float32 [outputs, d]"),
+        ("_kalman_update_", 3, [torch.ones(2, 9).double()], "jacobian must be float32 [outputs, d]"),
+        ("_kalman_update_", 3, [torch.ones(2, 9, dtype=torch.int32)], "dtype must be float32"),
+        ("_kalman_update_", 4, torch.ones(257), "innovation must be [outputs], at most 256"),
+        ("_kalman_update_", 4, torch.ones(2).double(), "innovation must be a float32 vector"),
+        ("_kalman_update_", 5, [torch.ones(3)], "noise has the wrong shape"),
+        ("_kalman_update_", 5, [torch.ones(2, 1)], "noise has the wrong shape"),
+        ("_kalman_update_", 5, [torch.ones(2, 2).double()], "noise must be a float32 vector"),
+        ("_kalman_update_", 7, 3, "no such likelihood"),
         ("_kalman_apply_", 0, [torch.ones(8)], "mean has the wrong dtype, shape or layout"),
         ("_kalman_apply_", 0, [], "one mean, variance and jacobian per block"),
         ("_kalman_apply_", 3, torch.ones(3), "whitener has the wrong dtype, shape or layout"),
