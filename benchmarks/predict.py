@@ -772,11 +772,7 @@ def works() -> Iterator[Work]:
             images = float(batch * channels * (out * stride) ** 2)
             name = f"{channels} channels, {kernel}x{kernel}, {batch} images of {out * stride}"
             yield from kron_factor_conv2d(name, images, patches, kernel**2, wide=wide)
-    for outputs, d in ((2, 300_000), (10, 300_000), (10, 3_000_000), (100, 300_000)):
-        yield from kalman_gram(outputs, d)
-        yield kalman_apply(outputs, d)
-    for d in (100_000, 10_000_000):
-        yield from rank_one(d)
+    yield from vector_works()
     for name, shapes, layers in LORA_SETS:
         yield from precondition(name, shapes * layers)
     for name, orders in SMALL_INVERSES:
@@ -787,6 +783,15 @@ def works() -> Iterator[Work]:
         iterated = newton_schulz_launches(count, n, INVERSE_RHO)
         for _, work in (*large_inverses("direct", count, n), *iterated):
             yield work
+
+
+def vector_works() -> Iterator[Work]:
+    """Yield the kernels that walk over all parameters as one vector."""
+    for outputs, d in ((2, 300_000), (10, 300_000), (10, 3_000_000), (100, 300_000)):
+        yield from kalman_gram(outputs, d)
+        yield kalman_apply(outputs, d)
+    for d in (100_000, 10_000_000):
+        yield from rank_one(d)
 
 
 class Call(NamedTuple):

@@ -80,14 +80,14 @@ def test_one_step_equals_the_dense_filter(form, rho, n, classes):
 def test_scalar_regression_is_recursive_least_squares():
     """One weight: the filter is exact, its mean that of Bayesian linear regression."""
     model = nn.Linear(1, 1, bias=False).double()
-    start = float(model.weight)
+    start = model.weight.item()
     x = torch.randn(50, 1, dtype=torch.float64)
     y = 2 * x + 0.1 * torch.randn_like(x)
     optimizer = RKalman(model, likelihood="gaussian", noise=0.01, **PLAIN)
     feed(optimizer, model, x, y)
     precision = 1 / 0.25 + float(x.square().sum()) / 0.01
     mean = (start / 0.25 + float((x * y).sum()) / 0.01) / precision
-    assert float(model.weight) == pytest.approx(mean, rel=1e-9)
+    assert model.weight.item() == pytest.approx(mean, rel=1e-9)
     assert float(optimizer.state[model.weight]["variance"]) == pytest.approx(
         1 / precision, rel=1e-9
     )

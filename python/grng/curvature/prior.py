@@ -104,3 +104,17 @@ def coherence(state: dict[str, Any], size: int) -> Tensor:
         return torch.full_like(state["trace"], float(size))
     ratio = size * state["overlap"] / state["trace"].square()
     return ratio.nan_to_num(nan=float(size)).clamp(1.0, float(size))
+
+
+def count_more_often(variances: list[Tensor], before: list[Tensor], factors: Tensor) -> None:
+    """Let ``1/p`` grow ``κ`` times as much as the observation let it grow, in place.
+
+    Args:
+        variances: After the observation, one tensor per parameter.
+        before: The same before it.
+        factors: ``κ`` of each, 0-d or ``[parameters]``.
+    """
+    for p, old, factor in zip(variances, before, factors, strict=True):
+        # p·p' / (p' + κ·(p − p')), which no zero variance makes 0/0.
+        smallest = torch.finfo(p.dtype).tiny
+        p.copy_(old * (p / (p + factor * (old - p)).clamp(min=smallest)))

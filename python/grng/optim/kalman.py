@@ -11,7 +11,13 @@ from torch.optim import Optimizer
 import grng_kernels as kernels
 from grng.curvature.jacobian import Jacobian
 from grng.curvature.observation import BATCHES, LIKELIHOODS, Observation
-from grng.curvature.prior import PRIORS, coherence, initial_variances, update_coherence
+from grng.curvature.prior import (
+    PRIORS,
+    coherence,
+    count_more_often,
+    initial_variances,
+    update_coherence,
+)
 from grng.optim.base import PreconditionerError, check_hyperparameter
 from grng.optim.output_noise import OutputNoise
 
@@ -250,7 +256,6 @@ class KalmanOptimizer(Optimizer):
         parameters: list[nn.Parameter],
         shared: dict[str, float],
     ) -> bool:
-        inflation = self._inflation(seen, jacobians, parameters)
         variances = [self.state[p]["variance"].view(-1) for p in parameters]
         means = [self._weights(p).view(-1) for p in parameters]
         rates = {p: g["lr"] for g in self.param_groups for p in g["params"]}
@@ -259,7 +264,7 @@ class KalmanOptimizer(Optimizer):
         innovation, noise, likelihood = self._noise.arguments(seen, variances, jacobians)
         if self._noise.covariance is not None:
             self._first_state()["noise"] = self._noise.covariance
-        prior = [v.clone() for v in variances]
+        prior = [v.clone() for v in variances] if self._correct_coherence else []
         info = kernels.kalman_update_(
             means,
             variances,
@@ -271,15 +276,13 @@ class KalmanOptimizer(Optimizer):
             regularization=self._regularization,
             rho=shared["rho"],
         )
-        for v, p0, kappa in zip(
-            variances, prior, inflation if inflation is not None else [], strict=False
-        ):
-            v.copy_(p0 * v / (v + kappa * (p0 - v)).clamp(min=1e-38))
-        for v in variances:
-            v.div_(shared["forgetting"]).add_(shared["process_noise"])
         if int(info) != 0:
             self._fail(f"info {int(info)} of kalman_update_")
             return False
+        if self._correct_coherence:
+            count_more_often(variances, prior, self._coherences(seen, jacobians, parameters))
+        for v in variances:
+            v.div_(shared["forgetting"]).add_(shared["process_noise"])
         for i, p in enumerate(parameters):
             if scaled:
                 means[i].copy_(torch.lerp(before[i], means[i], float(rates[p])))
@@ -287,11 +290,9 @@ class KalmanOptimizer(Optimizer):
                 p.copy_(means[i].view(p.shape))
         return True
 
-    def _inflation(
+    def _coherences(
         self, seen: Observation, jacobians: list[Tensor], parameters: list[nn.Parameter]
-    ) -> Tensor | None:
-        if not self._correct_coherence:
-            return None
+    ) -> Tensor:
         generator = torch.Generator(device=seen.root.device)
         generator.manual_seed(self.param_groups[0]["step"] + 1)
         # A score drawn from the model has the information as its covariance: T times white noise.
