@@ -12,7 +12,6 @@ from grng_kernels._register import operator
 from grng_kernels.rank_one import reference
 
 OP = "rank1_precondition"
-TRITON_DTYPES = _checks.FLOAT_DTYPES
 CPU_DTYPES = _checks.STATE_DTYPES
 
 
@@ -112,34 +111,40 @@ def _rank1_precondition_op(
     )
     value = damping if damping_tensor is None else damping_tensor
     assert value is not None, "the public function passes a number or a tensor"
-    tensors = [*outs, *grads, *scores]
-    backend = _dispatch.select(
-        OP,
-        outs[0].device,
-        cpu=_unsupported(tensors, CPU_DTYPES),
-        triton=_unsupported(tensors, TRITON_DTYPES),
-    )
-    if backend == "cpu":
-        torch.ops.grng._rank1_precondition_(outs, grads, scores, float(value))
-        return
-    if backend == "triton":
-        from grng_kernels.rank_one import triton_kernel
-
-        triton_kernel.launch(outs, grads, scores, value)
+    dtype = outs[0].dtype
+    mixed = "it needs one dtype" if any(t.dtype != dtype for t in outs) else None
+    name = str(dtype).removeprefix("torch.")
+    problem = mixed or (None if dtype in CPU_DTYPES else f"it does not compute in {name}")
+    backend = _dispatch.select(OP, outs[0].device, cpu=problem, triton=mixed)
+    if backend != "reference":
+        _run_kernel(backend, outs, grads, scores, value)
         return
     results = reference.rank1_precondition(grads, scores, damping=value)
     for out, result in zip(outs, results, strict=True):
         out.copy_(result)
 
 
-def _unsupported(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> str | None:
-    if tensors[0].dtype not in dtypes:
-        return f"it does not compute in {str(tensors[0].dtype).removeprefix('torch.')}"
-    if any(t.dtype != tensors[0].dtype for t in tensors):
-        return "it needs one dtype"
-    if not all(t.is_contiguous() for t in tensors):
-        return "it needs contiguous tensors"
-    return None
+def _run_kernel(
+    backend: str,
+    outs: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    scores: Sequence[Tensor],
+    damping: float | Tensor,
+) -> None:
+    grads, scores = [g.contiguous() for g in grads], [u.contiguous() for u in scores]
+    dense = [
+        out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
+        for out in outs
+    ]
+    if backend == "cpu":
+        torch.ops.grng._rank1_precondition_(dense, grads, scores, float(damping))
+    else:
+        from grng_kernels.rank_one import triton_kernel
+
+        triton_kernel.launch(dense, grads, scores, damping)
+    for out, result in zip(outs, dense, strict=True):
+        if out is not result:
+            out.copy_(result)
 
 
 @_rank1_precondition_op.register_fake

@@ -137,7 +137,9 @@ def torch_dtype(name):
     """The torch dtype that Triton calls ``name``."""
     import torch
 
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+    return {
+        "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64,
+    }[name]  # fmt: skip
 
 
 def kron_factor_variants(*, conv2d=False, dtypes=("bf16", "fp32")):

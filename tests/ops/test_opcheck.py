@@ -248,7 +248,7 @@ BAD = torch.zeros(3)
         ("_precondition_", 3, mats(4), "left must be a square float32 matrix"),
         ("_precondition_", 4, [spd(10)[::2, ::2]], "right must be a square float32 matrix with unit column"),
         ("_precondition_", 5, [torch.zeros(2)], "bias must have one element per row of grad"),
-        ("_precondition_", 5, [], "must have the same length"),
+        ("_precondition_", 5, [torch.zeros(0)] * 2, "must have the same length"),
         ("_kalman_gram_", 0, torch.zeros(2, 2), "gram has the wrong dtype, shape or layout"),
         ("_kalman_gram_", 0, torch.zeros(2, 3).double(), "gram has the wrong dtype, shape or layout"),
         ("_kalman_gram_", 1, [], "one jacobian per variance"),

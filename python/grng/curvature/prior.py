@@ -6,11 +6,12 @@ only unit in which one number fits every architecture: the first Jacobian fixes 
 and ``"global"`` read it as one of the weights.
 
 **Coherence.** A diagonal covariance forgets that a layer's outputs move together. With the Fisher information
-``F = E[g gᵀ]`` of a layer of ``d`` weights, ``κ = d·tr(F²)/tr(F)²`` is ``d`` over the effective rank of F: 1
-where every weight learns something of its own, ``d`` where all samples push in one direction. Counting the
-information of an observation ``κ`` times keeps the filter from fitting every sample anew along that
-direction. ``tr(F²)`` comes from the scores of consecutive samples, which are independent:
-``E[(gᵗ·gˢ)²] = tr(F²)``.
+``F = E[g gᵀ]`` of a layer of ``d`` weights, ``d·tr(F²)/tr(F)²`` is ``d`` over the effective rank of F: 1
+where every weight learns something of its own, ``d`` where all samples push in one direction. A diagonal that
+many times larger bounds F, but kills what is specific to a sample; the diagonal of F does the opposite, and
+fits every sample anew along the common direction. Their geometric mean, the coherence
+``κ = √(d·tr(F²))/tr(F)``, is how often an observation is counted. ``tr(F²)`` comes from the scores of
+consecutive samples, which are independent: ``E[(gᵗ·gˢ)²] = tr(F²)``.
 """
 
 from typing import Any
@@ -99,11 +100,12 @@ def update_coherence(state: dict[str, Any], whitened: Tensor, score: Tensor) -> 
 
 
 def coherence(state: dict[str, Any], size: int) -> Tensor:
-    """Return ``κ`` in ``[1, d]`` (0-d, fp64): ``d`` as long as there is no pair of observations."""
+    """Return ``κ`` in ``[1, √d]`` (0-d, fp64): ``√d`` as long as there is no pair of observations."""
+    largest = float(size) ** 0.5
     if state.get("observations", 0) < 2:
-        return torch.full_like(state["trace"], float(size))
-    ratio = size * state["overlap"] / state["trace"].square()
-    return ratio.nan_to_num(nan=float(size)).clamp(1.0, float(size))
+        return torch.full_like(state["trace"], largest)
+    ratio = (size * state["overlap"]).sqrt() / state["trace"]
+    return ratio.nan_to_num(nan=largest).clamp(1.0, largest)
 
 
 def count_more_often(variances: list[Tensor], before: list[Tensor], factors: Tensor) -> None:

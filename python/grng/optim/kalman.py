@@ -46,6 +46,7 @@ class KalmanOptimizer(Optimizer):
         form: str,
         regularization: str,
         correct_coherence: bool,
+        max_kl: float | str | None,
         batch: str,
         max_rows: int,
         max_failures: int,
@@ -57,6 +58,9 @@ class KalmanOptimizer(Optimizer):
         check_hyperparameter(owner, "forgetting", defaults["forgetting"], low=1e-3, high=1.0)
         check_hyperparameter(owner, "sigma0", sigma0, low=1e-15, high=1e15)
         check_hyperparameter(owner, "beta", beta, high=1.0)
+        if max_kl is not None:
+            check_hyperparameter(owner, "max_kl", max_kl, low=1e-12)
+            max_kl = float(max_kl)
         check_hyperparameter(owner, "max_rows", max_rows, low=1)
         check_hyperparameter(owner, "jacobian_budget_mb", budget_mb, low=1e-3)
         for name, value, choices in (
@@ -81,6 +85,7 @@ class KalmanOptimizer(Optimizer):
         self._sigma0, self._prior, self._form = sigma0, prior, form
         self._likelihood, self._regularization = likelihood, regularization
         self._correct_coherence, self._batch, self._max_rows = correct_coherence, batch, max_rows
+        self._max_kl: float | None = max_kl
         self._failures, self._max_failures, self._skipped = 0, max_failures, 0
         self._budget_mb = budget_mb
         self._noise = OutputNoise(owner, likelihood, noise, beta)
@@ -259,8 +264,8 @@ class KalmanOptimizer(Optimizer):
         variances = [self.state[p]["variance"].view(-1) for p in parameters]
         means = [self._weights(p).view(-1) for p in parameters]
         rates = {p: g["lr"] for g in self.param_groups for p in g["params"]}
-        scaled = any(float(rates[p]) != 1 for p in parameters)
-        before = [m.clone() for m in means] if scaled else []
+        shortened = self._max_kl is not None or any(float(rates[p]) != 1 for p in parameters)
+        before = [m.clone() for m in means] if shortened else []
         innovation, noise, likelihood = self._noise.arguments(seen, variances, jacobians)
         if self._noise.covariance is not None:
             self._first_state()["noise"] = self._noise.covariance
@@ -283,12 +288,27 @@ class KalmanOptimizer(Optimizer):
             count_more_often(variances, prior, self._coherences(seen, jacobians, parameters))
         for v in variances:
             v.div_(shared["forgetting"]).add_(shared["process_noise"])
+        trust = self._trust(seen, jacobians, means, before) if shortened else None
         for i, p in enumerate(parameters):
-            if scaled:
-                means[i].copy_(torch.lerp(before[i], means[i], float(rates[p])))
+            if trust is not None:
+                factor = float(rates[p]) * trust.to(means[i].dtype)
+                means[i].copy_(torch.lerp(before[i], means[i], factor))
             if means[i].data_ptr() != p.data_ptr():
                 p.copy_(means[i].view(p.shape))
         return True
+
+    def _trust(
+        self, seen: Observation, jacobians: list[Tensor], means: list[Tensor], before: list[Tensor]
+    ) -> Tensor:
+        """The part of the step, 0-d in (0, 1], that is predicted to change the outputs by ``max_kl``."""
+        change = torch.zeros_like(seen.score)
+        for h, new, old in zip(jacobians, means, before, strict=True):
+            change += (h @ (new - old)).to(change.dtype)
+        if self._max_kl is None:
+            return torch.ones_like(change[0])
+        divergence = 0.5 * (self._noise.whiten(seen, change)).square().sum()
+        smallest = torch.finfo(change.dtype).tiny
+        return (self._max_kl / divergence.clamp(min=smallest)).sqrt().clamp(max=1.0)
 
     def _coherences(
         self, seen: Observation, jacobians: list[Tensor], parameters: list[nn.Parameter]

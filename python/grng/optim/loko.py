@@ -73,6 +73,7 @@ class LoKO(KalmanOptimizer):
             form=form,
             regularization="gradient",
             correct_coherence=False,
+            max_kl=None,
             batch=batch,
             max_rows=max_rows,
             max_failures=max_failures,

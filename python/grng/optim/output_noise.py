@@ -125,6 +125,14 @@ class OutputNoise:
         noise = self._current(error)
         return error, self._of_observation(noise, len(error)), "gaussian"
 
+    def whiten(self, seen: Observation, change: Tensor) -> Tensor:
+        """Return a change of the outputs in units of the noise: half its square is a KL divergence."""
+        if self.kind == "fisher" or seen.is_sketch:
+            return seen.root.mT @ change
+        noise = self._of_observation(self._current(change), len(change))
+        lower = torch.linalg.cholesky_ex(noise)[0]
+        return torch.linalg.solve_triangular(lower, change.unsqueeze(-1), upper=False).squeeze(-1)
+
     def _of_observation(self, noise: Tensor, rows: int) -> Tensor:
         """The noise of the whole observation: of each sample, or of the mean of the samples."""
         noise = noise / self._samples

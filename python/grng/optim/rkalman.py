@@ -41,6 +41,9 @@ class RKalman(KalmanOptimizer):
         beta: Forgetting factor of the estimated noise.
         form: ``"vdekf"`` or ``"fdekf"``; see ``kalman_update_``.
         correct_coherence: Whether to use ``κ``; False is 1 for every layer.
+        max_kl: Largest KL divergence that a step may predict for its own observation; the step is shortened
+            to it, so that too wide a prior is no accident. None: no limit. ``"auto"``: 0.1 where the noise
+            is ``"fisher"``, else None: the noise of a regression says nothing of how far to trust a model.
         forgetting: In (0, 1]: variances are divided by it after each observation.
         process_noise: Added to the variances after each observation.
         batch: How N samples in one call are observed. ``"stacked"``: each by itself, exact, ``N·(C−1)`` rows
@@ -73,6 +76,7 @@ class RKalman(KalmanOptimizer):
         beta: float = 0.96,
         form: str = "vdekf",
         correct_coherence: bool = True,
+        max_kl: float | str | None = "auto",
         forgetting: float = 1.0,
         process_noise: float = 0.0,
         batch: str = "auto",
@@ -82,6 +86,8 @@ class RKalman(KalmanOptimizer):
     ) -> None:
         if noise is None:
             noise = "fisher" if likelihood == "categorical" else "ema"
+        if max_kl == "auto":
+            max_kl = 0.1 if noise == "fisher" else None
         super().__init__(
             model,
             dict(lr=lr, rho=rho, forgetting=forgetting, process_noise=process_noise),
@@ -93,6 +99,7 @@ class RKalman(KalmanOptimizer):
             form=form,
             regularization=regularization,
             correct_coherence=correct_coherence,
+            max_kl=max_kl,
             batch=batch,
             max_rows=max_rows,
             max_failures=max_failures,
