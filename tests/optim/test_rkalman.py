@@ -5,6 +5,8 @@ import copy
 import io
 import math
 import pickle
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -545,6 +547,18 @@ def test_model_without_trainable_parameters():
     model = mlp().requires_grad_(False)
     with pytest.raises(ValueError, match="RKalman: the model has no trainable parameters"):
         RKalman(model)
+
+
+def test_example_of_the_readme_runs_and_learns(capsys):
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    [code] = [b for b in re.findall(r"```python\n(.*?)```", readme, re.S) if "RKalman(model)" in b]
+    torch.manual_seed(0)
+    x, teacher = torch.randn(300, 64), torch.randn(64, 10)
+    stream = [(row[None], (row @ teacher).argmax()[None]) for row in x]
+    names = {"stream": stream}
+    exec(code, names)
+    assert names["right"] > 0.2 * len(stream)
+    assert "coherence" in capsys.readouterr().out
 
 
 def test_public_names():
