@@ -93,7 +93,7 @@ def noise(n: int, rhos: Sequence[float], spectra: Sequence[str]) -> list[dict[st
                 continue
             plan = _single(precision, kappa)
             found = {
-                s: errors(of, planned(of, plan, diagonal=False)[-1]) for s, of in problems.items()
+                s: errors(of, planned(of, plan, kernel=False)[-1]) for s, of in problems.items()
             }
             where = max(found, key=lambda s: found[s].residual)
             residual = found[where].residual

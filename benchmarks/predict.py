@@ -626,14 +626,22 @@ def large_epilogue(count: int, n: int, padded: int) -> Launches:
 
 def newton_schulz_launches(count: int, n: int, rho: float) -> Launches:
     """Return the launches of Newton-Schulz on matrices of one order."""
-    padded = newton_schulz.padded_order(n)
-    launches = []
     _, _, products = newton_schulz.products_of(newton_schulz.newton_schulz_plan(rho))
+    padded, large_tiles = newton_schulz.padded_order(n), n >= newton_schulz.LARGE
+    return product_launches(count, n, padded, products, large_tiles=large_tiles)
+
+
+def product_launches(
+    count: int, n: int, padded: int, products: Sequence[newton_schulz.Product], *, large_tiles: bool
+) -> Launches:
+    """Return the launches of products of matrices of one order."""
+    launches = []
     for product in products:
         small, large = newton_schulz.configs_of(product, before_hopper=False)
-        config = large if n >= newton_schulz.LARGE else small
+        config = large if large_tiles else small
         block, side = config.block, padded // config.block
-        tiles = side * side if product.mode == newton_schulz.RESIDUAL else side * (side + 1) // 2
+        full = product.mode in newton_schulz.FULL
+        tiles = side * side if full else side * (side + 1) // 2
         programs = count * tiles
         flops = 2.0 * programs * block**2 * padded
         peak = PRODUCT_PEAKS[product.precision]
@@ -646,7 +654,7 @@ def newton_schulz_launches(count: int, n: int, rho: float) -> Launches:
         loads = 2.0 * programs * block * padded * element
         steps = math.ceil(padded / config.block_k)
         waves = math.ceil(programs / (MULTIPROCESSORS * max(1, 12 // config.num_warps)))
-        mode = ("X B", "X E", "B B", "B E")[product.mode]
+        mode = ("X B", "X E", "B B", "B E", "X B, last")[product.mode]
         launches.append(
             (1, Work(
                 kernel="_product_kernel (Triton)",
@@ -655,7 +663,7 @@ def newton_schulz_launches(count: int, n: int, rho: float) -> Launches:
                 hbm=operands + added + written, l2=loads + added + written, l1=0.0,
                 serial_us=waves * steps * LATENCY_US / (config.num_stages - 1),
                 least_bytes=operands + added + written,
-                least_flops=float(count) * n**3 * (2 if product.mode == newton_schulz.RESIDUAL else 1),
+                least_flops=float(count) * n**3 * (2 if full else 1),
                 peak=peak, first="the two stores of a tile" if added else "operand loads from L2",
             ))
         )  # fmt: skip
@@ -697,6 +705,7 @@ def direct_launches(count: int, n: int) -> Launches:
         (panels, work("_update_kernel", count * tiles, count * tiles * tile, count * tiles * tile,
                       elimination if panels > 1 else 4 * LATENCY_US,
                       "each panel reads and writes the triangle: panels of 128")),
+        *product_launches(count, n, padded, direct.correction_products(), large_tiles=False),
     ]  # fmt: skip
 
 

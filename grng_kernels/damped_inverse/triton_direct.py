@@ -6,12 +6,16 @@ Sweeping the panel ``k`` of a symmetric matrix, with ``A_kk = L Lᵀ`` and ``W_i
 ``-L⁻ᵀ L⁻¹``. With ``W_k = -L⁻ᵀ``, and zero for what stood in the panel, the first rule says all three. When
 all panels are swept, the negated inverse is left: ``n³`` FLOPs in all, every one in a product of 64-blocks
 (the one-sweep inversion of Bientinesi, Gunter and van de Geijn 2008, with one sign for all parts).
+Inverting pivots in blocks of 64 costs accuracy, so one Newton step follows, ``X <- X + X (I - M X)``, whose
+residual is computed as the last one of Newton-Schulz.
 
 Two launches per panel for all matrices together:
 
 1. ``_panel_kernel``: ``W`` of every block of rows.
 2. ``_update_kernel``: the lower triangle. The program of the next diagonal block is among the first ones, and
    goes on to invert its Cholesky factor in registers while the others update: so that is rarely waited for.
+
+And two launches of ``_product_kernel`` for the correction.
 
 A pivot that is not positive becomes NaN, and NaN ends in the residual: ``NOT_CONVERGED``.
 """
@@ -21,8 +25,9 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from grng_kernels.damped_inverse import triton_prologue
+from grng_kernels.damped_inverse import triton_newton_schulz, triton_prologue
 from grng_kernels.damped_inverse.entry import Entry
 from grng_kernels.damped_inverse.triton_epilogue import epilogue
 from grng_kernels.damped_inverse.triton_prologue import (
@@ -171,16 +176,44 @@ def padded_order(n: int) -> int:
 
 
 def _segments(sides: list[int]) -> list[triton_prologue.Counts]:
-    """Return the blocks of rows of all matrices, and their tiles but the first."""
+    """Return the blocks of rows of all matrices, their tiles but the first, all tiles, and the lower ones."""
     blocks = [side // TILE for side in sides]
-    return [(0, blocks), (0, [b * (b + 1) // 2 - 1 for b in blocks])]
+    lower = [b * (b + 1) // 2 for b in blocks]
+    return [(0, blocks), (0, [b - 1 for b in lower]), (0, [b * b for b in blocks]), (0, lower)]
+
+
+def correction_products() -> list[triton_newton_schulz.Product]:
+    """Return the two products behind the sweep: the residual ``S = I - X M``, and ``X + X Sᵀ``."""
+    step = triton_newton_schulz.CORRECTION
+    residual, apply = triton_newton_schulz.LAST_RESIDUAL, triton_newton_schulz.APPLY
+    return [
+        triton_newton_schulz.Product(residual, step, step.residual_precision, True, False, False),
+        triton_newton_schulz.Product(apply, step, step.precision, True, False, False),
+    ]
+
+
+def _correct(batch: triton_prologue.Batch, matrices: triton_prologue.Matrices, x: Tensor) -> Tensor:
+    """Return the corrected inverses; 2 launches. ``x`` is padded like the matrices."""
+    s, out = torch.empty_like(x), torch.empty_like(x)
+    for product, segment, right, to in zip(
+        correction_products(), batch.segments[2:], (matrices.wide, s), (s, out), strict=True
+    ):
+        config, _ = triton_newton_schulz.configs_of(product, before_hopper=True)
+        unused = matrices.high
+        triton_newton_schulz._product_kernel[(segment.programs,)](
+            segment.table, segment.ends, matrices.state, x, unused, right, unused, x, to, unused, unused,
+            1.0, 1.0, 1.0, product.step.a, product.step.b, segment.matrices,
+            **triton_newton_schulz.product_constants(product, config),
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+    return out
 
 
 def launch(entries: Sequence[Entry], *, rho: float | None) -> None:
     """Invert the damped matrices of all entries, with no host sync; can be captured in a graph.
 
-    Launches: 21 before, 2 per panel of the largest matrix and one more, and 3 after: 49 for order 768.
-    Workspace: 10 bytes for each element of a padded matrix, and 256 for each of its rows.
+    Launches: 21 before, 2 per panel of the largest matrix and three more, and 3 after: 51 for order 768.
+    Workspace: 18 bytes for each element of a padded matrix, and 256 for each of its rows.
 
     Args:
         entries: Of any orders that are supported; fp32, bf16 or fp16, any strides; with a damping each, or
@@ -191,7 +224,7 @@ def launch(entries: Sequence[Entry], *, rho: float | None) -> None:
         return
     batch = triton_prologue.batch_of("direct", entries, padded_order, _segments)
     device = batch.table.device
-    panels, tiles = batch.segments
+    panels, tiles = batch.segments[:2]
     sides = [side // TILE for side in batch.sides]
     count = len(sides)
     with torch.cuda.device_of(batch.table):
@@ -217,4 +250,4 @@ def launch(entries: Sequence[Entry], *, rho: float | None) -> None:
                 tiles.table, tiles.ends, source, work, lines, roots, panel, len(active),
                 FIRST=False, num_warps=UPDATE_WARPS, num_stages=STAGES, **constants,
             )  # fmt: skip
-        epilogue(batch, matrices, work)
+        epilogue(batch, matrices, _correct(batch, matrices, work))

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from grng_kernels import _table
 from grng_kernels.damped_inverse.entry import Entry
-from grng_kernels.damped_inverse.reference import FLOOR, MARGIN
+from grng_kernels.damped_inverse.reference import DAMPING_BITS, FLOOR, MARGIN
 from grng_kernels.damped_inverse.spectral_norm import SAFETY, STEPS
 
 # Smaller matrices stay inside one program, in other kernels.
@@ -90,6 +90,7 @@ _FINITE, _EXPONENT, _LOWER, _UPPER, _NORM, _SHIFT, _UNSCALE, _TOP = map(
     tl.constexpr, range(len(STATE))
 )
 _FLOOR, _MARGIN, _SAFETY = map(tl.constexpr, (FLOOR, MARGIN, SAFETY))
+_DAMPING_BITS = tl.constexpr(DAMPING_BITS)
 
 
 @triton.jit
@@ -233,6 +234,13 @@ def _form_kernel(
     finite = bits < 0x7F800000
     largest = bits.to(tl.float32, bitcast=True)
     exponent = _exponent(tl.where(finite & (largest > 0), largest, 1.0))
+    given = tl.load(row + _DAMPING)
+    if given != 0:
+        # A damping far above a fading matrix would leave the range of fp32.
+        damping = tl.load(given.to(tl.pointer_type(tl.float32)))
+        right = (damping > 0) & (damping < float("inf"))
+        own = _exponent(tl.where(right, damping, 1.0))
+        exponent = tl.maximum(exponent, own - _DAMPING_BITS)
     if block == 0:
         tl.store(state_ptr + index * _STATE + _FINITE, finite.to(tl.float32))
         tl.store(state_ptr + index * _STATE + _EXPONENT, exponent.to(tl.float32))
@@ -290,6 +298,7 @@ def _start_kernel(
     frobenius = tl.zeros((LINE,), dtype=tl.float32)
     infinity = tl.zeros((LINE,), dtype=tl.float32)
     diagonal = tl.full((LINE,), -float("inf"), dtype=tl.float32)
+    trace = tl.zeros((LINE,), dtype=tl.float32)
     longest = tl.full((LINE,), -1.0, dtype=tl.float32)
     at = tl.zeros((LINE,), dtype=tl.int32)
     vector = tl.load(row + _VECTOR).to(tl.pointer_type(tl.float32))
@@ -305,6 +314,7 @@ def _start_kernel(
         infinity = tl.maximum(infinity, tl.load(sums_ptr + line + here, mask=mask, other=0.0))
         entries = tl.load(wide_ptr + here * (padded + 1), mask=mask, other=-float("inf"))
         diagonal = tl.maximum(diagonal, entries)
+        trace += tl.where(mask, entries, 0.0)
         given = tl.load(vector + here, mask=mask, other=0.0)
         nonzero = tl.maximum(nonzero, (given != 0).to(tl.int32))
         bits = tl.maximum(bits, _magnitudes(given))
@@ -312,7 +322,10 @@ def _start_kernel(
     # The first of the longest rows.
     first = tl.min(tl.where(longest == most, at, 0x7FFFFFFF), axis=0)
     upper = tl.minimum(tl.max(infinity, axis=0), tl.sqrt_rn(tl.sum(frobenius, axis=0)))
-    tl.store(state_ptr + index * _STATE + _LOWER, tl.max(diagonal, axis=0))
+    lower = tl.max(diagonal, axis=0)
+    # Of a matrix that is indefinite by rounding the trace could be below the largest entry.
+    upper = tl.minimum(upper, tl.maximum(tl.sum(trace, axis=0), lower))
+    tl.store(state_ptr + index * _STATE + _LOWER, lower)
     tl.store(state_ptr + index * _STATE + _UPPER, upper)
     known = (tl.max(nonzero, axis=0) > 0) & (tl.max(bits, axis=0) < 0x7F800000)
     # A little of the cold start lets a vector that became orthogonal to the leading one recover.

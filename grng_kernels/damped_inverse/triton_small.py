@@ -35,7 +35,7 @@ from torch import Tensor
 from grng_kernels import _table
 from grng_kernels.damped_inverse.entry import Entry
 from grng_kernels.damped_inverse.probes import COUNT
-from grng_kernels.damped_inverse.reference import FLOOR, MARGIN, RESIDUAL_LIMIT
+from grng_kernels.damped_inverse.reference import DAMPING_BITS, FLOOR, MARGIN, RESIDUAL_LIMIT
 from grng_kernels.damped_inverse.schedule import newton_schulz_schedule
 from grng_kernels.damped_inverse.spectral_norm import SAFETY, STEPS
 from grng_kernels.info import Info
@@ -63,6 +63,7 @@ _PROBES = tl.constexpr(COUNT)
 _ROUNDS = tl.constexpr(STEPS // 4)
 _SAFETY, _MARGIN = tl.constexpr(SAFETY), tl.constexpr(MARGIN)
 _FLOOR, _LIMIT = tl.constexpr(FLOOR), tl.constexpr(RESIDUAL_LIMIT)
+_DAMPING_BITS = tl.constexpr(DAMPING_BITS)
 _OK, _NONFINITE = tl.constexpr(int(Info.OK)), tl.constexpr(int(Info.NONFINITE_INPUT))
 _NOT_CONVERGED = tl.constexpr(int(Info.NOT_CONVERGED))
 _OVERFLOW = tl.constexpr(int(Info.OVERFLOW))
@@ -165,7 +166,9 @@ def _spectral_norm(a, vector_ptr, n, TILE: tl.constexpr):
     frobenius = tl.sqrt_rn(tl.sum(squares, axis=0))
     diagonal = tl.sum(tl.where(j == i[:, None], a, 0.0), axis=1)
     lower = tl.max(tl.where(i < n, diagonal, -float("inf")), axis=0)
-    upper = tl.minimum(rows, frobenius)
+    # Of a matrix that is indefinite by rounding the trace could be below the largest entry.
+    trace = tl.maximum(tl.sum(diagonal, axis=0), lower)
+    upper = tl.minimum(tl.minimum(rows, frobenius), trace)
     return tl.minimum(tl.maximum(_SAFETY * rayleigh, lower), upper), v
 
 
@@ -356,6 +359,12 @@ def _invert(
     finite = largest < _INFINITY
     a = tl.where(finite, a, tl.where(diagonal & (i < n), 1.0, 0.0))
     exponent = _exponent(tl.where(finite & (largest > 0), largest, 0x3F800000))
+    if root_rho <= 0:
+        # A damping far above a fading matrix would leave the range of fp32.
+        given = tl.load(tl.load(item + _DAMPING).to(tl.pointer_type(tl.float32)))
+        legal = (given > 0) & (given < float("inf"))
+        own = _exponent(_magnitude(tl.where(legal, given, 1.0)))
+        exponent = tl.maximum(exponent, own - _DAMPING_BITS)
     a = _scaled(a, -exponent)
     a = (a + tl.trans(a)) * 0.5
 
@@ -392,6 +401,8 @@ def _invert(
     in_range = tl.max(tl.max(_magnitude(tl.where(inside, x, 0.0)), axis=1), axis=0) < _INFINITY
     info = tl.where(residual <= _LIMIT, tl.where(in_range, _OK, _OVERFLOW), _NOT_CONVERGED)
     info = tl.where(finite, info, _NONFINITE)
+    # That of the identity, which stood in, says nothing.
+    residual = tl.where(finite, residual, float("nan"))
     _store(item, x, TILE)
     residual_ptr = tl.load(item + _RESIDUAL).to(tl.pointer_type(tl.float32))
     info_ptr = tl.load(item + _INFO).to(tl.pointer_type(tl.int32))

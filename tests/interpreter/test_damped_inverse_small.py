@@ -9,6 +9,7 @@ import torch
 from grng_kernels import Info, _table, damped_inverse, use_backend
 from grng_kernels.damped_inverse import reference, triton_small
 from grng_kernels.damped_inverse.entry import Entry
+from grng_kernels.damped_inverse.spectral_norm import spectral_norm
 from grng_kernels.damped_inverse.triton_small import launch, supports
 from tests.cases import MATRIX_LAYOUTS, SPECTRA, guarded, inverse64, spd
 
@@ -240,6 +241,7 @@ def test_nonfinite_input(method, value):
     before = torch.randn(1, 18)
     [e] = run(a, method=method, vector=before)
     assert e.info.item() == Info.NONFINITE_INPUT
+    assert e.residual.isnan().item()
     assert torch.equal(e.vector, before)
 
 
@@ -247,6 +249,7 @@ def test_nonfinite_input(method, value):
 def test_damping_on_the_device_is_checked(damping):
     [e] = run(spd(3), damping=damping)
     assert e.info.item() == Info.NONFINITE_INPUT
+    assert e.residual.isnan().item()
 
 
 def test_matrix_that_is_not_positive_definite():
@@ -264,7 +267,29 @@ def test_given_damping():
         assert ours <= max(2 * theirs, 3e-7)
 
 
+@pytest.mark.parametrize("n", [20, 66])
+@pytest.mark.parametrize(("scale", "damping"), [(1e-37, 100.0), (1e-39, 1.0), (0, 1e30)])
+def test_damping_far_above_a_fading_factor(n, scale, damping):
+    """A layer that died leaves a factor that fades by its decay until nothing is left."""
+    [e] = run(spd(n) * scale, damping=damping)
+    assert e.info.item() == Info.OK
+    torch.testing.assert_close(e.inverse[0], torch.eye(n) / damping, rtol=1e-6, atol=1e-6 / damping)
+    assert e.used_damping.item() == pytest.approx(damping, rel=1e-6)
+    assert e.residual.item() < 1e-5
+
+
 # ---- the norm ----
+
+
+@pytest.mark.parametrize("n", [20, 66])
+def test_the_trace_bounds_the_norm(n):
+    """Rounding may leave a matrix indefinite, and then the trace is the least bound of all."""
+    factor = spd(n, "rank1")
+    factor.fill_diagonal_(0)
+    [e] = run(factor, damping=2.0)
+    want, _ = spectral_norm(factor[None])
+    assert want.item() < 0.01 < torch.linalg.eigvalsh(factor)[-1].item()
+    torch.testing.assert_close(e.spectral_norm, want, rtol=1e-6, atol=1e-12)
 
 
 def test_a_given_vector_is_used_and_updated():
