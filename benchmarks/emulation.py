@@ -58,7 +58,7 @@ def product(a: Tensor, b: Tensor, precision: str) -> Tensor:
         return ROUND[precision](a) @ ROUND[precision](b)
     name, count, pairs = SPLIT[precision]
     left, right = _parts(a, name, count), _parts(b, name, count)
-    total = torch.zeros_like(a)
+    total = a.new_zeros(a.shape[0], b.shape[1])
     for i, j in pairs:
         total = total + left[i] @ right[j]
     return total

@@ -6,16 +6,14 @@ Sweeping the panel ``k`` of a symmetric matrix, with ``A_kk = L Lᵀ`` and ``W_i
 ``-L⁻ᵀ L⁻¹``. With ``W_k = -L⁻ᵀ``, and zero for what stood in the panel, the first rule says all three. When
 all panels are swept, the negated inverse is left: ``n³`` FLOPs in all, every one in a product of 64-blocks
 (the one-sweep inversion of Bientinesi, Gunter and van de Geijn 2008, with one sign for all parts).
-Inverting pivots in blocks of 64 costs accuracy, so one Newton step follows, ``X <- X + X (I - M X)``, whose
-residual is computed as the last one of Newton-Schulz.
+What is multiplied by an explicit ``L⁻¹`` errs with the condition number of ``L``; hence ``L`` and ``L⁻¹`` are
+computed in fp64, and rounded once. The error then stays near that of Cholesky.
 
 Two launches per panel for all matrices together:
 
 1. ``_panel_kernel``: ``W`` of every block of rows.
 2. ``_update_kernel``: the lower triangle. The program of the next diagonal block is among the first ones, and
    goes on to invert its Cholesky factor in registers while the others update: so that is rarely waited for.
-
-And two launches of ``_product_kernel`` for the correction.
 
 A pivot that is not positive becomes NaN, and NaN ends in the residual: ``NOT_CONVERGED``.
 """
@@ -25,9 +23,8 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from grng_kernels.damped_inverse import triton_newton_schulz, triton_prologue
+from grng_kernels.damped_inverse import triton_prologue
 from grng_kernels.damped_inverse.entry import Entry
 from grng_kernels.damped_inverse.triton_epilogue import epilogue
 from grng_kernels.damped_inverse.triton_prologue import (
@@ -51,23 +48,35 @@ supports = triton_prologue.supports
 
 
 @triton.jit
+def _inverse_square_root(x):
+    # From 24 bits to all of fp64 by two Newton steps: its own instruction takes ten times as long.
+    y = tl.rsqrt(x.to(tl.float32)).to(tl.float64)
+    half = x * 0.5
+    y = y * (1.5 - half * y * y)
+    return y * (1.5 - half * y * y)
+
+
+@triton.jit
 def _inverse_root(a, BLOCK: tl.constexpr):
     # L⁻¹ of a = L Lᵀ by elimination in place: columns that are done hold the multipliers, as they would
     # act on an identity to the right. One row is taken out per step; its mirror image is the column.
+    # In fp64, because everything is multiplied by the result: its error would count with the condition
+    # number of the block.
+    a = a.to(tl.float64)
     inside = tl.arange(0, BLOCK)
     rows, columns = inside[:, None], inside[None, :]
-    roots = tl.zeros((BLOCK,), dtype=tl.float32)
+    roots = tl.zeros((BLOCK,), dtype=tl.float64)
     for k in range(BLOCK):
         line = tl.sum(tl.where(rows == k, a, 0.0), axis=0)
         here = inside == k
         pivot = tl.sum(tl.where(here, line, 0.0), axis=0)
-        pivot = tl.where(pivot > 0, pivot, float("nan"))
-        roots = tl.where(here, tl.div_rn(1.0, tl.sqrt_rn(pivot)), roots)
-        multipliers = tl.where(inside > k, tl.div_rn(line, pivot), 0.0)
+        root = _inverse_square_root(tl.where(pivot > 0, pivot, float("nan")))
+        roots = tl.where(here, root, roots)
+        multipliers = tl.where(inside > k, line * (root * root), 0.0)
         line = tl.where(here, 1.0, line)
         a = tl.where(columns == k, 0.0, a) - multipliers[:, None] * line[None, :]
     a = tl.where(rows == columns, 1.0, tl.where(columns < rows, a, 0.0))
-    return a * roots[:, None]
+    return (a * roots[:, None]).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["panel", "count"])
@@ -148,11 +157,16 @@ def _update_kernel(
     else:
         lines_ptr += tl.multiple_of(tl.load(row + _LINE_AT), 64) * BLOCK
         product = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
+        squares = tl.zeros((BLOCK,), dtype=tl.float32)
         along = inside[:, None] * BLOCK + step[None, :]
         for k in range(0, BLOCK, BLOCK_K):
             left = tl.load(lines_ptr + tile_m * (BLOCK * BLOCK) + k + along)
             right = tl.load(lines_ptr + tile_n * (BLOCK * BLOCK) + k + along)
             product = tl.dot(left, tl.trans(right), product, input_precision=PRECISION)
+            squares += tl.sum(left * left, axis=1)
+        # The largest elements, all of one sign: here the cut-off sums of tensor cores would add up.
+        on_diagonal = (tile_m == tile_n) & (inside[:, None] == inside[None, :])
+        product = tl.where(on_diagonal, squares[:, None], product)
         swept = (tile_m == panel) | (tile_n == panel)
         a = tl.where(swept, 0.0, tl.load(in_ptr + here + within)) - product
         if after == side:
@@ -176,44 +190,16 @@ def padded_order(n: int) -> int:
 
 
 def _segments(sides: list[int]) -> list[triton_prologue.Counts]:
-    """Return the blocks of rows of all matrices, their tiles but the first, all tiles, and the lower ones."""
+    """Return the blocks of rows of all matrices, and their tiles but the first."""
     blocks = [side // TILE for side in sides]
-    lower = [b * (b + 1) // 2 for b in blocks]
-    return [(0, blocks), (0, [b - 1 for b in lower]), (0, [b * b for b in blocks]), (0, lower)]
-
-
-def correction_products() -> list[triton_newton_schulz.Product]:
-    """Return the two products behind the sweep: the residual ``S = I - X M``, and ``X + X Sᵀ``."""
-    step = triton_newton_schulz.CORRECTION
-    residual, apply = triton_newton_schulz.LAST_RESIDUAL, triton_newton_schulz.APPLY
-    return [
-        triton_newton_schulz.Product(residual, step, step.residual_precision, True, False, False),
-        triton_newton_schulz.Product(apply, step, step.precision, True, False, False),
-    ]
-
-
-def _correct(batch: triton_prologue.Batch, matrices: triton_prologue.Matrices, x: Tensor) -> Tensor:
-    """Return the corrected inverses; 2 launches. ``x`` is padded like the matrices."""
-    s, out = torch.empty_like(x), torch.empty_like(x)
-    for product, segment, right, to in zip(
-        correction_products(), batch.segments[2:], (matrices.wide, s), (s, out), strict=True
-    ):
-        config, _ = triton_newton_schulz.configs_of(product, before_hopper=True)
-        unused = matrices.high
-        triton_newton_schulz._product_kernel[(segment.programs,)](
-            segment.table, segment.ends, matrices.state, x, unused, right, unused, x, to, unused, unused,
-            1.0, 1.0, 1.0, product.step.a, product.step.b, segment.matrices,
-            **triton_newton_schulz.product_constants(product, config),
-            num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
-    return out
+    return [(0, blocks), (0, [b * (b + 1) // 2 - 1 for b in blocks])]
 
 
 def launch(entries: Sequence[Entry], *, rho: float | None) -> None:
     """Invert the damped matrices of all entries, with no host sync; can be captured in a graph.
 
-    Launches: 21 before, 2 per panel of the largest matrix and three more, and 3 after: 51 for order 768.
-    Workspace: 18 bytes for each element of a padded matrix, and 256 for each of its rows.
+    Launches: 21 before, 2 per panel of the largest matrix and one more, and 3 after: 49 for order 768.
+    Workspace: 10 bytes for each element of a padded matrix, and 256 for each of its rows.
 
     Args:
         entries: Of any orders that are supported; fp32, bf16 or fp16, any strides; with a damping each, or
@@ -224,7 +210,7 @@ def launch(entries: Sequence[Entry], *, rho: float | None) -> None:
         return
     batch = triton_prologue.batch_of("direct", entries, padded_order, _segments)
     device = batch.table.device
-    panels, tiles = batch.segments[:2]
+    panels, tiles = batch.segments
     sides = [side // TILE for side in batch.sides]
     count = len(sides)
     with torch.cuda.device_of(batch.table):
@@ -250,4 +236,4 @@ def launch(entries: Sequence[Entry], *, rho: float | None) -> None:
                 tiles.table, tiles.ends, source, work, lines, roots, panel, len(active),
                 FIRST=False, num_warps=UPDATE_WARPS, num_stages=STAGES, **constants,
             )  # fmt: skip
-        epilogue(batch, matrices, _correct(batch, matrices, work))
+        epilogue(batch, matrices, work)

@@ -11,7 +11,7 @@ The first step starts from ``X = c I`` and gives ``p I + q B``, which is never s
 
 The last ``S`` decides how accurate the result is: whatever rounding adds to it stays. There both diagonals,
 which hold the largest elements, are kept out of the product, and what they contribute is added with all
-rounding errors collected (``_last_residual``). That is also the correction that ends the direct method.
+rounding errors collected (``triton_compensated.py``).
 
 Which precision a product needs follows from ``rho`` alone (``precision.py``). For products in bf16 their
 operands are also stored as one or two bf16 numbers (rounded, and what that leaves over), so that tiles go to
@@ -30,6 +30,7 @@ from grng_kernels._dispatch import interpreting_triton
 from grng_kernels.damped_inverse import triton_prologue
 from grng_kernels.damped_inverse.entry import Entry
 from grng_kernels.damped_inverse.precision import Plan, Step, newton_schulz_plan
+from grng_kernels.damped_inverse.triton_compensated import _last_residual
 from grng_kernels.damped_inverse.triton_epilogue import epilogue
 from grng_kernels.damped_inverse.triton_prologue import (
     _FIELDS,
@@ -69,7 +70,7 @@ CONFIGS = {
     "tf32": (Config(64, 32, 4, 3), Config(128, 32, 8, 3)),
     "tf32x3": (Config(64, 32, 4, 3), Config(128, 32, 8, 2)),
 }
-# Of the last residual: three tiles at a time leave no room for the larger one. Tensor cores cut sums off where
+# Of the last residual: three tiles leave no room for the larger one. Tensor cores cut sums off where
 # fp32 rounds them, always towards zero; what leaves them after 16 columns is added up with rounding.
 LAST_CONFIG = Config(64, 16, 4, 4)
 # Columns of a tile that are turned over at a time.
@@ -147,34 +148,6 @@ def _accumulated(
         else:
             acc = tl.dot(x, tl.trans(y), acc, input_precision=PRECISION)
     return acc
-
-
-@triton.jit
-def _two_sum(x, y):
-    # Knuth: the sum, and what its rounding left.
-    total = x + y
-    part = total - x
-    return total, (x - (total - part)) + (y - part)
-
-
-@triton.jit
-def _two_product(x, y):
-    # Dekker, with halves of 12 bits, whose products are exact: a product that is exact, and the rest.
-    x_high = (x.to(tl.int32, bitcast=True) & -0x1000).to(tl.float32, bitcast=True)
-    y_high = (y.to(tl.int32, bitcast=True) & -0x1000).to(tl.float32, bitcast=True)
-    return x_high * y_high, x_high * (y - y_high) + (x - x_high) * y
-
-
-@triton.jit
-def _last_residual(acc, identity, x, y, x_diagonal, y_diagonal):
-    # I - X B, where ``acc`` is the product without both diagonals. On the diagonal of the result the
-    # product of the two is in ``x * y_diagonal`` already.
-    left = tl.where(identity != 0, 0.0, y)
-    first, first_rest = _two_product(x_diagonal[:, None], left)
-    second, second_rest = _two_product(x, y_diagonal[None, :])
-    total, rest = _two_sum(first, second)
-    total, last = _two_sum(total, acc)
-    return (identity - total) - ((rest + last) + (first_rest + second_rest))
 
 
 @triton.jit
@@ -327,7 +300,7 @@ def forms(*precisions: str) -> tuple[bool, bool, bool]:
 
 
 def products_of(plan: Plan) -> Schedule:
-    """Return the products of a plan; one that ends at once gets steps more, so that the last is a correction."""
+    """Return the products of a plan; one that ends at once gets more, so that the last is a correction."""
     steps = list(plan.steps)
     while len(steps) < 3:
         steps.append(CORRECTION)

@@ -38,6 +38,7 @@ from grng_kernels.damped_inverse.probes import COUNT
 from grng_kernels.damped_inverse.reference import DAMPING_BITS, FLOOR, MARGIN, RESIDUAL_LIMIT
 from grng_kernels.damped_inverse.schedule import newton_schulz_schedule
 from grng_kernels.damped_inverse.spectral_norm import SAFETY, STEPS
+from grng_kernels.damped_inverse.triton_compensated import _last_residual
 from grng_kernels.info import Info
 
 # The largest orders of the two launches.
@@ -280,15 +281,18 @@ def _newton_schulz(b, schedule_ptr, steps, TILE: tl.constexpr, PRECISION: tl.con
     # The first step from a multiple of the identity is a polynomial of first degree in ``b``.
     eye = tl.arange(0, TILE)[:, None] == tl.arange(0, TILE)[None, :]
     x = tl.where(eye, tl.load(schedule_ptr), 0.0) + tl.load(schedule_ptr + 1) * b
+    identity = tl.where(eye, 1.0, 0.0)
+    b_diagonal = tl.sum(tl.where(eye, b, 0.0), axis=0)
     for step in range(steps):
         own = tl.load(schedule_ptr + 2 + 2 * step)
         change = tl.load(schedule_ptr + 3 + 2 * step)
         # X B, the transpose of B X: of the two factors of each product the right one is then symmetric.
         # From b in every step and never symmetrised: that keeps it self-correcting.
-        error = _product(x, b, TILE, PRECISION)
-        error = tl.where(eye, error - 1.0, error)
-        # p·X + q·R·X as (p + q)·X + q·(R - I)·X: rounding of the product shrinks with the error.
-        x = own * x + change * _product(error, x, TILE, PRECISION)
+        error = _product(tl.where(eye, 0.0, x), tl.where(eye, 0.0, b), TILE, PRECISION)
+        x_diagonal = tl.sum(tl.where(eye, x, 0.0), axis=1)
+        error = _last_residual(error, identity, x, b, x_diagonal, b_diagonal)
+        # p·X + q·R·X as (p + q)·X - q·(I - R)·X: rounding of the product shrinks with the error.
+        x = own * x - change * _product(error, x, TILE, PRECISION)
         x = (x + tl.trans(x)) * 0.5
     return x
 
@@ -476,7 +480,8 @@ def _plan(entries: Sequence[Entry]) -> Plan:
 
 def _schedule(rho: float) -> tuple[list[float], int]:
     """Return the numbers that ``_newton_schulz`` reads, and how many steps follow the first."""
-    schedule = newton_schulz_schedule(1 + MARGIN * rho**-0.5, tolerance=1e-5)
+    # Below the rounding of an inverse in fp32.
+    schedule = newton_schulz_schedule(1 + MARGIN * rho**-0.5, tolerance=1e-8)
     start = schedule.start
     if not schedule.steps:
         return [start, 0.0], 0

