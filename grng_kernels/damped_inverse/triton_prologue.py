@@ -3,7 +3,7 @@
 
 The launches before a method, each for all matrices of a call together:
 
-1. ``_scan_kernel``: the largest magnitude of each matrix, by which NaN and infinity are found.
+1. ``_scan_kernel``: the largest magnitude of each matrix, by which NaN and infinity are found, and the scale.
 2. ``_form_kernel``: the symmetric matrix, scaled by a power of two, in fp32 and in bf16, and its row sums.
 3. ``_start_kernel``: the bounds of the norm and the start of its estimate.
 4. ``_step_kernel``: one step of power iteration, 16 times. It reads the matrix in bf16: the direction of the
@@ -90,7 +90,7 @@ _FINITE, _EXPONENT, _LOWER, _UPPER, _NORM, _SHIFT, _UNSCALE, _TOP = map(
     tl.constexpr, range(len(STATE))
 )
 _FLOOR, _MARGIN, _SAFETY = map(tl.constexpr, (FLOOR, MARGIN, SAFETY))
-_DAMPING_BITS = tl.constexpr(DAMPING_BITS)
+_DAMPING_SHARE = tl.constexpr(2.0**-DAMPING_BITS)
 
 
 @triton.jit
@@ -199,7 +199,12 @@ def _scan_kernel(
         x = _factor_tile(address, kind, offsets, (offs_m < n) & (columns < n))
         bits = tl.maximum(bits, _magnitudes(x))
     largest = tl.max(tl.max(bits, axis=1), axis=0)
-    tl.store(largest_ptr + tl.load(row + _BLOCKS) + block, largest)
+    # A damping far above a fading matrix would leave the range of fp32: it counts with the entries.
+    given = tl.load(row + _DAMPING)
+    damping = tl.load(given.to(tl.pointer_type(tl.float32)), mask=given != 0, other=0.0)
+    right = (damping > 0) & (damping < float("inf"))
+    least = tl.where(right, damping * _DAMPING_SHARE, 0.0).to(tl.int32, bitcast=True)
+    tl.store(largest_ptr + tl.load(row + _BLOCKS) + block, tl.maximum(largest, least))
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -234,13 +239,6 @@ def _form_kernel(
     finite = bits < 0x7F800000
     largest = bits.to(tl.float32, bitcast=True)
     exponent = _exponent(tl.where(finite & (largest > 0), largest, 1.0))
-    given = tl.load(row + _DAMPING)
-    if given != 0:
-        # A damping far above a fading matrix would leave the range of fp32.
-        damping = tl.load(given.to(tl.pointer_type(tl.float32)))
-        right = (damping > 0) & (damping < float("inf"))
-        own = _exponent(tl.where(right, damping, 1.0))
-        exponent = tl.maximum(exponent, own - _DAMPING_BITS)
     if block == 0:
         tl.store(state_ptr + index * _STATE + _FINITE, finite.to(tl.float32))
         tl.store(state_ptr + index * _STATE + _EXPONENT, exponent.to(tl.float32))

@@ -38,7 +38,7 @@ from grng_kernels.damped_inverse.probes import COUNT
 from grng_kernels.damped_inverse.reference import DAMPING_BITS, FLOOR, MARGIN, RESIDUAL_LIMIT
 from grng_kernels.damped_inverse.schedule import newton_schulz_schedule
 from grng_kernels.damped_inverse.spectral_norm import SAFETY, STEPS
-from grng_kernels.damped_inverse.triton_compensated import _last_residual
+from grng_kernels.damped_inverse.triton_compensated import _two_sum
 from grng_kernels.info import Info
 
 # The largest orders of the two launches.
@@ -281,16 +281,19 @@ def _newton_schulz(b, schedule_ptr, steps, TILE: tl.constexpr, PRECISION: tl.con
     # The first step from a multiple of the identity is a polynomial of first degree in ``b``.
     eye = tl.arange(0, TILE)[:, None] == tl.arange(0, TILE)[None, :]
     x = tl.where(eye, tl.load(schedule_ptr), 0.0) + tl.load(schedule_ptr + 1) * b
-    identity = tl.where(eye, 1.0, 0.0)
     b_diagonal = tl.sum(tl.where(eye, b, 0.0), axis=0)
+    b = tl.where(eye, 0.0, b)
     for step in range(steps):
         own = tl.load(schedule_ptr + 2 + 2 * step)
         change = tl.load(schedule_ptr + 3 + 2 * step)
         # X B, the transpose of B X: of the two factors of each product the right one is then symmetric.
         # From b in every step and never symmetrised: that keeps it self-correcting.
-        error = _product(tl.where(eye, 0.0, x), tl.where(eye, 0.0, b), TILE, PRECISION)
+        error = _product(tl.where(eye, 0.0, x), b, TILE, PRECISION)
         x_diagonal = tl.sum(tl.where(eye, x, 0.0), axis=1)
-        error = _last_residual(error, identity, x, b, x_diagonal, b_diagonal)
+        # The rest of ``_last_residual``, what rounding the products drops, would not fit into registers.
+        total, rest = _two_sum(x_diagonal[:, None] * b, x * b_diagonal[None, :])
+        total, last = _two_sum(total, error)
+        error = (tl.where(eye, 1.0, 0.0) - total) - (rest + last)
         # p·X + q·R·X as (p + q)·X - q·(I - R)·X: rounding of the product shrinks with the error.
         x = own * x - change * _product(error, x, TILE, PRECISION)
         x = (x + tl.trans(x)) * 0.5
@@ -363,12 +366,13 @@ def _invert(
     finite = largest < _INFINITY
     a = tl.where(finite, a, tl.where(diagonal & (i < n), 1.0, 0.0))
     exponent = _exponent(tl.where(finite & (largest > 0), largest, 0x3F800000))
-    if root_rho <= 0:
+    if DIRECT:
         # A damping far above a fading matrix would leave the range of fp32.
-        given = tl.load(tl.load(item + _DAMPING).to(tl.pointer_type(tl.float32)))
+        given = tl.load(item + _DAMPING).to(tl.pointer_type(tl.float32))
+        given = tl.load(given, mask=root_rho <= 0, other=0.0)
         legal = (given > 0) & (given < float("inf"))
-        own = _exponent(_magnitude(tl.where(legal, given, 1.0)))
-        exponent = tl.maximum(exponent, own - _DAMPING_BITS)
+        own = _exponent(_magnitude(given)) - _DAMPING_BITS
+        exponent = tl.where(legal, tl.maximum(exponent, own), exponent)
     a = _scaled(a, -exponent)
     a = (a + tl.trans(a)) * 0.5
 
