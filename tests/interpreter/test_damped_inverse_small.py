@@ -64,7 +64,7 @@ def relative(x, want):
     return ((x.double() - want).norm() / want.norm()).item()
 
 
-def compare(e, *, rho=1e-2, method="cholesky", vector=None):
+def compare(e, *, rho=1e-2, method="cholesky", vector=None, floor=1e-5):
     """Compare one entry with the reference in fp64, and return our error and that of PyTorch in fp32."""
     wide = e.factor.double()
     given = None if e.damping is None else e.damping.double()
@@ -84,7 +84,7 @@ def compare(e, *, rho=1e-2, method="cholesky", vector=None):
     assert torch.equal(e.inverse, e.inverse.mT)
     assert (e.residual >= 0).all()
     if method == "newton_schulz":
-        assert (e.residual <= residual + 1e-5).all()
+        assert (e.residual <= residual + floor).all()
     eye = torch.eye(wide.shape[-1])
     errors = []
     for a, x, used in zip(e.factor.float(), e.inverse, e.used_damping, strict=True):
@@ -104,7 +104,9 @@ def test_errs_at_most_twice_as_much_as_torch(n, method):
     kinds = [kind for kind in SPECTRA if kind != "zero"]
     for rho in (1e-1, 1e-2, 1e-6 if method == "cholesky" else 1e-4):
         [e] = run(torch.stack([spd(n, k) for k in kinds * DRAWS]), rho=rho, method=method)
-        errors = compare(e, rho=rho, method=method)
+        # Rounding alone leaves up to kappa²·2^-24: more than what else may be left where kappa is 101.
+        floor = max(1e-5, (1 + rho**-0.5) ** 2 * 2**-24)
+        errors = compare(e, rho=rho, method=method, floor=floor)
         ours, theirs = (sum(column) for column in zip(*errors, strict=True))
         assert ours <= 2 * theirs, (rho, errors)
 
