@@ -58,11 +58,14 @@ def product(a: Tensor, b: Tensor, precision: str) -> Tensor:
         return ROUND[precision](a) @ ROUND[precision](b)
     name, count, pairs = SPLIT[precision]
     left, right = _parts(a, name, count), _parts(b, name, count)
-    total = torch.zeros_like(a)
+    total = a.new_zeros(a.shape[0], b.shape[1])
     for i, j in pairs:
         total = total + left[i] @ right[j]
     return total
 
+
+# Columns of the kernel's last residual whose products are added up on tensor cores.
+LAST_COLUMNS = 16
 
 # ---- what is inverted ----
 
@@ -133,30 +136,48 @@ def cholesky(of: Problem) -> Tensor:
     return (inverse + inverse.mT) / 2
 
 
+def last_residual(b: Tensor, x: Tensor, precision: str) -> Tensor:
+    """Return ``I - B X`` of symmetric fp32 matrices as the kernel's last step computes it.
+
+    Both diagonals are kept out of the product, and so is the rounding of what they contribute.
+    """
+    eye = torch.eye(len(b))
+    x_diagonal, b_diagonal = (m.diagonal().double() for m in (x, b))
+    outside = b - torch.diag(b.diagonal())
+    own = b_diagonal[:, None] * x.double() + outside.double() * x_diagonal
+    total = torch.zeros_like(b)
+    for k in range(0, len(b), LAST_COLUMNS):
+        here = slice(k, k + LAST_COLUMNS)
+        total = total + product(outside[:, here], (x * (1 - eye))[here], precision)
+    return ((eye - total.double()) - own).float()
+
+
 def planned(
-    of: Problem, plan: Plan, swap: dict[str, str] | None = None, *, diagonal: bool = True
+    of: Problem, plan: Plan, swap: dict[str, str] | None = None, *, kernel: bool = True
 ) -> list[Tensor]:
-    """Return ``X`` after every step of a plan, computed as :class:`Step` says.
+    """Return ``X`` after every step of a plan.
 
     Args:
         of: What is inverted.
         plan: The steps.
         swap: Other precisions in the place of the plan's.
-        diagonal: Whether a last step of tf32x3 keeps the diagonal out of the product.
+        kernel: Whether as the kernel does: the shift inside of the products, and a last step of tf32x3 by
+            ``last_residual``. Without it the shift is kept out of all products: ``E = (I - σ·X) - S X``.
     """
     swap, n = swap or {}, len(of.b)
-    eye, shift = torch.eye(n), torch.full((n,), of.sigma)
+    eye, sigma = torch.eye(n), 0.0 if kernel else of.sigma
     x, iterates = plan.start * eye, []
     for step in plan.steps:
         if not iterates:
             e = eye - plan.start * of.b
             change = plan.start * e
         else:
-            whole = step is plan.steps[-1] and step.residual_precision == "tf32x3"
-            outside = of.b.diagonal() if whole and diagonal else shift
+            last = step is plan.steps[-1] and step.residual_precision == "tf32x3"
             first, second = (swap.get(p, p) for p in (step.residual_precision, step.precision))
-            rest = of.b - torch.diag(outside)
-            e = (eye - outside[:, None] * x) - product(rest, x, first)
+            if last and kernel:
+                e = last_residual(of.b, x, first)
+            else:
+                e = (eye - sigma * x) - product(of.b - sigma * eye, x, first)
             change = product(x, e, second)
         x = (step.a + step.b) * x - step.b * change
         x = (x + x.mT) / 2

@@ -558,8 +558,8 @@ LORA_SETS = (
 
 # Rates of the products of the two methods: what the tensor cores do of each kind, in TFLOP/s of the product.
 PRODUCT_PEAKS = {"bf16": BF16, "bf16x3": BF16 / 3, "tf32": 3 * TF32X3, "tf32x3": TF32X3}
-# One step of the elimination of a 64-block in registers: an exchange between warps, a pass over the block.
-ELIMINATION_US = 0.25
+# One step of the elimination of a 64-block in registers: an exchange between warps, a pass over it in fp64.
+ELIMINATION_US = 0.3
 # The sets of the benchmark, as orders and counts.
 INVERSE_SETS = ((36, 768), (64, 128), (16, 256), (12, 1024), (1, 4096))
 INVERSE_RHO = 1e-2
@@ -633,7 +633,8 @@ def newton_schulz_launches(count: int, n: int, rho: float) -> Launches:
         small, large = newton_schulz.configs_of(product, before_hopper=False)
         config = large if n >= newton_schulz.LARGE else small
         block, side = config.block, padded // config.block
-        tiles = side * side if product.mode == newton_schulz.RESIDUAL else side * (side + 1) // 2
+        full = product.mode in newton_schulz.FULL
+        tiles = side * side if full else side * (side + 1) // 2
         programs = count * tiles
         flops = 2.0 * programs * block**2 * padded
         peak = PRODUCT_PEAKS[product.precision]
@@ -646,7 +647,7 @@ def newton_schulz_launches(count: int, n: int, rho: float) -> Launches:
         loads = 2.0 * programs * block * padded * element
         steps = math.ceil(padded / config.block_k)
         waves = math.ceil(programs / (MULTIPROCESSORS * max(1, 12 // config.num_warps)))
-        mode = ("X B", "X E", "B B", "B E")[product.mode]
+        mode = ("X B", "X E", "B B", "B E", "X B, last")[product.mode]
         launches.append(
             (1, Work(
                 kernel="_product_kernel (Triton)",
@@ -655,7 +656,7 @@ def newton_schulz_launches(count: int, n: int, rho: float) -> Launches:
                 hbm=operands + added + written, l2=loads + added + written, l1=0.0,
                 serial_us=waves * steps * LATENCY_US / (config.num_stages - 1),
                 least_bytes=operands + added + written,
-                least_flops=float(count) * n**3 * (2 if product.mode == newton_schulz.RESIDUAL else 1),
+                least_flops=float(count) * n**3 * (2 if full else 1),
                 peak=peak, first="the two stores of a tile" if added else "operand loads from L2",
             ))
         )  # fmt: skip

@@ -40,13 +40,13 @@ namespace grng::damped_small {
 
 // See grng_kernels/damped_inverse: reference.py, probes.py and spectral_norm.py.
 constexpr float kFloor = 1e-36f, kResidualLimit = 1e-2f, kNormSafety = 1.02f, kColdShare = 1e-3f;
-constexpr int kProbes = 16, kPowerSteps = 16;
+constexpr int kProbes = 16, kPowerSteps = 16, kDampingBits = 60;
 // Power steps between two normalisations. For them the matrix is scaled to a largest row sum near
 // 1, so its norm is at least 1/16, and squares of the lengths stay in range.
 constexpr int kStepsPerUnit = 8;
 // A thread holds a tile of 8 x 4; for products with a vector, as many elements of one row.
 constexpr int kTileRows = 8, kTileCols = 4, kOwn = kTileRows * kTileCols;
-constexpr uint32_t kInfinityBits = 0x7f800000u;
+constexpr uint32_t kInfinityBits = 0x7f800000u, kNanBits = 0x7fc00000u;
 
 // Shared memory of one group.
 template <int P>
@@ -584,10 +584,13 @@ GRNG_LANE void run(Group& group, Shared<P>& shared, const float* signs, const Da
   const uint32_t largest = largest_of_scratch<P>(group, shared);
   const float asked = relative ? 1.0f : item.damping[index];
   if (largest >= kInfinityBits || !(asked > 0) || bits_of(asked) >= kInfinityBits) {
-    finish(kNonfiniteInput, 0, 0, 0);
+    finish(kNonfiniteInput, 0, 0, float_of(kNanBits));
     return;
   }
-  const int exponent = largest > 0 ? exponent_of(float_of(largest)) : 1;
+  int exponent = largest > 0 ? exponent_of(float_of(largest)) : 1;
+  // A damping far above a fading matrix would leave the range of fp32.
+  const int least = exponent_of(asked) - kDampingBits;
+  if (!relative && exponent < least) exponent = least;
   const PowerOfTwo down(-exponent), up(exponent);
   group.each(
       [&](int thread, Lane& lane) { symmetric_slice<P>(shared.matrix, down, thread, lane); });

@@ -15,8 +15,8 @@ Method = Literal["newton_schulz", "direct"]
 SMALLEST_RHO = 1e-3
 # Up to this order, up to how many matrices Newton-Schulz is predicted to be faster.
 COUNTS = ((128, 32), (256, 16), (512, 4), (768, 2), (1024, 1))
-# The kernel rounds the shift into B X, which the plan's error model leaves out (precision.py), and has not
-# been shown to keep the budget of twice PyTorch's error: until then it serves only where it is asked for.
+# With emulated products it keeps within twice PyTorch's error (benchmarks/precision_table.py); on a GPU
+# that has not been shown, and until then it serves only where it is asked for.
 NEWTON_SCHULZ_WITHIN_BUDGET = False
 
 

@@ -73,8 +73,8 @@ def damped_inverse(
         ValueError: A wrong shape, device, number or name.
 
     Accuracy: at most twice the error of PyTorch in the same dtype against fp64.
-    The worst of several small matrices is compared with PyTorch's worst. The Triton kernels for large
-    orders, and ``"newton_schulz"``, are not yet within that.
+    Several matrices are compared with PyTorch together: a single one may flatter either by luck. The
+    Triton kernels have shown it in the interpreter and with emulated products, not yet on a GPU.
     Cost: ``N³`` FLOPs for the inverse, ``64N²`` for the residual, at most ``34N²`` for the norm.
     Source: Dash et al. 2026 (GRNG) for the spectral damping.
     """

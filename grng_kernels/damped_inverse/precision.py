@@ -35,10 +35,10 @@ class Step(NamedTuple):
     """``X <- X (a·I + b·B X)``, computed as ``E = I - B X``, ``X <- (a + b)·X - b·X E``, then symmetrised.
 
     Written with ``E`` the second product rounds a correction and not ``X``, so that its precision may stay
-    low to the last step. What damping added to ``B`` is kept out of the first product and handled in fp32:
-    with ``B = S + σ·I``, ``E = (I - σ·X) - S X``. In a last step of ``"tf32x3"`` that is done with the whole
-    diagonal ``D`` of ``B``, which lowers the error: ``E = (I - D X) - (B - D) X``. In low precision it would
-    lose the symmetry that makes errors correct themselves.
+    low to the last step. In a last step of ``"tf32x3"`` the diagonals ``D`` of ``B``, ``F`` of ``X``, which
+    hold the largest elements, stay out of the product: ``E = (I - D X - (B - D) F) - (B - D)(X - F)``,
+    and the rounding of all that has a diagonal in it is collected. In low precision that would lose the
+    symmetry that makes errors correct themselves.
 
     Attributes:
         a: Coefficient; 2 in a correction.

@@ -6,6 +6,8 @@ Sweeping the panel ``k`` of a symmetric matrix, with ``A_kk = L Lᵀ`` and ``W_i
 ``-L⁻ᵀ L⁻¹``. With ``W_k = -L⁻ᵀ``, and zero for what stood in the panel, the first rule says all three. When
 all panels are swept, the negated inverse is left: ``n³`` FLOPs in all, every one in a product of 64-blocks
 (the one-sweep inversion of Bientinesi, Gunter and van de Geijn 2008, with one sign for all parts).
+What is multiplied by an explicit ``L⁻¹`` errs with the condition number of ``L``; hence ``L`` and ``L⁻¹`` are
+computed in fp64, and rounded once. The error then stays near that of Cholesky.
 
 Two launches per panel for all matrices together:
 
@@ -46,23 +48,35 @@ supports = triton_prologue.supports
 
 
 @triton.jit
+def _inverse_square_root(x):
+    # From 24 bits to all of fp64 by two Newton steps: its own instruction takes ten times as long.
+    y = tl.rsqrt(x.to(tl.float32)).to(tl.float64)
+    half = x * 0.5
+    y = y * (1.5 - half * y * y)
+    return y * (1.5 - half * y * y)
+
+
+@triton.jit
 def _inverse_root(a, BLOCK: tl.constexpr):
     # L⁻¹ of a = L Lᵀ by elimination in place: columns that are done hold the multipliers, as they would
     # act on an identity to the right. One row is taken out per step; its mirror image is the column.
+    # In fp64, because everything is multiplied by the result: its error would count with the condition
+    # number of the block.
+    a = a.to(tl.float64)
     inside = tl.arange(0, BLOCK)
     rows, columns = inside[:, None], inside[None, :]
-    roots = tl.zeros((BLOCK,), dtype=tl.float32)
+    roots = tl.zeros((BLOCK,), dtype=tl.float64)
     for k in range(BLOCK):
         line = tl.sum(tl.where(rows == k, a, 0.0), axis=0)
         here = inside == k
         pivot = tl.sum(tl.where(here, line, 0.0), axis=0)
-        pivot = tl.where(pivot > 0, pivot, float("nan"))
-        roots = tl.where(here, tl.div_rn(1.0, tl.sqrt_rn(pivot)), roots)
-        multipliers = tl.where(inside > k, tl.div_rn(line, pivot), 0.0)
+        root = _inverse_square_root(tl.where(pivot > 0, pivot, float("nan")))
+        roots = tl.where(here, root, roots)
+        multipliers = tl.where(inside > k, line * (root * root), 0.0)
         line = tl.where(here, 1.0, line)
         a = tl.where(columns == k, 0.0, a) - multipliers[:, None] * line[None, :]
     a = tl.where(rows == columns, 1.0, tl.where(columns < rows, a, 0.0))
-    return a * roots[:, None]
+    return (a * roots[:, None]).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["panel", "count"])
@@ -143,11 +157,16 @@ def _update_kernel(
     else:
         lines_ptr += tl.multiple_of(tl.load(row + _LINE_AT), 64) * BLOCK
         product = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
+        squares = tl.zeros((BLOCK,), dtype=tl.float32)
         along = inside[:, None] * BLOCK + step[None, :]
         for k in range(0, BLOCK, BLOCK_K):
             left = tl.load(lines_ptr + tile_m * (BLOCK * BLOCK) + k + along)
             right = tl.load(lines_ptr + tile_n * (BLOCK * BLOCK) + k + along)
             product = tl.dot(left, tl.trans(right), product, input_precision=PRECISION)
+            squares += tl.sum(left * left, axis=1)
+        # The largest elements, all of one sign: here the cut-off sums of tensor cores would add up.
+        on_diagonal = (tile_m == tile_n) & (inside[:, None] == inside[None, :])
+        product = tl.where(on_diagonal, squares[:, None], product)
         swept = (tile_m == panel) | (tile_n == panel)
         a = tl.where(swept, 0.0, tl.load(in_ptr + here + within)) - product
         if after == side:

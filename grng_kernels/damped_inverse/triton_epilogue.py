@@ -158,7 +158,10 @@ def _verdict_kernel(
     residual = tl.sqrt_rn(tl.div_rn(squared, (n * _COUNT).to(tl.float32)))
     in_range = _largest(largest_ptr + blocks_at, padded // ROWS, LINE) < 0x7F800000
     info = tl.where(residual <= _LIMIT, tl.where(in_range, 0, 3), 2)
-    info = tl.where(tl.load(state + _FINITE) > 0, info, 1)
+    finite = tl.load(state + _FINITE) > 0
+    info = tl.where(finite, info, 1)
+    # That of the identity, which stood in, says nothing.
+    residual = tl.where(finite, residual, float("nan"))
     exponent = -tl.load(state + _EXPONENT).to(tl.int32)
     pointer = tl.pointer_type(tl.float32)
     damping, norm = tl.load(state + _SHIFT), tl.load(state + _NORM)

@@ -9,6 +9,10 @@ operands along rows: ``S_ij = I_ij - sum_k X_ik B_jk`` and ``(X E)_ij = sum_k X_
 The first step starts from ``X = c I`` and gives ``p I + q B``, which is never stored: the second one reads
 ``B`` instead, and its ``S = I - p B - q B B`` is symmetric by itself.
 
+The last ``S`` decides how accurate the result is: whatever rounding adds to it stays. There both diagonals,
+which hold the largest elements, are kept out of the product, and what they contribute is added with all
+rounding errors collected (``triton_compensated.py``).
+
 Which precision a product needs follows from ``rho`` alone (``precision.py``). For products in bf16 their
 operands are also stored as one or two bf16 numbers (rounded, and what that leaves over), so that tiles go to
 the tensor cores as they lie in memory.
@@ -26,6 +30,7 @@ from grng_kernels._dispatch import interpreting_triton
 from grng_kernels.damped_inverse import triton_prologue
 from grng_kernels.damped_inverse.entry import Entry
 from grng_kernels.damped_inverse.precision import Plan, Step, newton_schulz_plan
+from grng_kernels.damped_inverse.triton_compensated import _last_residual
 from grng_kernels.damped_inverse.triton_epilogue import epilogue
 from grng_kernels.damped_inverse.triton_prologue import (
     _FIELDS,
@@ -65,11 +70,18 @@ CONFIGS = {
     "tf32": (Config(64, 32, 4, 3), Config(128, 32, 8, 3)),
     "tf32x3": (Config(64, 32, 4, 3), Config(128, 32, 8, 2)),
 }
+# Of the last residual: three tiles leave no room for the larger one. Tensor cores cut sums off where
+# fp32 rounds them, always towards zero; what leaves them after 16 columns is added up with rounding.
+LAST_CONFIG = Config(64, 16, 4, 4)
 # Columns of a tile that are turned over at a time.
 TURN = 32
 # What a product is for; the first two products of a call read X as p I + q B.
-RESIDUAL, APPLY, FIRST_RESIDUAL, FIRST_APPLY = range(4)
-_RESIDUAL, _APPLY, _FIRST_RESIDUAL, _FIRST_APPLY = map(tl.constexpr, range(4))
+RESIDUAL, APPLY, FIRST_RESIDUAL, FIRST_APPLY, LAST_RESIDUAL = range(5)
+_RESIDUAL, _APPLY, _FIRST_RESIDUAL, _FIRST_APPLY, _LAST_RESIDUAL = map(tl.constexpr, range(5))
+# Those whose result is not symmetric, and so computed in full.
+FULL = (RESIDUAL, LAST_RESIDUAL)
+# One Newton step whose error is the rounding of the last residual.
+CORRECTION = Step(2.0, -1.0, "tf32x3", "tf32")
 
 
 @triton.jit
@@ -106,17 +118,24 @@ def _accumulated(
     right_ptr,
     right_low_ptr,
     padded,
+    first_m,
+    first_n,
+    MODE: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    lines, step = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK_K)[None, :]
     along = tl.arange(0, BLOCK)[:, None] * padded + tl.arange(0, BLOCK_K)[None, :]
     acc = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
     for k in range(0, padded, BLOCK_K):
         x, y = tl.load(left_ptr + along + k), tl.load(right_ptr + along + k)
         if UPCAST:
             x, y = x.to(tl.float32), y.to(tl.float32)
+        if MODE == _LAST_RESIDUAL:
+            x = tl.where(first_m + lines == k + step, 0.0, x)
+            y = tl.where(first_n + lines == k + step, 0.0, y)
         if PRECISION == "bf16x3":
             x_low, y_low = tl.load(left_low_ptr + along + k), tl.load(right_low_ptr + along + k)
             if UPCAST:
@@ -191,7 +210,7 @@ def _product_kernel(
     TURN: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    MIRROR: tl.constexpr = MODE != _RESIDUAL
+    MIRROR: tl.constexpr = (MODE != _RESIDUAL) & (MODE != _LAST_RESIDUAL)
     index, tile = _find(ends_ptr, count, tl.program_id(0), CHUNK)
     row = table_ptr + index * _FIELDS
     padded = tl.multiple_of(tl.load(row + _PADDED).to(tl.int32), 64)
@@ -207,17 +226,25 @@ def _product_kernel(
     stripe_n = square + (tile_n * BLOCK).to(tl.int64) * padded
     acc = _accumulated(
         left_ptr + stripe_m, left_low_ptr + stripe_m, right_ptr + stripe_n, right_low_ptr + stripe_n,
-        padded, PRECISION, UPCAST, BLOCK, BLOCK_K,
+        padded, tile_m * BLOCK, tile_n * BLOCK, MODE, PRECISION, UPCAST, BLOCK, BLOCK_K,
     )  # fmt: skip
 
     at = inside[:, None] * padded + inside[None, :]
     here = stripe_m + tile_n * BLOCK
     identity = tl.where(inside[:, None] - inside[None, :] == (tile_n - tile_m) * BLOCK, 1.0, 0.0)
-    scale = start / tl.load(state_ptr + index * _STATE + _TOP)
-    result = _combined(
-        acc, identity, addend_ptr + here + at, right_ptr + here + at, right_low_ptr + here + at,
-        scale * first_a, scale * scale * first_b, a, b, MODE, PRECISION,
-    )  # fmt: skip
+    if MODE == _LAST_RESIDUAL:
+        on_m = stripe_m + tile_m * BLOCK + inside * (padded + 1)
+        on_n = stripe_n + tile_n * BLOCK + inside * (padded + 1)
+        result = _last_residual(
+            acc, identity, tl.load(left_ptr + here + at), tl.load(right_ptr + here + at),
+            tl.load(left_ptr + on_m), tl.load(right_ptr + on_n),
+        )  # fmt: skip
+    else:
+        scale = start / tl.load(state_ptr + index * _STATE + _TOP)
+        result = _combined(
+            acc, identity, addend_ptr + here + at, right_ptr + here + at, right_low_ptr + here + at,
+            scale * first_a, scale * scale * first_b, a, b, MODE, PRECISION,
+        )  # fmt: skip
     _store(
         wide_ptr + here, high_ptr + here, low_ptr + here, at, result, WIDE, HIGH, LOW
     )  # fmt: skip
@@ -273,14 +300,16 @@ def forms(*precisions: str) -> tuple[bool, bool, bool]:
 
 
 def products_of(plan: Plan) -> Schedule:
-    """Return the products of a plan; one that ends at once gets a step more, so that there are some."""
+    """Return the products of a plan; one that ends at once gets more, so that the last is a correction."""
     steps = list(plan.steps)
-    while len(steps) < 2:
-        steps.append(Step(2.0, -1.0, "tf32x3", "tf32x3"))
+    while len(steps) < 3:
+        steps.append(CORRECTION)
     first, *rest = steps
     products = []
     for i, step in enumerate(rest):
         now = (FIRST_RESIDUAL, FIRST_APPLY) if i == 0 else (RESIDUAL, APPLY)
+        if i == len(rest) - 1 and step.residual_precision == "tf32x3":
+            now = (LAST_RESIDUAL, APPLY)
         products.append(Product(now[0], step, step.residual_precision, *forms(step.precision)))
         after = rest[i + 1] if i + 1 < len(rest) else None
         _, high, low = forms(*(after[2:4] if after else ()))
@@ -317,7 +346,7 @@ def launches_of(
 ) -> list[tuple[Segment, Config]]:
     """Return the launches of one product: two where large and other matrices take different tiles."""
     small, large = configs_of(product, before_hopper)
-    which = int(product.mode != RESIDUAL)
+    which = int(product.mode not in FULL)
     if small == large:
         found = [(segments[which], small)]
     else:
@@ -327,6 +356,8 @@ def launches_of(
 
 def configs_of(product: Product, before_hopper: bool) -> tuple[Config, Config]:
     """Return the configs of matrices below and from order ``LARGE``; ``before_hopper`` is before sm_90."""
+    if product.mode == LAST_RESIDUAL:
+        return LAST_CONFIG, LAST_CONFIG
     small, large = CONFIGS[product.precision]
     spills = before_hopper and product.precision.endswith("x3")
     if product.mode != RESIDUAL:
@@ -394,8 +425,8 @@ def launch(entries: Sequence[Entry], *, rho: float | None) -> None:
         s = buffers(any(p.wide for p in products[::2]), any(p.high for p in products[::2]))
         for product in products:
             left = b if product.mode in (FIRST_RESIDUAL, FIRST_APPLY) else x
-            right = b if product.mode in (FIRST_RESIDUAL, RESIDUAL) else s
-            out = s if product.mode in (FIRST_RESIDUAL, RESIDUAL) else other
+            residual = product.mode in (FIRST_RESIDUAL, *FULL)
+            right, out = (b, s) if residual else (s, other)
             exact = product.precision.startswith("tf32")
             for segment, config in launches_of(product, batch.segments, before_hopper):
                 _product_kernel[(segment.programs,)](

@@ -3,7 +3,7 @@
 
 The launches before a method, each for all matrices of a call together:
 
-1. ``_scan_kernel``: the largest magnitude of each matrix, by which NaN and infinity are found.
+1. ``_scan_kernel``: the largest magnitude of each matrix, by which NaN and infinity are found, and the scale.
 2. ``_form_kernel``: the symmetric matrix, scaled by a power of two, in fp32 and in bf16, and its row sums.
 3. ``_start_kernel``: the bounds of the norm and the start of its estimate.
 4. ``_step_kernel``: one step of power iteration, 16 times. It reads the matrix in bf16: the direction of the
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from grng_kernels import _table
 from grng_kernels.damped_inverse.entry import Entry
-from grng_kernels.damped_inverse.reference import FLOOR, MARGIN
+from grng_kernels.damped_inverse.reference import DAMPING_BITS, FLOOR, MARGIN
 from grng_kernels.damped_inverse.spectral_norm import SAFETY, STEPS
 
 # Smaller matrices stay inside one program, in other kernels.
@@ -90,6 +90,7 @@ _FINITE, _EXPONENT, _LOWER, _UPPER, _NORM, _SHIFT, _UNSCALE, _TOP = map(
     tl.constexpr, range(len(STATE))
 )
 _FLOOR, _MARGIN, _SAFETY = map(tl.constexpr, (FLOOR, MARGIN, SAFETY))
+_DAMPING_SHARE = tl.constexpr(2.0**-DAMPING_BITS)
 
 
 @triton.jit
@@ -198,7 +199,12 @@ def _scan_kernel(
         x = _factor_tile(address, kind, offsets, (offs_m < n) & (columns < n))
         bits = tl.maximum(bits, _magnitudes(x))
     largest = tl.max(tl.max(bits, axis=1), axis=0)
-    tl.store(largest_ptr + tl.load(row + _BLOCKS) + block, largest)
+    # A damping far above a fading matrix would leave the range of fp32: it counts with the entries.
+    given = tl.load(row + _DAMPING)
+    damping = tl.load(given.to(tl.pointer_type(tl.float32)), mask=given != 0, other=0.0)
+    right = (damping > 0) & (damping < float("inf"))
+    least = tl.where(right, damping * _DAMPING_SHARE, 0.0).to(tl.int32, bitcast=True)
+    tl.store(largest_ptr + tl.load(row + _BLOCKS) + block, tl.maximum(largest, least))
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -290,6 +296,7 @@ def _start_kernel(
     frobenius = tl.zeros((LINE,), dtype=tl.float32)
     infinity = tl.zeros((LINE,), dtype=tl.float32)
     diagonal = tl.full((LINE,), -float("inf"), dtype=tl.float32)
+    trace = tl.zeros((LINE,), dtype=tl.float32)
     longest = tl.full((LINE,), -1.0, dtype=tl.float32)
     at = tl.zeros((LINE,), dtype=tl.int32)
     vector = tl.load(row + _VECTOR).to(tl.pointer_type(tl.float32))
@@ -305,6 +312,7 @@ def _start_kernel(
         infinity = tl.maximum(infinity, tl.load(sums_ptr + line + here, mask=mask, other=0.0))
         entries = tl.load(wide_ptr + here * (padded + 1), mask=mask, other=-float("inf"))
         diagonal = tl.maximum(diagonal, entries)
+        trace += tl.where(mask, entries, 0.0)
         given = tl.load(vector + here, mask=mask, other=0.0)
         nonzero = tl.maximum(nonzero, (given != 0).to(tl.int32))
         bits = tl.maximum(bits, _magnitudes(given))
@@ -312,7 +320,10 @@ def _start_kernel(
     # The first of the longest rows.
     first = tl.min(tl.where(longest == most, at, 0x7FFFFFFF), axis=0)
     upper = tl.minimum(tl.max(infinity, axis=0), tl.sqrt_rn(tl.sum(frobenius, axis=0)))
-    tl.store(state_ptr + index * _STATE + _LOWER, tl.max(diagonal, axis=0))
+    lower = tl.max(diagonal, axis=0)
+    # Of a matrix that is indefinite by rounding the trace could be below the largest entry.
+    upper = tl.minimum(upper, tl.maximum(tl.sum(trace, axis=0), lower))
+    tl.store(state_ptr + index * _STATE + _LOWER, lower)
     tl.store(state_ptr + index * _STATE + _UPPER, upper)
     known = (tl.max(nonzero, axis=0) > 0) & (tl.max(bits, axis=0) < 0x7F800000)
     # A little of the cold start lets a vector that became orthogonal to the leading one recover.

@@ -35,9 +35,10 @@ from torch import Tensor
 from grng_kernels import _table
 from grng_kernels.damped_inverse.entry import Entry
 from grng_kernels.damped_inverse.probes import COUNT
-from grng_kernels.damped_inverse.reference import FLOOR, MARGIN, RESIDUAL_LIMIT
+from grng_kernels.damped_inverse.reference import DAMPING_BITS, FLOOR, MARGIN, RESIDUAL_LIMIT
 from grng_kernels.damped_inverse.schedule import newton_schulz_schedule
 from grng_kernels.damped_inverse.spectral_norm import SAFETY, STEPS
+from grng_kernels.damped_inverse.triton_compensated import _two_sum
 from grng_kernels.info import Info
 
 # The largest orders of the two launches.
@@ -63,6 +64,7 @@ _PROBES = tl.constexpr(COUNT)
 _ROUNDS = tl.constexpr(STEPS // 4)
 _SAFETY, _MARGIN = tl.constexpr(SAFETY), tl.constexpr(MARGIN)
 _FLOOR, _LIMIT = tl.constexpr(FLOOR), tl.constexpr(RESIDUAL_LIMIT)
+_DAMPING_BITS = tl.constexpr(DAMPING_BITS)
 _OK, _NONFINITE = tl.constexpr(int(Info.OK)), tl.constexpr(int(Info.NONFINITE_INPUT))
 _NOT_CONVERGED = tl.constexpr(int(Info.NOT_CONVERGED))
 _OVERFLOW = tl.constexpr(int(Info.OVERFLOW))
@@ -165,7 +167,9 @@ def _spectral_norm(a, vector_ptr, n, TILE: tl.constexpr):
     frobenius = tl.sqrt_rn(tl.sum(squares, axis=0))
     diagonal = tl.sum(tl.where(j == i[:, None], a, 0.0), axis=1)
     lower = tl.max(tl.where(i < n, diagonal, -float("inf")), axis=0)
-    upper = tl.minimum(rows, frobenius)
+    # Of a matrix that is indefinite by rounding the trace could be below the largest entry.
+    trace = tl.maximum(tl.sum(diagonal, axis=0), lower)
+    upper = tl.minimum(tl.minimum(rows, frobenius), trace)
     return tl.minimum(tl.maximum(_SAFETY * rayleigh, lower), upper), v
 
 
@@ -277,15 +281,21 @@ def _newton_schulz(b, schedule_ptr, steps, TILE: tl.constexpr, PRECISION: tl.con
     # The first step from a multiple of the identity is a polynomial of first degree in ``b``.
     eye = tl.arange(0, TILE)[:, None] == tl.arange(0, TILE)[None, :]
     x = tl.where(eye, tl.load(schedule_ptr), 0.0) + tl.load(schedule_ptr + 1) * b
+    b_diagonal = tl.sum(tl.where(eye, b, 0.0), axis=0)
+    b = tl.where(eye, 0.0, b)
     for step in range(steps):
         own = tl.load(schedule_ptr + 2 + 2 * step)
         change = tl.load(schedule_ptr + 3 + 2 * step)
         # X B, the transpose of B X: of the two factors of each product the right one is then symmetric.
         # From b in every step and never symmetrised: that keeps it self-correcting.
-        error = _product(x, b, TILE, PRECISION)
-        error = tl.where(eye, error - 1.0, error)
-        # p·X + q·R·X as (p + q)·X + q·(R - I)·X: rounding of the product shrinks with the error.
-        x = own * x + change * _product(error, x, TILE, PRECISION)
+        error = _product(tl.where(eye, 0.0, x), b, TILE, PRECISION)
+        x_diagonal = tl.sum(tl.where(eye, x, 0.0), axis=1)
+        # The rest of ``_last_residual``, what rounding the products drops, would not fit into registers.
+        total, rest = _two_sum(x_diagonal[:, None] * b, x * b_diagonal[None, :])
+        total, last = _two_sum(total, error)
+        error = (tl.where(eye, 1.0, 0.0) - total) - (rest + last)
+        # p·X + q·R·X as (p + q)·X - q·(I - R)·X: rounding of the product shrinks with the error.
+        x = own * x - change * _product(error, x, TILE, PRECISION)
         x = (x + tl.trans(x)) * 0.5
     return x
 
@@ -356,6 +366,13 @@ def _invert(
     finite = largest < _INFINITY
     a = tl.where(finite, a, tl.where(diagonal & (i < n), 1.0, 0.0))
     exponent = _exponent(tl.where(finite & (largest > 0), largest, 0x3F800000))
+    if DIRECT:
+        # A damping far above a fading matrix would leave the range of fp32.
+        given = tl.load(item + _DAMPING).to(tl.pointer_type(tl.float32))
+        given = tl.load(given, mask=root_rho <= 0, other=0.0)
+        legal = (given > 0) & (given < float("inf"))
+        own = _exponent(_magnitude(given)) - _DAMPING_BITS
+        exponent = tl.where(legal, tl.maximum(exponent, own), exponent)
     a = _scaled(a, -exponent)
     a = (a + tl.trans(a)) * 0.5
 
@@ -392,6 +409,8 @@ def _invert(
     in_range = tl.max(tl.max(_magnitude(tl.where(inside, x, 0.0)), axis=1), axis=0) < _INFINITY
     info = tl.where(residual <= _LIMIT, tl.where(in_range, _OK, _OVERFLOW), _NOT_CONVERGED)
     info = tl.where(finite, info, _NONFINITE)
+    # That of the identity, which stood in, says nothing.
+    residual = tl.where(finite, residual, float("nan"))
     _store(item, x, TILE)
     residual_ptr = tl.load(item + _RESIDUAL).to(tl.pointer_type(tl.float32))
     info_ptr = tl.load(item + _INFO).to(tl.pointer_type(tl.int32))
@@ -465,7 +484,8 @@ def _plan(entries: Sequence[Entry]) -> Plan:
 
 def _schedule(rho: float) -> tuple[list[float], int]:
     """Return the numbers that ``_newton_schulz`` reads, and how many steps follow the first."""
-    schedule = newton_schulz_schedule(1 + MARGIN * rho**-0.5, tolerance=1e-5)
+    # Below the rounding of an inverse in fp32.
+    schedule = newton_schulz_schedule(1 + MARGIN * rho**-0.5, tolerance=1e-8)
     start = schedule.start
     if not schedule.steps:
         return [start, 0.0], 0

@@ -78,12 +78,14 @@ def product_variants(arch):
     """
     step = Step(2.0, -1.0, "bf16", "bf16")
     seen = set()
-    for precision, mode, low in itertools.product(newton_schulz.CONFIGS, range(4), (True, False)):
+    for precision, mode, low in itertools.product(newton_schulz.CONFIGS, range(5), (True, False)):
+        if mode == newton_schulz.LAST_RESIDUAL and precision != "tf32x3":
+            continue
         operand = "*bf16" if precision.startswith("bf16") else "*fp32"
         changes = mode in (newton_schulz.APPLY, newton_schulz.FIRST_APPLY)
         product = newton_schulz.Product(mode, step, precision, changes, True, low)
         for config in newton_schulz.configs_of(product, arch < 90):
-            name = f"{precision}-{config.block}-{('XB', 'XE', 'BB', 'BE')[mode]}"
+            name = f"{precision}-{config.block}-{('XB', 'XE', 'BB', 'BE', 'XB-last')[mode]}"
             if name in seen:
                 continue
             seen.add(name)

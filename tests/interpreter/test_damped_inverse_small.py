@@ -9,12 +9,15 @@ import torch
 from grng_kernels import Info, _table, damped_inverse, use_backend
 from grng_kernels.damped_inverse import reference, triton_small
 from grng_kernels.damped_inverse.entry import Entry
+from grng_kernels.damped_inverse.spectral_norm import spectral_norm
 from grng_kernels.damped_inverse.triton_small import launch, supports
 from tests.cases import MATRIX_LAYOUTS, SPECTRA, guarded, inverse64, spd
 
 METHODS = ("cholesky", "newton_schulz")
 methods = pytest.mark.parametrize("method", METHODS)
 SENTINEL = -7
+# Matrices of each spectrum whose errors are added up.
+DRAWS = 2
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +64,7 @@ def relative(x, want):
     return ((x.double() - want).norm() / want.norm()).item()
 
 
-def compare(e, *, rho=1e-2, method="cholesky", vector=None):
+def compare(e, *, rho=1e-2, method="cholesky", vector=None, floor=1e-5):
     """Compare one entry with the reference in fp64, and return our error and that of PyTorch in fp32."""
     wide = e.factor.double()
     given = None if e.damping is None else e.damping.double()
@@ -81,7 +84,7 @@ def compare(e, *, rho=1e-2, method="cholesky", vector=None):
     assert torch.equal(e.inverse, e.inverse.mT)
     assert (e.residual >= 0).all()
     if method == "newton_schulz":
-        assert (e.residual <= residual + 1e-5).all()
+        assert (e.residual <= residual + floor).all()
     eye = torch.eye(wide.shape[-1])
     errors = []
     for a, x, used in zip(e.factor.float(), e.inverse, e.used_damping, strict=True):
@@ -94,17 +97,18 @@ def compare(e, *, rho=1e-2, method="cholesky", vector=None):
 # ---- accuracy ----
 
 
+@methods
 @pytest.mark.parametrize("n", [16, 31, 64])
-def test_elimination_errs_at_most_twice_as_much_as_torch(n):
-    """Over all spectra together: a single matrix of low rank may flatter either by luck."""
-    ours, theirs = 0.0, 0.0
-    spectra = [spd(n, kind) for kind in ("random", "rank1", "cond1e8")]
-    for rho in (1e-2, 1e-6):
-        [e] = run(torch.stack(spectra), rho=rho)
-        for error, base in compare(e, rho=rho):
-            unit = torch.finfo(torch.float32).eps
-            ours, theirs = ours + error / unit, theirs + max(base / unit, 0.5)
-    assert ours <= 2 * theirs
+def test_errs_at_most_twice_as_much_as_torch(n, method):
+    """Over all spectra and several draws together, for each ``rho``: rank one alone flatters PyTorch."""
+    kinds = [kind for kind in SPECTRA if kind != "zero"]
+    for rho in (1e-1, 1e-2, 1e-6 if method == "cholesky" else 1e-4):
+        [e] = run(torch.stack([spd(n, k) for k in kinds * DRAWS]), rho=rho, method=method)
+        # Rounding alone leaves up to kappa²·2^-24: more than what else may be left where kappa is 101.
+        floor = max(1e-5, (1 + rho**-0.5) ** 2 * 2**-24)
+        errors = compare(e, rho=rho, method=method, floor=floor)
+        ours, theirs = (sum(column) for column in zip(*errors, strict=True))
+        assert ours <= 2 * theirs, (rho, errors)
 
 
 @pytest.mark.parametrize("n", [100, 128])
@@ -119,8 +123,7 @@ def test_the_largest_orders(n):
 def test_newton_schulz_reaches_its_tolerance(n):
     [e] = run(torch.stack([spd(n, kind) for kind in SPECTRA[:3]]), method="newton_schulz")
     for error, _ in compare(e, method="newton_schulz"):
-        # The schedule for rho 1e-2 ends at a residual of 4e-9: what is left is rounding.
-        assert error <= 2e-6
+        assert error <= 1e-6
     assert (e.residual <= 4e-6).all()
 
 
@@ -240,6 +243,7 @@ def test_nonfinite_input(method, value):
     before = torch.randn(1, 18)
     [e] = run(a, method=method, vector=before)
     assert e.info.item() == Info.NONFINITE_INPUT
+    assert e.residual.isnan().item()
     assert torch.equal(e.vector, before)
 
 
@@ -247,6 +251,7 @@ def test_nonfinite_input(method, value):
 def test_damping_on_the_device_is_checked(damping):
     [e] = run(spd(3), damping=damping)
     assert e.info.item() == Info.NONFINITE_INPUT
+    assert e.residual.isnan().item()
 
 
 def test_matrix_that_is_not_positive_definite():
@@ -264,7 +269,29 @@ def test_given_damping():
         assert ours <= max(2 * theirs, 3e-7)
 
 
+@pytest.mark.parametrize("n", [20, 66])
+@pytest.mark.parametrize(("scale", "damping"), [(1e-37, 100.0), (1e-39, 1.0), (0, 1e30)])
+def test_damping_far_above_a_fading_factor(n, scale, damping):
+    """A layer that died leaves a factor that fades by its decay until nothing is left."""
+    [e] = run(spd(n) * scale, damping=damping)
+    assert e.info.item() == Info.OK
+    torch.testing.assert_close(e.inverse[0], torch.eye(n) / damping, rtol=1e-6, atol=1e-6 / damping)
+    assert e.used_damping.item() == pytest.approx(damping, rel=1e-6)
+    assert e.residual.item() < 1e-5
+
+
 # ---- the norm ----
+
+
+@pytest.mark.parametrize("n", [20, 66])
+def test_the_trace_bounds_the_norm(n):
+    """Rounding may leave a matrix indefinite, and then the trace is the least bound of all."""
+    factor = spd(n, "rank1")
+    factor.fill_diagonal_(0)
+    [e] = run(factor, damping=2.0)
+    want, _ = spectral_norm(factor[None])
+    assert want.item() < 0.01 < torch.linalg.eigvalsh(factor)[-1].item()
+    torch.testing.assert_close(e.spectral_norm, want, rtol=1e-6, atol=1e-12)
 
 
 def test_a_given_vector_is_used_and_updated():

@@ -230,10 +230,28 @@ def test_damping_far_from_the_size_of_the_matrix(model, ratio):
     torch.testing.assert_close(got.inverse[0].double(), want, rtol=5e-7, atol=0)
 
 
+@pytest.mark.parametrize("n", [20, 40])
+@pytest.mark.parametrize(
+    ("scale", "damping"), [(1e-37, 100.0), (1e-30, 1e9), (1e-39, 1.0), (0, 1e30)]
+)
+def test_damping_far_above_a_fading_factor(model, n, scale, damping):
+    factor, given = (spd(n) * scale)[None], torch.tensor([damping])
+    got, _ = model(factor, damping=given)
+    want, _ = plain(factor, damping=given)
+    assert got.info.item() == want.info.item() == Info.OK
+    torch.testing.assert_close(
+        got.inverse[0], torch.eye(n) / damping, rtol=1e-6, atol=1e-6 / damping
+    )
+    torch.testing.assert_close(got.spectral_norm, want.spectral_norm, rtol=1e-3, atol=0)
+    assert torch.equal(got.damping, given)
+    assert got.residual.item() < 1e-5
+
+
 @pytest.mark.parametrize("value", [0.0, -0.25, math.nan, math.inf], ids=str)
 def test_bad_damping(model, value):
     got, vector = model(torch.eye(5).expand(3, 5, 5), damping=torch.tensor([0.5, value, 0.5]))
     assert got.info.tolist() == [Info.OK, Info.NONFINITE_INPUT, Info.OK]
+    assert got.residual.isnan().tolist() == [False, True, False]
     assert (got.inverse[1] == 0).all()
     assert (vector[1] == 0).all()
 
@@ -249,6 +267,7 @@ def test_one_nonfinite_matrix(model, value, n):
     factor[1, 3, n - 1] = value
     got, got_vector = model(factor, rho=1e-2, vector=vector.clone())
     assert got.info.tolist() == [Info.OK, Info.NONFINITE_INPUT, Info.OK]
+    assert got.residual.isnan().tolist() == [False, True, False]
     assert (got.inverse[1] == 0).all()
     assert torch.equal(got_vector[1], vector[1])
     for i in (0, 2):

@@ -224,9 +224,10 @@ def test_less_precise_residuals_break_the_promise(rho):
     """The test above can fail: the last residual's precision sets the floor."""
     from emulation import problem
 
-    of, plan = problem("log-uniform", 128, rho), newton_schulz_plan(rho)
+    plan = newton_schulz_plan(rho)
+    of = [problem(spectrum, 128, rho) for spectrum in ("log-uniform", "two ends")]
     for coarse in ("bf16x3", "tf32", "bf16"):
-        assert promise(of, plan, {"tf32x3": coarse})[0] > 5
+        assert max(promise(each, plan, {"tf32x3": coarse})[0] for each in of) > 2
 
 
 @pytest.mark.parametrize("rho", [1e-1, 1e-2, 1e-3])
@@ -249,4 +250,4 @@ def test_noise_of_a_single_precision_stays_below_its_bound(precision, rho, spect
     from emulation import errors, planned, problem
 
     of, plan = problem(spectrum, 128, rho), newton_schulz_plan(rho, precision)
-    assert errors(of, planned(of, plan)[-1]).residual <= plan.residual
+    assert errors(of, planned(of, plan, kernel=False)[-1]).residual <= plan.residual
