@@ -8,7 +8,17 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from harness import cli
-from harness.case import Bench, Case, Contender, Outputs, Plan, Role, compiled, relative_error
+from harness.case import (
+    Bench,
+    Case,
+    Contender,
+    Outputs,
+    Plan,
+    Role,
+    compiled,
+    our_backend,
+    relative_error,
+)
 from shapes import VECTOR_SIZES, chosen_models
 from torch import Tensor
 
@@ -62,8 +72,9 @@ def _case(plan: Plan, name: str, sizes: Sequence[int]) -> Case:
     def contender(name: str, backend: str, role: Role, formula: Formula) -> Contender:
         return Contender(name, backend, role, lambda: formula(grads, scores))
 
+    backend, _ = our_backend({"cpu": "cpu", "cuda": "triton"}, plan.device)
     contenders = [
-        contender("grng", "reference", "ours", _ours),
+        contender("grng", backend, "ours", _ours),
         contender("fp32", "torch", "rival", _fp32),
         contender("fp64 dot products", "torch", "rival", _fp64_dots),
     ]
