@@ -173,18 +173,31 @@ def test_leading_dimensions_are_samples():
 # ---- prior and coherence ----
 
 
-def test_output_prior_predicts_outputs_with_standard_deviation_sigma0():
+@pytest.mark.parametrize("batch", ["stacked", "sampled", "mean"])
+@pytest.mark.parametrize(
+    ("likelihood", "noise"), [("categorical", "fisher"), ("categorical", "ema"), ("gaussian", 0.01)]
+)
+def test_output_prior_predicts_outputs_with_standard_deviation_sigma0(batch, likelihood, noise):
+    """Of logits: relative to the likeliest class, averaged over the others."""
     model = mlp()
-    x, y, _ = data(1)
-    optimizer = RKalman(model, sigma0=3.0, forgetting=1.0)
-    optimizer.observe(model(x), y)
-    rows = [r.clone() for r in optimizer._pending[1]]
-    optimizer._start_variances(rows, list(model.parameters()))
+    x, y, values = data(8)
+    optimizer = RKalman(model, sigma0=3.0, batch=batch, likelihood=likelihood, noise=noise)
+    logits = model(x)[0]
+    if likelihood == "categorical":
+        others = [c for c in range(3) if c != int(logits.argmax())]
+        outputs = [logits[c] - logits.max() for c in others]
+    else:
+        outputs = list(logits)
+    rows = [torch.autograd.grad(z, list(model.parameters()), retain_graph=True) for z in outputs]
+    optimizer.observe(model(x), y if likelihood == "categorical" else values)
+    optimizer._start_variances(optimizer._pending[1], list(model.parameters()))
     total = sum(
-        (optimizer.state[p]["variance"].reshape(-1) * r.square()).sum(1).mean()
-        for p, r in zip(model.parameters(), rows, strict=True)
+        float((optimizer.state[p]["variance"] * h.square()).sum())
+        for row in rows
+        for p, h in zip(model.parameters(), row, strict=True)
     )
-    assert float(total) == pytest.approx(9.0, rel=1e-5)
+    unit = 1.0 if likelihood == "categorical" else float((values - model(x)).square().mean())
+    assert total / len(rows) == pytest.approx(9.0 * unit, rel=1e-4)
 
 
 def test_layer_without_gradient_at_first_joins_later():
@@ -240,12 +253,18 @@ def test_coherence_counts_information_more_often():
 def test_step_is_shortened_to_the_divergence_it_may_predict(likelihood, noise):
     """On a linear model the prediction is exact: for softmax to second order in the change of the logits."""
     changes = []
-    for max_kl in (1e-4, None):
+    for max_kl, lr in ((1e-4, 1.0), (1e-4, 4.0), (None, 1.0)):
         model = linear(inputs=8)
         x, y, values = data(1, dtype=torch.float64)
         before = model(x).detach()
         optimizer = RKalman(
-            model, likelihood=likelihood, noise=noise, max_kl=max_kl, sigma0=3.0, prior="fan_in"
+            model,
+            likelihood=likelihood,
+            noise=noise,
+            max_kl=max_kl,
+            lr=lr,
+            sigma0=3.0,
+            prior="fan_in",
         )
         feed(optimizer, model, x, y if likelihood == "categorical" else values)
         changes.append((model(x).detach() - before)[0])
@@ -255,8 +274,9 @@ def test_step_is_shortened_to_the_divergence_it_may_predict(likelihood, noise):
         q = before.softmax(-1)[0]
         divergence = 0.5 * changes[0] @ (torch.diag(q) - torch.outer(q, q)) @ changes[0]
         assert float(divergence) == pytest.approx(1e-4, rel=1e-6)
+    torch.testing.assert_close(changes[0], changes[1], rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(
-        changes[0] / changes[0].norm(), changes[1] / changes[1].norm(), rtol=1e-6, atol=1e-6
+        changes[0] / changes[0].norm(), changes[2] / changes[2].norm(), rtol=1e-6, atol=1e-6
     )
 
 
@@ -327,6 +347,104 @@ def test_bad_sample_changes_nothing_and_is_counted(value, options):
     assert optimizer.diagnostics()["skipped"] == 1
     feed(optimizer, model, x, y)
     assert optimizer.diagnostics()["skipped_in_a_row"] == 0
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
+@pytest.mark.parametrize("value", [1e25, 1e38])
+def test_finite_sample_that_overflows_leaves_no_trace(first, value):
+    x, _, y = data(12)
+    model = mlp()
+    optimizer = RKalman(model, likelihood="gaussian")
+    if not first:
+        feed(optimizer, model, x[:2], y[:2])
+    before = snapshot(optimizer, model)
+    optimizer.observe(model(x[:1]), torch.full((1, 3), value))
+    optimizer.step()
+    skipped = optimizer.diagnostics()["skipped"]
+    if skipped:
+        after = snapshot(optimizer, model)
+        before[1]["state"] = {k: v for k, v in before[1]["state"].items() if v}
+        after[1]["state"] = {k: v for k, v in after[1]["state"].items() if v}
+        assert_same(before, after)
+    feed(optimizer, model, x[2:], y[2:])
+    assert optimizer.diagnostics()["skipped"] == skipped
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("beta", [0.5, 0.96, 0.999])
+def test_estimated_noise_is_that_of_the_data(beta):
+    """With a prior of almost nothing the filter explains nothing: all variance of the targets is noise."""
+    model = nn.Linear(2, 1).double()
+    nn.init.zeros_(model.weight)
+    nn.init.zeros_(model.bias)
+    optimizer = RKalman(
+        model, likelihood="gaussian", beta=beta, prior="global", sigma0=1e-12, rho=0.0
+    )
+    generator = torch.Generator().manual_seed(0)
+    expected = None
+    for _ in range(500):
+        x = torch.randn(1, 2, generator=generator, dtype=torch.float64)
+        y = 2 * torch.randn(1, 1, generator=generator, dtype=torch.float64)
+        optimizer.observe(model(x), y)
+        optimizer.step()
+        square = float(y) ** 2
+        expected = square if expected is None else beta * expected + (1 - beta) * square
+    assert float(optimizer.state[model.weight]["noise"]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_forgetting_never_knows_less_than_the_prior():
+    """A weight without gradient keeps its prior; with no bound it would overflow after some hundred steps."""
+    model = linear(dtype=torch.float32)
+    optimizer = RKalman(model, forgetting=0.5, prior="global", sigma0=0.5)
+    x, y, _ = data(300, 3, 6)
+    x[:, 2] = 0
+    feed(optimizer, model, x, y)
+    variance = optimizer.state[model.weight]["variance"]
+    assert float(variance.max()) <= 0.25 * (1 + 1e-5)
+    assert torch.allclose(variance[:, 2], torch.tensor(0.25))
+
+
+def test_parameters_may_be_frozen_and_freed_between_steps():
+    x, y, _ = data(6)
+    model = mlp()
+    optimizer = RKalman([p for p in model.parameters()])
+    for i, frozen in enumerate((0, 2, 0, 2)):
+        model.requires_grad_(True)
+        model[frozen].requires_grad_(False)
+        before = model[frozen].weight.detach().clone()
+        feed(optimizer, model, x[i : i + 1], y[i : i + 1])
+        assert torch.equal(model[frozen].weight, before)
+
+
+def test_old_graph_cannot_be_differentiated_after_the_step():
+    x, y, _ = data(1)
+    model = mlp()
+    optimizer = RKalman(model)
+    outputs = model(x)
+    optimizer.observe(outputs, y)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        outputs.sum().backward()
+
+
+def test_bf16_weights_that_somebody_sets_are_taken_over():
+    x, y, _ = data(4)
+    model = mlp().bfloat16()
+    optimizer = RKalman(model, lr=1e-3)
+    feed(optimizer, model, x.bfloat16()[:2], y[:2])
+    with torch.no_grad():
+        model[0].weight.zero_()
+    feed(optimizer, model, x.bfloat16()[2:], y[2:])
+    assert float(model[0].weight.abs().max()) < 1e-2
+
+
+def test_wider_outputs_than_parameters():
+    x, y, _ = data(2)
+    model = mlp()
+    optimizer = RKalman(model)
+    optimizer.observe(model(x).double(), y)
+    optimizer.step()
+    assert optimizer.diagnostics()["skipped"] == 0
 
 
 def test_too_many_bad_samples_in_a_row_are_an_error():
@@ -554,10 +672,10 @@ def test_example_of_the_readme_runs_and_learns(capsys):
     [code] = [b for b in re.findall(r"```python\n(.*?)```", readme, re.S) if "RKalman(model)" in b]
     torch.manual_seed(0)
     prototypes, labels = torch.randn(10, 64), torch.randint(0, 10, (300,))
-    stream = [(prototypes[y] + torch.randn(1, 64), y[None]) for y in labels]
+    stream = [(prototypes[y] + torch.randn(3, 64), y) for y in labels.split(3)]
     names = {"stream": stream}
     exec(code, names)
-    assert names["right"] > 0.5 * len(stream)
+    assert names["right"] > 0.5 * len(labels)
     assert "coherence" in capsys.readouterr().out
 
 

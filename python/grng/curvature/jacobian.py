@@ -27,9 +27,10 @@ class Jacobian:
         self._buffers: list[Tensor] = []
         self.route = "batched"
 
-    def rows_per_pass(self, activations: int) -> int:
-        """Rows that one backward pass may compute: both they and the gradients within have to fit."""
-        return max(1, self._budget // (4 * max(1, self.size + activations)))
+    @property
+    def rows_per_pass(self) -> int:
+        """Rows that one backward pass may compute: they have to fit into the budget."""
+        return max(1, self._budget // (4 * max(1, self.size)))
 
     def rows(self, outputs: Tensor, directions: Tensor) -> list[Tensor]:
         """Return the derivatives of ``Σ direction·outputs``, one matrix ``[k, numel]`` per parameter.
@@ -47,21 +48,19 @@ class Jacobian:
         """
         directions = directions.to(outputs.dtype)
         k = len(directions)
-        step = min(k, self.rows_per_pass(0))
+        step = min(k, self.rows_per_pass)
         if step == k:
-            found = self._differentiate(outputs, directions, last=True)
+            found = self._differentiate(outputs, directions)
             return [self._as_rows(g, p, k) for g, p in zip(found, self.parameters, strict=True)]
         buffers = self._buffers_for(k)
         for begin in range(0, k, step):
             part = directions[begin : begin + step]
-            found = self._differentiate(outputs, part, last=begin + step >= k)
+            found = self._differentiate(outputs, part)
             for buffer, g, p in zip(buffers, found, self.parameters, strict=True):
                 buffer[begin : begin + len(part)] = self._as_rows(g, p, len(part))
         return buffers
 
-    def _differentiate(
-        self, outputs: Tensor, directions: Tensor, *, last: bool
-    ) -> Sequence[Tensor | None]:
+    def _differentiate(self, outputs: Tensor, directions: Tensor) -> Sequence[Tensor | None]:
         if self.route == "batched":
             try:
                 with warnings.catch_warnings():

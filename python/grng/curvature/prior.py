@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Initial variances of a Kalman filter over weights, and how much an observation of one layer really tells.
 
-**Prior.** ``"output"`` reads ``sigma0`` as the standard deviation of the outputs that the prior predicts, the
-only unit in which one number fits every architecture: the first Jacobian fixes the variances. ``"fan_in"``
-and ``"global"`` read it as one of the weights.
+**Prior.** ``"output"`` reads ``sigma0`` as the standard deviation of the outputs that the prior predicts
+(of logits: relative to the likeliest class; of numbers: in units of their first error), the only unit in
+which one number fits every architecture: the first Jacobian fixes the variances. ``"fan_in"`` and
+``"global"`` read it as one of the weights.
 
 **Coherence.** A diagonal covariance forgets that a layer's outputs move together. With the Fisher information
 ``F = E[g gᵀ]`` of a layer of ``d`` weights, ``d·tr(F²)/tr(F)²`` is ``d`` over the effective rank of F: 1

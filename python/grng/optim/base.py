@@ -16,7 +16,7 @@ from grng.curvature.fisher import sampled_loss
 from grng.curvature.layers import KroneckerLayer, find_layers
 
 KRONECKER, ADAMW = "kronecker", "adamw"
-COUNTS = ("refresh_every", "max_factor_dim")
+COUNTS = ("refresh_every", "max_factor_dim", "max_rows", "max_failures")
 ADAMW_BETAS, ADAMW_EPS = (0.9, 0.999), 1e-8
 
 

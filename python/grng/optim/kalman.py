@@ -28,9 +28,9 @@ _SHARED = ("rho", "forgetting", "process_noise")
 class KalmanOptimizer(Optimizer):
     """Diagonal extended Kalman filter over the trainable parameters; see :class:`grng.RKalman`.
 
-    State per parameter, tensors or numbers: ``variance``, and for the coherence ``score``, ``trace``,
-    ``overlap``, ``observations``; ``weights`` in fp32 where the parameter has fewer bits. It keeps its
-    dtype through ``load_state_dict``.
+    State per parameter, tensors or numbers: ``variance`` and the ``prior`` it began with, and for the
+    coherence ``score``, ``trace``, ``overlap``, ``observations``; ``weights`` in fp32 where the parameter
+    has fewer bits. It keeps its dtype through ``load_state_dict``.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class KalmanOptimizer(Optimizer):
             check_hyperparameter(owner, "max_kl", max_kl, low=1e-12)
             max_kl = float(max_kl)
         check_hyperparameter(owner, "max_rows", max_rows, low=1)
+        check_hyperparameter(owner, "max_failures", max_failures)
         check_hyperparameter(owner, "jacobian_budget_mb", budget_mb, low=1e-3)
         for name, value, choices in (
             ("prior", prior, PRIORS),
@@ -90,6 +91,8 @@ class KalmanOptimizer(Optimizer):
         self._budget_mb = budget_mb
         self._noise = OutputNoise(owner, likelihood, noise, beta)
         self._pending: tuple[Observation, list[Tensor], list[nn.Parameter]] | None = None
+        # Squared norms of the rows of the outputs' Jacobian by each parameter, while a prior needs them.
+        self._squares: Tensor | None = None
         self._engine: Jacobian | None = None
         self._rows = "none yet"
         super().__init__(params, {"step": 0, **defaults})
@@ -115,9 +118,14 @@ class KalmanOptimizer(Optimizer):
             raise RuntimeError(f"{owner}: observe() was called twice; call step() between")
         outputs, targets = self._checked(outputs, targets)
         parameters = [p for g in self.param_groups for p in g["params"] if p.requires_grad]
-        if self._engine is None or self._engine.parameters != parameters:
+        if self._engine is None or not _same(self._engine.parameters, parameters):
             self._engine = Jacobian(parameters, budget_mb=self._budget_mb)
         seen = self._observation(outputs, targets)
+        self._squares = None
+        if not all("variance" in self.state[p] for p in parameters):
+            probes, unit = self._noise.probes(outputs, targets)
+            # In units of the prior: where the outputs' unit is large, so are their variances.
+            self._squares = _mean_squares(self._engine.rows(outputs, probes)) / unit.double() ** 2
         rows = self._engine.rows(outputs, seen.directions)
         self._pending = (seen, rows, parameters)
 
@@ -201,11 +209,17 @@ class KalmanOptimizer(Optimizer):
         if not self._usable(seen, rows):
             self._fail("a NaN or infinity in the outputs, the targets or the Jacobian")
             return result
-        self._start_variances(rows, parameters)
+        started = self._start_variances(rows, parameters)
         used = [i for i, p in enumerate(parameters) if "variance" in self.state[p]]
         moved = [parameters[i] for i in used]
         jacobians = [rows[i] for i in used]
-        if moved and self._update(seen, jacobians, moved, shared):
+        if moved:
+            problem = self._update(seen, jacobians, moved, shared)
+            if problem is not None:
+                for state, key in started:
+                    del state[key]
+                self._fail(problem)
+                return result
             self._failures = 0
         for group in self.param_groups:
             group["step"] += 1
@@ -222,9 +236,10 @@ class KalmanOptimizer(Optimizer):
                     )
         return {name: float(first[name]) for name in _SHARED}
 
-    @staticmethod
-    def _usable(seen: Observation, rows: list[Tensor]) -> bool:
+    def _usable(self, seen: Observation, rows: list[Tensor]) -> bool:
         values = [*rows, seen.score, seen.root]
+        if self._squares is not None:
+            values.append(self._squares)
         flags = torch.stack([torch.isfinite(v).all().to(seen.score.device) for v in values])
         return bool(flags.all())
 
@@ -237,22 +252,29 @@ class KalmanOptimizer(Optimizer):
                 f"for {what}; the parameters are unchanged since"
             )
 
-    def _start_variances(self, rows: list[Tensor], parameters: list[nn.Parameter]) -> None:
+    def _start_variances(
+        self, rows: list[Tensor], parameters: list[nn.Parameter]
+    ) -> list[tuple[dict[str, Any], str]]:
+        """Give a variance to each parameter that can have one now; return what of the state is new."""
+        if self._squares is None:
+            return []
         known = ["variance" in self.state[p] for p in parameters]
-        if all(known):
-            return
-        squares = torch.stack([r.square().sum(1).mean().double() for r in rows]).tolist()
         first = self._first_state()
-        values, scale = initial_variances(
-            parameters, squares, known, self._prior, self._sigma0, first.get("prior_scale")
+        scale = first.get("prior_scale")
+        values, new_scale = initial_variances(
+            parameters, self._squares.tolist(), known, self._prior, self._sigma0, scale
         )
-        if scale is not None:
-            first["prior_scale"] = scale
+        started: list[tuple[dict[str, Any], str]] = []
+        if scale is None and new_scale is not None:
+            first["prior_scale"] = new_scale
+            started.append((first, "prior_scale"))
         for p, row, value in zip(parameters, rows, values, strict=True):
             if value is not None:
-                self.state[p]["variance"] = torch.full(
-                    p.shape, value, dtype=row.dtype, device=p.device
-                )
+                state = self.state[p]
+                state["variance"] = torch.full(p.shape, value, dtype=row.dtype, device=p.device)
+                state["prior"] = value
+                started += [(state, "variance"), (state, "prior")]
+        return started
 
     def _update(
         self,
@@ -260,55 +282,66 @@ class KalmanOptimizer(Optimizer):
         jacobians: list[Tensor],
         parameters: list[nn.Parameter],
         shared: dict[str, float],
-    ) -> bool:
-        variances = [self.state[p]["variance"].view(-1) for p in parameters]
+    ) -> str | None:
+        """Update all parameters and their state, or nothing; return why nothing."""
+        states = [self.state[p] for p in parameters]
+        variances = [s["variance"].view(-1) for s in states]
         means = [self._weights(p).view(-1) for p in parameters]
-        rates = {p: g["lr"] for g in self.param_groups for p in g["params"]}
-        shortened = self._max_kl is not None or any(float(rates[p]) != 1 for p in parameters)
-        before = [m.clone() for m in means] if shortened else []
+        before = [m.clone() for m in means], [v.clone() for v in variances]
         innovation, noise, likelihood = self._noise.arguments(seen, variances, jacobians)
-        if self._noise.covariance is not None:
-            self._first_state()["noise"] = self._noise.covariance
-        prior = [v.clone() for v in variances] if self._correct_coherence else []
         info = kernels.kalman_update_(
             means,
             variances,
             jacobians,
-            innovation,
-            noise,
+            innovation.to(means[0].dtype),
+            noise.to(means[0].dtype),
             form=self._form,
             likelihood=likelihood,
             regularization=self._regularization,
             rho=shared["rho"],
         )
         if int(info) != 0:
-            self._fail(f"info {int(info)} of kalman_update_")
-            return False
+            return f"info {int(info)} of kalman_update_"
+        groups = {p: g["lr"] for g in self.param_groups for p in g["params"]}
+        rates = [float(groups[p]) for p in parameters]
+        trust = self._trust(seen, jacobians, means, before[0], rates)
+        if not bool(torch.isfinite(trust)):
+            for targets, copies in zip((means, variances), before, strict=True):
+                torch._foreach_copy_(targets, copies)
+            return "a step whose effect is beyond the range of its dtype"
+        self._noise.commit()
+        if self._noise.covariance is not None:
+            self._first_state()["noise"] = self._noise.covariance
         if self._correct_coherence:
-            count_more_often(variances, prior, self._coherences(seen, jacobians, parameters))
-        for v in variances:
-            v.div_(shared["forgetting"]).add_(shared["process_noise"])
-        trust = self._trust(seen, jacobians, means, before) if shortened else None
-        for i, p in enumerate(parameters):
-            if trust is not None:
-                factor = float(rates[p]) * trust.to(means[i].dtype)
-                means[i].copy_(torch.lerp(before[i], means[i], factor))
-            if means[i].data_ptr() != p.data_ptr():
-                p.copy_(means[i].view(p.shape))
-        return True
+            count_more_often(variances, before[1], self._coherences(seen, jacobians, parameters))
+        for state, variance in zip(states, variances, strict=True):
+            _predict(variance, state["prior"], shared["forgetting"], shared["process_noise"])
+        for mean, old, p, rate in zip(means, before[0], parameters, rates, strict=True):
+            mean.copy_(torch.lerp(old, mean, rate * trust.to(mean.dtype)))
+            if mean.data_ptr() != p.data_ptr():
+                p.copy_(mean.view(p.shape))
+            else:
+                torch.autograd.graph.increment_version(p)
+        return None
 
     def _trust(
-        self, seen: Observation, jacobians: list[Tensor], means: list[Tensor], before: list[Tensor]
+        self,
+        seen: Observation,
+        jacobians: list[Tensor],
+        means: list[Tensor],
+        before: list[Tensor],
+        rates: list[float],
     ) -> Tensor:
         """The part of the step, 0-d in (0, 1], that is predicted to change the outputs by ``max_kl``."""
-        change = torch.zeros_like(seen.score)
-        for h, new, old in zip(jacobians, means, before, strict=True):
-            change += (h @ (new - old)).to(change.dtype)
         if self._max_kl is None:
-            return torch.ones_like(change[0])
+            return torch.ones_like(seen.score[0])
+        change = torch.zeros_like(seen.score)
+        for h, new, old, rate in zip(jacobians, means, before, rates, strict=True):
+            change += rate * (h @ (new - old)).to(change.dtype)
         divergence = 0.5 * (self._noise.whiten(seen, change)).square().sum()
         smallest = torch.finfo(change.dtype).tiny
-        return (self._max_kl / divergence.clamp(min=smallest)).sqrt().clamp(max=1.0)
+        part = (self._max_kl / divergence.clamp(min=smallest)).sqrt().clamp(max=1.0)
+        return torch.where(torch.isfinite(divergence), part, torch.nan)
 
     def _coherences(
         self, seen: Observation, jacobians: list[Tensor], parameters: list[nn.Parameter]
@@ -334,6 +367,9 @@ class KalmanOptimizer(Optimizer):
         state = self.state[parameter]
         if "weights" not in state:
             state["weights"] = parameter.detach().float().contiguous()
+        # Somebody else may have written the parameter since.
+        same = state["weights"].to(parameter.dtype) == parameter
+        state["weights"] = torch.where(same, state["weights"], parameter.float())
         weights: Tensor = state["weights"]
         return weights
 
@@ -429,3 +465,19 @@ def _checked_classes(where: str, targets: Tensor, classes: int) -> Tensor:
             f"{int(targets.min())} to {int(targets.max())}"
         )
     return targets.long()
+
+
+def _same(a: list[nn.Parameter], b: list[nn.Parameter]) -> bool:
+    return len(a) == len(b) and all(p is q for p, q in zip(a, b, strict=True))
+
+
+def _mean_squares(rows: list[Tensor]) -> Tensor:
+    return torch.stack([r.square().sum(1).mean().double() for r in rows])
+
+
+def _predict(variance: Tensor, prior: float, forgetting: float, process_noise: float) -> None:
+    """The variance before the next observation, in place; what was never learned cannot be forgotten."""
+    if forgetting != 1:
+        variance.copy_(torch.minimum(variance / forgetting, variance.clamp(min=prior)))
+    if process_noise:
+        variance.add_(process_noise).clamp_(max=torch.finfo(variance.dtype).max)

@@ -10,8 +10,8 @@ from torch import Tensor
 from grng.curvature import observation
 from grng.curvature.observation import Observation
 
-# The estimate never falls below this share of its mean, nor below this variance: an observation that is
-# believed to be exact would move the weights without bound.
+# Added to the estimate where it is used: a share of its mean, and a variance. An observation that is believed
+# to be exact would move the weights without bound.
 _RELATIVE_FLOOR, _FLOOR = 1e-2, 1e-6
 
 
@@ -41,8 +41,10 @@ class OutputNoise:
         self.kind = "given" if known else str(noise)
         self._number = float(noise) if known else 1.0
         self._likelihood, self._beta = likelihood, beta
-        # Estimated covariance [c, c]; None before the first observation. The optimizer keeps it in its state.
+        # Estimated covariance [c, c] without its floor; None before the first observation. The optimizer
+        # keeps it in its state. What an observation makes of it counts only once it was used.
         self.covariance: Tensor | None = None
+        self._candidate: Tensor | None = None
         # Outputs observed of each sample; how many samples one observation is the mean of.
         self._outputs: int | None = None
         self._samples = 1
@@ -67,6 +69,7 @@ class OutputNoise:
         For Gaussian noise that is not sampled the score holds the errors, and the root the identity: the
         noise, which may have to be estimated first, comes in :meth:`arguments`.
         """
+        self._candidate = None
         exact = outputs.detach().to(torch.promote_types(outputs.dtype, torch.float32))
         if self.kind == "fisher":
             q = exact.softmax(-1)
@@ -96,6 +99,22 @@ class OutputNoise:
             rows = observation.spread(directions)
             error = error.flatten()
         return Observation(rows, error, torch.eye(len(error)).to(error))
+
+    def probes(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return directions ``[k, N, C]`` of the first sample's outputs, and the unit of the prior (0-d).
+
+        The unit is 1 for logits, relative to the likeliest class, and for numbers their first error.
+        """
+        exact = outputs.detach().to(torch.promote_types(outputs.dtype, torch.float32))
+        n, c = exact.shape
+        one, unit = torch.eye(c).to(exact), torch.ones_like(exact[0, 0])
+        if self._likelihood == "categorical":
+            one = observation.reference_last(exact[:1].softmax(-1))[1][0]
+        else:
+            unit = (targets.to(exact) - exact).square().mean().sqrt()
+        rows = exact.new_zeros(len(one), n, c)
+        rows[:, 0] = one
+        return rows, unit
 
     def _errors(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return directions ``[N, c, C]`` of what is observed of each sample, and its errors ``[N, c]``."""
@@ -138,43 +157,44 @@ class OutputNoise:
         noise = noise / self._samples
         return torch.block_diag(*([noise] * (rows // len(noise))))
 
+    def commit(self) -> None:
+        """Keep the estimate that the last observation led to."""
+        if self._candidate is not None:
+            self.covariance, self._candidate = self._candidate, None
+
     def _matched(self, error: Tensor, gram: Tensor) -> Tensor:
         """The expected covariance of one sample's noise, given this observation and the estimate so far."""
-        if self.covariance is None:
-            outputs = len(error) if self._outputs is None else self._outputs
-            self.covariance = self._floored(
-                torch.eye(outputs).to(error) * error.square().mean() * self._samples
-            )
-        noise = self._of_observation(self.covariance.to(error), len(error))
+        outputs = len(error) if self._outputs is None else self._outputs
+        start = torch.eye(outputs).to(error) * error.square().mean() * self._samples
+        before = start if self.covariance is None else self.covariance.to(error)
+        noise = self._of_observation(_floored(before), len(error))
         lower, failed = torch.linalg.cholesky_ex(gram + noise)
         if int(failed):
-            return self.covariance
+            return before
         residual = noise @ torch.cholesky_solve(error.unsqueeze(-1), lower)
         left = residual @ residual.mT + noise - noise @ torch.cholesky_solve(noise, lower)
-        c = len(self.covariance)
-        blocks = left.view(len(left) // c, c, len(left) // c, c)
+        blocks = left.view(len(left) // outputs, outputs, len(left) // outputs, outputs)
         return blocks.diagonal(dim1=0, dim2=2).mean(-1) * self._samples
 
     def _estimate(self, moment: Tensor) -> None:
         if self.kind != "ema":
             return
         old = self.covariance
-        new = moment if old is None else self._beta * old + (1 - self._beta) * moment
-        # A sample that is not finite is skipped as a whole: it must not enter the estimate either.
-        if bool(torch.isfinite(new).all()):
-            self.covariance = self._floored(new)
-
-    @staticmethod
-    def _floored(noise: Tensor) -> Tensor:
-        floor = _RELATIVE_FLOOR * noise.diagonal().mean() + _FLOOR
-        return noise + floor * torch.eye(len(noise)).to(noise)
+        new = moment if old is None else self._beta * old.to(moment) + (1 - self._beta) * moment
+        self._candidate = (new + new.mT) / 2
 
     def _current(self, error: Tensor) -> Tensor:
         if self.kind == "ema":
-            assert self.covariance is not None, "estimated before it is asked for"
-            return self.covariance.to(error)
+            found = self._candidate if self._candidate is not None else self.covariance
+            assert found is not None, "estimated before it is asked for"
+            return _floored(found.to(error))
         outputs = error.shape[-1] if self._outputs is None else self._outputs
         return torch.eye(outputs).to(error) * self._number
+
+
+def _floored(noise: Tensor) -> Tensor:
+    floor = _RELATIVE_FLOOR * noise.diagonal().mean() + _FLOOR
+    return noise + floor * torch.eye(len(noise)).to(noise)
 
 
 def _second_moment(error: Tensor) -> Tensor:

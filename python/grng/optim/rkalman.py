@@ -31,7 +31,8 @@ class RKalman(KalmanOptimizer):
         model: The model, whose trainable parameters form the state, or parameters as for any torch optimizer.
         lr: Factor of the step; 1 is the Kalman step. Schedulers may change it.
         sigma0: Standard deviation of the prior, in the unit that ``prior`` names.
-        prior: ``"output"``: sigma0 is that of the outputs, predicted by the prior for the first observation;
+        prior: ``"output"``: sigma0 is that of the outputs, predicted by the prior for the first observation
+            (of logits relative to the likeliest class; of numbers in units of their first error);
             ``"fan_in"``: of weights, times ``1/√fan_in``; ``"global"``: of every weight.
         rho: Strength of the gradient regularisation, >= 0.
         regularization: ``"gradient"`` (exact) or ``"noise"`` (the other sign); see ``kalman_update_``.
