@@ -25,10 +25,12 @@ from grng_kernels import (
     kron_factor_conv2d_update_,
     kron_factor_update_,
     precondition,
+    rank1_precondition,
     use_backend,
 )
 from grng_kernels._dispatch import interpreting_triton
 from grng_kernels.kalman_update.reference import kalman_update as kalman_reference
+from grng_kernels.rank_one.reference import rank1_precondition as rank_one_reference
 
 # Below this PyTorch itself may round to nothing, and twice nothing would be asked for.
 FLOOR = 4 * torch.finfo(torch.float32).eps
@@ -282,6 +284,26 @@ def check_precondition(
     return Verdict(name, judge(ours), judge(plain(torch.float32)), problem)
 
 
+def check_rank_one(device: torch.device, sizes: Sequence[int], dtype: torch.dtype) -> Verdict:
+    """Precondition the blocks of one vector by a rank-one matrix; compare with fp64 and a graph."""
+    name = f"rank1_precondition {len(sizes)} blocks {dtype}".replace("torch.", "")
+    scores = [_normal(device, n).to(dtype) for n in sizes]
+    grads = [_normal(device, n).to(dtype) + u for n, u in zip(sizes, scores, strict=True)]
+    ours = rank1_precondition(grads, scores, damping=0.3)
+    exact = rank_one_reference(
+        [g.double() for g in grads], [u.double() for u in scores], damping=0.3
+    )
+    problem = None
+    outs = [torch.zeros_like(out) for out in ours]
+    if _other_bits_in_a_graph(
+        device, outs, lambda: rank1_precondition(grads, scores, damping=0.3, out=outs)
+    ):
+        problem = "a graph gives other bits"
+    judge = relative_error(exact)
+    # Nothing is better than the exact result, rounded once.
+    return Verdict(name, judge(ours), judge([t.to(dtype) for t in exact]), problem)
+
+
 def check_kalman(device: torch.device, outputs: int, d: int, form: str, likelihood: str) -> Verdict:
     """Compare with fp64 and PyTorch on several draws: one alone may flatter either."""
     draws = [_kalman_draw(device, outputs, d, form, likelihood) for _ in range(DRAWS)]
@@ -470,6 +492,12 @@ def _kalman_checks(device: torch.device, outputs: Sequence[int]) -> Iterator[Che
             yield partial(check_kalman, device, count, d, form, likelihood)
 
 
+def _rank_one_checks(device: torch.device, backend: str) -> Iterator[Check]:
+    for dtype in DTYPES if backend == "triton" else DTYPES[-1:]:
+        for sizes in ([1], [8193], [5, 20_000, 17]):
+            yield partial(check_rank_one, device, sizes, dtype)
+
+
 def sweep(
     device: torch.device,
     budget_s: float,
@@ -511,6 +539,7 @@ def sweep(
         ("precondition", first, 0.85, _precondition_checks(device, weights, NARROW[first])),
         ("damped_inverse", first, 0.93, _inverse_checks(device, inverses, METHODS[first])),
         ("damped_inverse", second, 0.95, _inverse_checks(device, inverses[:1], METHODS[second])),
+        ("rank1_precondition", first, 0.96, _rank_one_checks(device, first)),
         ("kalman_update", second, 1.0, _kalman_checks(device, outputs)),
     ):
         status = grng_kernels.backends()[backend]

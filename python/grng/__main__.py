@@ -69,7 +69,7 @@ def _add_compare(commands: argparse._SubParsersAction[_Parser]) -> None:
         type=int,
         metavar="N",
         help="training samples held out: of several specs of an optimizer, the best on them is "
-        "marked and only it is tested (default: the task's)",
+        "marked and only its test accuracy is shown (default: the task's)",
     )
     add(
         "--checkpoints", type=int, metavar="N", help="evaluations (default: epochs; in a stream 10)"

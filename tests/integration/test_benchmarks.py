@@ -479,7 +479,7 @@ def test_correctness_sweep_passes_on_the_kernels_of_this_cpu():
         inverses=[(1, 16, 17, 40), (65, 130)],
         outputs=[1, 9],
     )
-    assert len(verdicts) == 2 * 3 + 6 + 3 + 6 + 12 + 6 + 3 * 3 + 3 * 6 + 2 * 3
+    assert len(verdicts) == 2 * 3 + 6 + 3 + 6 + 12 + 6 + 3 * 3 + 3 * 6 + 2 * 3 + 3
     assert [v for v in verdicts if not v.passed] == []
 
 
@@ -532,7 +532,7 @@ def test_correctness_sweep_runs_in_the_interpreter():
         "g.DTYPES, g.CONVOLUTIONS = g.DTYPES[::2], g.CONVOLUTIONS[:2]\n"
         "v, out = g.sweep(torch.device('cpu'), math.inf, together=[(3, 0), (5, 9)], "
         "images=[(1, 1, 4, 4), (1, 2, 3, 3)], weights=[(3, 5), (5, 3)], inverses=[], outputs=[])\n"
-        "assert len(v) == 4 + 6 + 4, (len(v), out)\n"
+        "assert len(v) == 4 + 6 + 4 + 6, (len(v), out)\n"
         "assert all(x.passed for x in v), [x for x in v if not x.passed]"
     )
     done = subprocess.run(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs tests/interpreter in a process with TRITON_INTERPRET=1 and reports its failures one by one."""
+"""Runs each file of tests/interpreter in a process with TRITON_INTERPRET=1 and reports its failures."""
 
 import importlib.util
 import os
@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent.parent
+# A file each: the workers of a parallel run share them.
+FILES = sorted((TESTS / "interpreter").glob("test_*.py"))
 
 
 def problem():
@@ -27,14 +29,19 @@ def problem():
     return None
 
 
+def test_the_files_are_found():
+    assert len(FILES) >= 7
+
+
 @pytest.mark.skipif(problem() is not None, reason=str(problem()))
-def test_triton_kernels_in_the_interpreter(tmp_path):
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem.removeprefix("test_"))
+def test_triton_kernels_in_the_interpreter(file, tmp_path):
     report = tmp_path / "report.xml"
     environment = {
         k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "GRNG_BACKEND"))
     }
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:xdist", f"--junitxml={report}", "interpreter"],
+        [sys.executable, "-m", "pytest", "-p", "no:xdist", f"--junitxml={report}", str(file)],
         cwd=TESTS,
         env=environment | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
@@ -55,5 +62,5 @@ def test_triton_kernels_in_the_interpreter(tmp_path):
             f"{len(failed)} of {len(cases)} failed\n\n" + "\n\n".join(failed), pytrace=False
         )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(cases) > 100, "the tests were not collected"
+    assert len(cases) > 5, "the tests were not collected"
     assert not any(entry.tag == "skipped" for case in cases for entry in case)

@@ -193,7 +193,7 @@ def _explain_columns(result: ComparisonResult) -> str:
     if validation:
         parts.append(
             f"val: {validation:,} held-out training samples; of several settings the best on them "
-            "is marked, and only it is tested"
+            "is marked, and only its test accuracy is shown"
         )
     return "; ".join(parts)
 
