@@ -493,7 +493,9 @@ def _kalman_checks(device: torch.device, outputs: Sequence[int]) -> Iterator[Che
 
 
 def _rank_one_checks(device: torch.device, backend: str) -> Iterator[Check]:
-    for dtype in DTYPES if backend == "triton" else DTYPES[-1:]:
+    # The C++ kernel has no 16-bit types, and the interpreter cuts bf16 off where a GPU rounds it.
+    narrow = backend == "triton" and not interpreting_triton()
+    for dtype in DTYPES if narrow else DTYPES[-1:]:
         for sizes in ([1], [8193], [5, 20_000, 17]):
             yield partial(check_rank_one, device, sizes, dtype)
 

@@ -30,6 +30,8 @@ def test_equals_the_formula(dtype, sizes):
         assert result.dtype == dtype
         if dtype == torch.float64:
             torch.testing.assert_close(result, wanted, rtol=1e-13, atol=1e-13)
+        elif dtype == torch.bfloat16:  # the interpreter cuts off where a GPU rounds: one unit
+            torch.testing.assert_close(result.double(), wanted, rtol=2**-7, atol=1e-30)
         else:  # rounded once, like the exact result
             assert_within_budget(result, wanted, wanted.to(dtype))
 
