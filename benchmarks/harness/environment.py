@@ -31,14 +31,17 @@ def _output(*command: str) -> str | None:
 
 
 def git_state() -> dict[str, Any] | None:
-    """Return commit and dirtiness of the checkout, or None outside of one."""
+    """Return commit and dirtiness of the checkout, or None outside of one.
+
+    Files of results are not counted: a run rewrites them, and the next one would call itself dirty.
+    """
     commit = _output("git", "-C", str(ROOT), "rev-parse", "--verify", "-q", "HEAD")
     if not commit:
         return None
-    return {
-        "commit": commit,
-        "dirty": bool(_output("git", "-C", str(ROOT), "status", "--porcelain")),
-    }
+    changed = _output(
+        "git", "-C", str(ROOT), "status", "--porcelain", "--", ".", ":!benchmarks/results"
+    )
+    return {"commit": commit, "dirty": bool(changed)}
 
 
 def _version(distribution: str) -> str | None:

@@ -59,7 +59,9 @@ def git_state() -> dict[str, Any] | None:
     if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:
         return None
     commit = _git("rev-parse", "HEAD")
-    return None if commit is None else {"commit": commit, "is_dirty": bool(_git("status", "-s"))}
+    # Results are written by runs: their files do not make the code that wrote them another.
+    changed = _git("status", "-s", "--", ":/", ":(top,exclude)benchmarks/results")
+    return None if commit is None else {"commit": commit, "is_dirty": bool(changed)}
 
 
 def processor() -> str:
