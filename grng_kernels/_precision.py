@@ -15,6 +15,11 @@ def _reduced(device_type: str) -> bool:
     return precision not in ("none", "ieee")
 
 
+def is_plain(device_type: str) -> bool:
+    """Return whether torch's own products are what ``matmul`` computes: no autocast, no reduced precision."""
+    return not (torch.is_autocast_enabled(device_type) or _reduced(device_type))
+
+
 def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """Return ``a @ b`` in the dtype of ``a``, never through TF32, bf16 or fp16.
 

@@ -188,6 +188,23 @@ class Prefetch {
   int64_t gap_ = 0, row_ = 0;
 };
 
+// Writes the mirror image of 4 x 4 elements: element by element, it takes longer than the products
+// of a short batch.
+template <class T>
+GRNG_INLINE void transpose4(T* out, int64_t out_stride, const T* in, int64_t in_stride) {
+  typedef T Row __attribute__((vector_size(4 * sizeof(T))));
+  typedef std::conditional_t<sizeof(T) == 4, int32_t, int64_t> Index;
+  typedef Index Order __attribute__((vector_size(4 * sizeof(T))));
+  Row r[4];
+  for (int i = 0; i < 4; ++i) std::memcpy(&r[i], in + i * in_stride, sizeof(Row));
+  const Order low = {0, 4, 1, 5}, high = {2, 6, 3, 7}, first = {0, 1, 4, 5}, second = {2, 3, 6, 7};
+  const Row a = __builtin_shuffle(r[0], r[1], low), b = __builtin_shuffle(r[0], r[1], high);
+  const Row c = __builtin_shuffle(r[2], r[3], low), d = __builtin_shuffle(r[2], r[3], high);
+  const Row columns[4] = {__builtin_shuffle(a, c, first), __builtin_shuffle(a, c, second),
+                          __builtin_shuffle(b, d, first), __builtin_shuffle(b, d, second)};
+  for (int j = 0; j < 4; ++j) std::memcpy(out + j * out_stride, &columns[j], sizeof(Row));
+}
+
 // Tile <- decay * tile + scale * sum, in both triangles; `sum` is used up. The products were summed
 // apart from the factor and meet it once: adding each block to a large factor would round as often
 // as there are blocks.
@@ -211,10 +228,20 @@ GRNG_INLINE void commit_tile(const FactorUpdate& item, T* sum, TileIndex tile) {
     }
     std::memcpy(out, in, width * sizeof(T));
   }
-  for (int64_t j = 0; j < std::min(kWidth, n - col0); ++j) {
-    T* out = factor + (col0 + j) * n + row0;
-    for (int64_t i = tile.row == tile.col ? j + 1 : 0; i < height; ++i)
-      out[i] = sum[i * kWidth + j];
+  const int64_t width = std::min(kWidth, n - col0);
+  for (int64_t j = 0; j < width; j += 4) {
+    int64_t i = tile.row == tile.col ? j : 0;
+    const auto mirror_one_by_one = [&](int64_t end) {
+      for (; i < end; ++i)
+        for (int64_t k = j; k < std::min(j + 4, width); ++k)
+          if (tile.row != tile.col || k < i)
+            factor[(col0 + k) * n + row0 + i] = sum[i * kWidth + k];
+    };
+    if (tile.row == tile.col) mirror_one_by_one(std::min(j + 4, height));
+    if (j + 4 <= width)
+      for (; i + 4 <= height; i += 4)
+        transpose4(factor + (col0 + j) * n + row0 + i, n, sum + i * kWidth + j, kWidth);
+    mirror_one_by_one(height);
   }
 }
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``kron_factor_update_``: the public function, its checks, and the choice of a backend."""
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -127,7 +128,7 @@ def _usual_call(
         return None
     if not (scale is None or (type(scale) is float and abs(scale) <= _LARGEST_FP32)):
         return None
-    if not all(_is_usual(f, item, bias) for f, item in zip(factors, xs, strict=True)):
+    if not all(map(_is_usual, factors, xs, itertools.repeat(bias))):
         return None
     if not _dispatch.serves_cpu():
         return None

@@ -7,7 +7,7 @@ from typing import Any, Literal, cast, overload
 import torch
 from torch import Tensor
 
-from grng_kernels import _checks, _dispatch
+from grng_kernels import _checks, _dispatch, _precision
 from grng_kernels._register import operator
 from grng_kernels.precondition import reference
 
@@ -204,12 +204,13 @@ def _run_usual(
         if dot:
             dots[narrow] = values
     done = set(narrow)
+    plain = _precision.is_plain("cpu")
     for i in range(len(outs)):
         if i in done:
             continue
         # The memory of a result is asked for when it is needed, as in a plain product: large blocks that
         # are asked for at once are taken from the system and given back in every call.
-        outs[i] = reference.precondition(grads[i], lefts[i], rights[i], biases[i])
+        outs[i] = reference.precondition(grads[i], lefts[i], rights[i], biases[i], plain=plain)
         if dot:
             dots[i] = reference.inner_product(outs[i], grads[i], biases[i])
     return outs, dots

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two-sided product in plain PyTorch."""
 
+import torch
 from torch import Tensor
 
-from grng_kernels._precision import matmul
+from grng_kernels import _precision
 
 
 def left_first(m: int, n: int) -> bool:
@@ -16,13 +17,21 @@ def left_first(m: int, n: int) -> bool:
 
 
 def precondition_into(
-    out: Tensor, grad: Tensor, left: Tensor, right: Tensor, bias: Tensor | None = None
+    out: Tensor,
+    grad: Tensor,
+    left: Tensor,
+    right: Tensor,
+    bias: Tensor | None = None,
+    *,
+    plain: bool = False,
 ) -> None:
     """Write ``left · gradient · right`` to ``out``, in its dtype, the widest among the arguments.
 
     ``grad`` is ``[m, n]``; ``bias [m]`` is one more column of the gradient, at its end, and is not
-    concatenated: its part of the product with ``right [n+1, n+1]`` is a rank-1 update.
+    concatenated: its part of the product with ``right [n+1, n+1]`` is a rank-1 update. ``plain`` promises
+    ``is_plain``: asking before every product takes as long as a small one.
     """
+    matmul = torch.matmul if plain else _precision.matmul
     grad, left, right = (t.to(out.dtype) for t in (grad, left, right))
     m, n = out.shape
     if bias is None:
@@ -40,12 +49,20 @@ def precondition_into(
         matmul(left, product, out=out)
 
 
-def precondition(grad: Tensor, left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+def precondition(
+    grad: Tensor,
+    left: Tensor,
+    right: Tensor,
+    bias: Tensor | None = None,
+    *,
+    plain: bool = False,
+) -> Tensor:
     """Return ``left · gradient · right`` of tensors of one dtype in new memory, as above."""
     if bias is not None:
         out = grad.new_empty(len(left), len(right))
-        precondition_into(out, grad, left, right, bias)
+        precondition_into(out, grad, left, right, bias, plain=plain)
         return out
+    matmul = torch.matmul if plain else _precision.matmul
     if left_first(*grad.shape):
         return matmul(matmul(left, grad), right)
     return matmul(left, matmul(grad, right))
