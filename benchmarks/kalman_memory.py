@@ -11,10 +11,12 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from bench_kalman_update import NOISE, _lean_half, _ours
+from harness.environment import describe
 
 OUTPUTS = 2
 PARAMETERS = (1_000_000, 5_000_000, 10_000_000, 50_000_000)
@@ -26,6 +28,14 @@ def _status(field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
 
 
+def peak_of(call: Callable[[], object]) -> int:
+    """Return the bytes that the process needed during a call beyond what it had before."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak counts from here
+    before = _status("VmRSS")
+    call()
+    return max(0, _status("VmHWM") - before)
+
+
 def _measure(name: str, d: int) -> int:
     """Return the bytes of one call. The Jacobian is bf16, the state fp32."""
     update = UPDATES[name]
@@ -34,10 +44,7 @@ def _measure(name: str, d: int) -> int:
     update(torch.zeros(64), torch.ones(64), torch.ones(OUTPUTS, 64, dtype=torch.bfloat16), *small)
     jacobian = torch.full((OUTPUTS, d), 2.0**-10, dtype=torch.bfloat16)
     mean, variance = torch.zeros(d), torch.ones(d)
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak counts from here
-    before = _status("VmRSS")
-    update(mean, variance, jacobian, *small)
-    return max(0, _status("VmHWM") - before)
+    return peak_of(lambda: update(mean, variance, jacobian, *small))
 
 
 def main() -> int:
@@ -49,6 +56,7 @@ def main() -> int:
     if options.one:
         print(_measure(options.one[0], int(options.one[1])))
         return 0
+    environment = describe(torch.device("cpu"))
     rows = []
     print(f"C={OUTPUTS}, H bf16; MB beyond the arguments")
     print(f"{'parameters':>12} {'arguments':>10} " + " ".join(f"{n:>8}" for n in UPDATES))
@@ -62,7 +70,7 @@ def main() -> int:
         figures = " ".join(f"{row[f'{n}_mb']:8.1f}" for n in UPDATES)
         print(f"{d:12,} {row['arguments_mb']:10.0f} {figures}", flush=True)
     if options.out:
-        text = json.dumps({"jacobian": "bfloat16", "rows": rows}, indent=2) + "\n"
+        text = json.dumps({"environment": environment, "jacobian": "bfloat16", "rows": rows}, indent=2) + "\n"
         (options.out / "kalman_memory.json").write_text(text, encoding="utf-8")
     return 0
 
