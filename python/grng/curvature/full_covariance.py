@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Kalman update with a full covariance of the weights, for few of them.
+
+What the diagonal forms approximate: ``P Hᵀ`` moves weights together, so nothing has to be said about their
+coherence. It costs ``C·d²`` FLOPs and ``8·d²`` bytes, and is plain PyTorch.
+"""
+
+import torch
+from torch import Tensor
+
+from grng_kernels import Info
+from grng_kernels.kalman_update.regularization import regularised_root
+
+# 134 MB of covariance; beyond, the square is what a step spends its time and memory on.
+MAX_PARAMETERS = 4096
+
+
+def full_kalman_update_(
+    mean: Tensor,
+    covariance: Tensor,
+    jacobian: Tensor,
+    innovation: Tensor,
+    noise: Tensor,
+    *,
+    likelihood: str,
+    rho: float = 0.0,
+    regularization: str = "gradient",
+) -> Tensor:
+    """Extended Kalman filter update of all weights together, in place.
+
+    ``mean <- mean + P Hᵀ (H P Hᵀ + R)⁻¹ e`` and ``P⁻¹ <- P⁻¹ + Hᵀ R⁻¹ H``, in fp64 and Joseph's form. The
+    diagonal of the result for a diagonal ``P`` is the result of ``grng_kernels.kalman_update_`` in its form
+    ``"fdekf"``.
+
+    Args:
+        mean: ``[d]``, fp32 or fp64. Mutated.
+        covariance: ``P``, symmetric, ``[d, d]``, fp64. Mutated; stays exactly symmetric.
+        jacobian: ``H``, ``[C, d]``, of the dtype of ``mean``.
+        innovation: ``[C]``.
+        noise: As ``kalman_update_`` takes it, as a matrix.
+        likelihood: ``"gaussian"`` or ``"fisher"``.
+        rho: Strength of the gradient regularisation.
+        regularization: See ``kalman_update_``.
+
+    Returns:
+        ``Info``, int32, 0-d; where it is not 0, nothing was changed.
+    """
+    h = jacobian.double()
+    root, score, status = _information(innovation.double(), noise.double(), likelihood)
+    if rho > 0:
+        root, score, failed = regularised_root(root, score, h @ h.mT, rho, regularization)
+        status = status | failed
+    weighted = h @ covariance
+    gram = weighted @ h.mT
+    eye = torch.eye(root.shape[1], dtype=torch.float64, device=h.device)
+    lower, failed = torch.linalg.cholesky_ex(eye + root.mT @ gram @ root)
+    inner = torch.cholesky_solve((root.mT @ (gram @ score)).unsqueeze(-1), lower)
+    step = weighted.mT @ (score - (root @ inner).squeeze(-1))
+    # Joseph's form: a sum of two positive parts, where P minus what was learned would lose its sign to
+    # rounding.
+    observed = root.mT @ h
+    gain = torch.cholesky_solve(root.mT @ weighted, lower).mT
+    kept = covariance - gain @ (observed @ covariance)
+    kept = kept - (kept @ observed.mT) @ gain.mT + gain @ gain.mT
+    new_mean = mean + step.to(mean.dtype)
+    if not all(bool(torch.isfinite(t).all()) for t in (mean, h, innovation, noise, covariance)):
+        return _info(Info.NONFINITE_INPUT, mean)
+    if int(status | failed) != 0:
+        return _info(Info.NOT_CONVERGED, mean)
+    if not all(bool(torch.isfinite(t).all()) for t in (new_mean, kept)):
+        return _info(Info.OVERFLOW, mean)
+    mean.copy_(new_mean)
+    torch.add(kept, kept.mT, out=covariance).mul_(0.5)
+    return _info(Info.OK, mean)
+
+
+def _information(
+    innovation: Tensor, noise: Tensor, likelihood: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return root and score of the Fisher information, and the status of the factorisation it took."""
+    if likelihood == "fisher":
+        return noise, innovation, torch.zeros((), dtype=torch.int32, device=noise.device)
+    lower, status = torch.linalg.cholesky_ex(noise)
+    eye = torch.eye(len(noise), dtype=noise.dtype, device=noise.device)
+    root = torch.linalg.solve_triangular(lower.mT, eye, upper=True)
+    return root, root @ (root.mT @ innovation), status
+
+
+def _info(code: Info, like: Tensor) -> Tensor:
+    return torch.tensor(int(code), dtype=torch.int32, device=like.device)
