@@ -171,6 +171,12 @@ GRNG_INLINE void add_wide(double* sums, const float* weight, float* left, const 
 struct Extremes {
   double mean = 0, variance = 0;
   bool negative = false;
+
+  void include(const Extremes& other) {
+    mean = larger(mean, other.mean);
+    variance = larger(variance, other.variance);
+    negative |= other.negative;
+  }
 };
 
 template <class Isa>

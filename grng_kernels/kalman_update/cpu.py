@@ -35,8 +35,12 @@ def call(
     process_noise: float,
     rho: float,
     regularization: str,
+    inputs: Sequence[Tensor] = (),
+    factored: Sequence[int] = (),
 ) -> Tensor:
     """Update in place and return info; all arguments as in :func:`~grng_kernels.kalman_update_`.
+
+    ``jacobians`` has the outputs' side of a factored block; ``inputs`` those of the blocks ``factored``.
 
     Raises:
         RuntimeError: A shape, dtype or layout that the kernel does not serve, tensors that overlap (both
@@ -58,5 +62,7 @@ def call(
         process_noise,
         rho,
         regularization == "noise",
+        inputs,
+        factored,
     )
     return info
