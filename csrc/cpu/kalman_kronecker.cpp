@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <limits>
 
 #include "kalman_rows.h"
 #include "simd.h"
@@ -27,6 +28,13 @@ int64_t padded(int64_t n) {
 template <class Isa>
 GRNG_INLINE bool all_finite(const float* values, int64_t n) {
   return std::isfinite(largest_magnitude<Isa>(values, padded(n)));
+}
+
+// Of variances within fp32 a mean is, too; rounding must not make it infinite. `sum` has weights
+// that add up to a half, so that no sum on the way leaves the range.
+float mean_of(double sum) {
+  constexpr double kMax = std::numeric_limits<float>::max();
+  return static_cast<float>(std::isfinite(sum) ? std::min(2 * sum, kMax) : sum);
 }
 
 // sums[r] = row r of the variances times the squares, and what there is to know of the state.
@@ -154,10 +162,13 @@ GRNG_INLINE void KroneckerBlocks::fill(Block& b, const KalmanPiece& given) {
   double square = 0;
   for (int64_t k = 0; k < padded(b.cols); ++k) {
     b.x[k] = static_cast<float>(static_cast<double>(b.x[k]) * unit);
-    b.squares[k] = b.x[k] * b.x[k];
     square += static_cast<double>(b.x[k]) * static_cast<double>(b.x[k]);
   }
   b.norm = std::sqrt(square);
+  const double half = square > 0 ? 0.5 / square : 0;
+  for (int64_t k = 0; k < padded(b.cols); ++k)
+    b.squares[k] =
+        static_cast<float>(static_cast<double>(b.x[k]) * static_cast<double>(b.x[k]) * half);
   const double length = std::ldexp(b.norm, exponent);
   for (int64_t c = 0; c < outputs_; ++c) {
     float* const row = b.g + c * padded(b.rows);
@@ -175,7 +186,6 @@ Extremes KroneckerBlocks::weigh(const Threads& threads) {
       using Isa = decltype(isa);
       for (int64_t s = begin; s < end; ++s) {
         const Block& b = *slices_[s].block;
-        const double scale = b.norm > 0 ? 1 / (b.norm * b.norm) : 0;
         for (int64_t i = slices_[s].begin, n; i < slices_[s].end; i += n) {
           double sums[kRowsAtOnce] = {};
           const float *mean = b.mean + i * b.cols, *variance = b.variance + i * b.cols;
@@ -185,7 +195,7 @@ Extremes KroneckerBlocks::weigh(const Threads& threads) {
           } else {
             weigh_rows<Isa, 1>(sums, found[s], mean, variance, b.squares, b.cols);
           }
-          for (int64_t r = 0; r < n; ++r) b.y[i + r] = static_cast<float>(sums[r] * scale);
+          for (int64_t r = 0; r < n; ++r) b.y[i + r] = mean_of(sums[r]);
         }
       }
     });
@@ -214,7 +224,7 @@ GRNG_INLINE void KroneckerBlocks::prepare_rows(const Slice& strip, float* room,
   const double scale = b.norm > 0 ? 1 / b.norm : 0;
   for (int64_t l = 0; l < n; ++l) {
     b.pull[strip.begin + l] = static_cast<float>(pull[l] * scale);
-    b.weight[strip.begin + l] = static_cast<float>(static_cast<double>(t[l]) * scale * scale);
+    b.weight[strip.begin + l] = 2 * t[l];
   }
 }
 

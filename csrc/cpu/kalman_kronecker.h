@@ -41,11 +41,14 @@ class KroneckerBlocks {
   struct Block {
     float *mean, *variance;
     int64_t rows, cols;
-    // x and x^2, scaled by a power of two to a maximum in [0.5, 1) and padded to whole vectors.
+    // Padded to whole vectors: x, scaled by a power of two to a maximum in [0.5, 1), and x^2,
+    // scaled to the sum 0.5.
     float *x, *squares;
-    double norm;           // |x| of that
-    float *g, *y, *zeros;  // of the term: [outputs, rows], [rows], [rows]
-    float *pull, *weight;  // of the second pass: g_i^T u and |W g_i|^2, in units of the scaled x
+    double norm;  // of the scaled x
+    // Of the term: [outputs, rows], [rows], [rows].
+    float *g, *y, *zeros;
+    // Of the second pass: g_i^T u and |W g_i|^2, in units of x and of the squares.
+    float *pull, *weight;
   };
   // Rows [begin, end) of a block.
   struct Slice {

@@ -52,7 +52,7 @@ def call(
         means,
         variances,
         info,
-        jacobians,
+        [*jacobians, *inputs],
         innovation,
         given,
         scale,
@@ -62,7 +62,6 @@ def call(
         process_noise,
         rho,
         regularization == "noise",
-        inputs,
         factored,
     )
     return info

@@ -204,8 +204,9 @@ def private_samples():
     )
     yield "_kalman_gram_", (gram, [torch.rand(9)], [torch.randn(2, 9)])
     yield "_kalman_update_", (
-        [torch.randn(6)], [torch.rand(6)], torch.zeros((), dtype=torch.int32), [torch.randn(2, 3)],
-        torch.randn(2), [torch.eye(2)], 0.0, 0, False, 1.0, 0.0, 0.0, False, [torch.randn(2)], [0],
+        [torch.randn(6)], [torch.rand(6)], torch.zeros((), dtype=torch.int32),
+        [torch.randn(2, 3), torch.randn(2)], torch.randn(2), [torch.eye(2)],
+        0.0, 0, False, 1.0, 0.0, 0.0, False, [0],
     )  # fmt: skip
     yield "_kalman_update_", (
         [torch.randn(9)], [torch.rand(9)], torch.zeros((), dtype=torch.int32), [torch.randn(2, 9)],
