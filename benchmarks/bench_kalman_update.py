@@ -278,9 +278,7 @@ def _case_factored(plan: Plan, outputs: int, weights: Sequence[tuple[int, int]])
     ]
     if plan.compile:
         call = compiled(_lean_factored)
-        contenders.append(
-            _contender("lean compiled", "inductor", "rival", call, factors, small)
-        )
+        contenders.append(_contender("lean compiled", "inductor", "rival", call, factors, small))
     return Case(
         op="kalman_update",
         shape=f"C={outputs} mlp, factored",

@@ -37,28 +37,43 @@ float mean_of(double sum) {
   return static_cast<float>(std::isfinite(sum) ? std::min(2 * sum, kMax) : sum);
 }
 
+// The extremes of the state, lane by lane.
+template <class Isa>
+struct Seen {
+  using S = Simd<Isa, float>;
+  typename S::Magnitudes means = {}, variances = {}, negative = {};
+
+  GRNG_INLINE void look(typename S::Vec mean, typename S::Vec variance) {
+    means = S::larger(means, mean);
+    variances = S::larger(variances, variance);
+    negative |= variance < typename S::Vec{};
+  }
+  GRNG_INLINE Extremes extremes() const {
+    Extremes found{S::largest(means), S::largest(variances), false};
+    for (int l = 0; l < S::kLanes; ++l) found.negative |= negative[l] != 0;
+    return found;
+  }
+};
+
 // sums[r] = row r of the variances times the squares, and what there is to know of the state.
 template <class Isa, int kRows>
-GRNG_INLINE void weigh_rows(double* sums, Extremes& found, const float* mean, const float* variance,
+GRNG_INLINE void weigh_rows(double* sums, Seen<Isa>& seen, const float* mean, const float* variance,
                             const float* squares, int64_t cols) {
   using S = Simd<Isa, float>;
   using Vec = typename S::Vec;
-  typename S::Magnitudes means = {}, variances = {}, negative = {};
-  const auto look = [&](Vec& acc, const float* m, const float* v, Vec x) GRNG_INLINE_LAMBDA {
-    const Vec p = S::load(v);
-    acc += p * x;
-    means = S::larger(means, S::load(m));
-    variances = S::larger(variances, p);
-    negative |= p < Vec{};
-  };
   const int64_t whole = cols - cols % S::kLanes;
   for (int64_t k = 0; k < cols;) {
     Vec acc[4] = {};
+    Seen<Isa> now = seen;
     const int64_t end = std::min(whole, k + kLaneSum * S::kLanes);
     for (; k < end; k += S::kLanes) {
       const Vec x = S::load_once(squares + k);
 #pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) look(acc[r], mean + r * cols + k, variance + r * cols + k, x);
+      for (int r = 0; r < kRows; ++r) {
+        const Vec p = S::load_once(variance + r * cols + k);
+        acc[r] += p * x;
+        now.look(S::load(mean + r * cols + k), p);
+      }
     }
     if (k == whole && k < cols) {
       const Vec x = S::load(squares + k);
@@ -67,17 +82,16 @@ GRNG_INLINE void weigh_rows(double* sums, Extremes& found, const float* mean, co
         alignas(64) float m[S::kLanes], v[S::kLanes];
         copy_padded(m, mean + r * cols + k, cols - k, S::kLanes);
         copy_padded(v, variance + r * cols + k, cols - k, S::kLanes);
-        look(acc[r], m, v, x);
+        acc[r] += S::load(v) * x;
+        now.look(S::load(m), S::load(v));
       }
       k = cols;
     }
+    seen = now;
     float four[4];
     S::sum4(four, acc);
     for (int r = 0; r < kRows; ++r) sums[r] += static_cast<double>(four[r]);
   }
-  found.mean = larger(found.mean, S::largest(means));
-  found.variance = larger(found.variance, S::largest(variances));
-  for (int l = 0; l < S::kLanes; ++l) found.negative |= negative[l] != 0;
 }
 
 template <class Isa>
@@ -186,17 +200,19 @@ Extremes KroneckerBlocks::weigh(const Threads& threads) {
       using Isa = decltype(isa);
       for (int64_t s = begin; s < end; ++s) {
         const Block& b = *slices_[s].block;
+        Seen<Isa> seen;
         for (int64_t i = slices_[s].begin, n; i < slices_[s].end; i += n) {
           double sums[kRowsAtOnce] = {};
           const float *mean = b.mean + i * b.cols, *variance = b.variance + i * b.cols;
           n = slices_[s].end - i >= kRowsAtOnce ? kRowsAtOnce : 1;
           if (n > 1) {
-            weigh_rows<Isa, kRowsAtOnce>(sums, found[s], mean, variance, b.squares, b.cols);
+            weigh_rows<Isa, kRowsAtOnce>(sums, seen, mean, variance, b.squares, b.cols);
           } else {
-            weigh_rows<Isa, 1>(sums, found[s], mean, variance, b.squares, b.cols);
+            weigh_rows<Isa, 1>(sums, seen, mean, variance, b.squares, b.cols);
           }
           for (int64_t r = 0; r < n; ++r) b.y[i + r] = mean_of(sums[r]);
         }
+        found[s] = seen.extremes();
       }
     });
   });

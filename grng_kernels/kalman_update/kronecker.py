@@ -73,7 +73,12 @@ def expand(
 
 
 def check_block(
-    op: str, name: str, outputs: Tensor, inputs: Tensor, size: tuple[int, int], dtypes: list[torch.dtype]
+    op: str,
+    name: str,
+    outputs: Tensor,
+    inputs: Tensor,
+    size: tuple[int, int],
+    dtypes: list[torch.dtype],
 ) -> None:
     """Check a factored block for ``size = (C, d)``.
 

@@ -183,9 +183,7 @@ def _usual_call(
         RuntimeError: The operator failed for another reason, such as memory.
     """
     if isinstance(mean, Tensor):
-        if not (
-            isinstance(variance, Tensor) and isinstance(jacobian, (Tensor, KroneckerJacobian))
-        ):
+        if not (isinstance(variance, Tensor) and isinstance(jacobian, (Tensor, KroneckerJacobian))):
             return None
         means, variances, jacobians = [mean], [variance], [jacobian]
     else:
@@ -351,11 +349,7 @@ def _kalman_update_op(
         mean_max=largest_magnitude(means),
         variance_max=largest_magnitude(variances),
     )
-    if (
-        backend == "cpu"
-        and info == int(Info.OVERFLOW)
-        and not reference.all_finite(given)
-    ):
+    if backend == "cpu" and info == int(Info.OVERFLOW) and not reference.all_finite(given):
         info.fill_(int(Info.NONFINITE_INPUT))
     if whitener.shape[0] < outputs:
         whitener = torch.nn.functional.pad(whitener, (0, 0, 0, outputs - whitener.shape[0]))

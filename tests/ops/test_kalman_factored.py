@@ -69,7 +69,9 @@ class State:
     def update(self, jacobians=None, dtype=None, **options):
         """The blocks of mean and variance afterwards, and info; the state itself stays."""
         dtype = dtype or self.means[0].dtype
-        means, variances = ([t.to(dtype, copy=True) for t in s] for s in (self.means, self.variances))
+        means, variances = (
+            [t.to(dtype, copy=True) for t in s] for s in (self.means, self.variances)
+        )
         info = kalman_update_(
             means, variances, self.jacobians if jacobians is None else jacobians,
             *(t.to(dtype) for t in self.small), likelihood=self.likelihood, **options,
@@ -140,7 +142,9 @@ def test_expanded(dtype):
     h = state.jacobians[0].expanded()
     assert h.dtype == dtype
     assert torch.equal(h, state.written_out()[0])
-    want = torch.stack([torch.kron(g, state.jacobians[0].inputs) for g in state.jacobians[0].outputs])
+    want = torch.stack(
+        [torch.kron(g, state.jacobians[0].inputs) for g in state.jacobians[0].outputs]
+    )
     assert torch.equal(h, want)
 
 
@@ -239,7 +243,9 @@ def test_a_power_of_two_may_sit_in_either_factor(backend, form, power):
 
 
 @forms
-@pytest.mark.parametrize(("g", "x", "p"), [(1e15, 1e-30, 1e-3), (1e-12, 1e25, 1e-20), (1.0, 1e17, 1e-32)])
+@pytest.mark.parametrize(
+    ("g", "x", "p"), [(1e15, 1e-30, 1e-3), (1e-12, 1e25, 1e-20), (1.0, 1e17, 1e-32)]
+)
 def test_far_scales(backend, form, g, x, p):
     state = State(4, [(11, 40)], device=backend.device)
     state.jacobians[0] = KroneckerJacobian(state.jacobians[0][0] * g, state.jacobians[0][1] * x)
@@ -294,7 +300,9 @@ def assert_flagged(state, *codes, **options):
 @pytest.mark.parametrize("where", [0, -1], ids=["first", "last"])
 def test_nonfinite_input_changes_nothing(backend, form, likelihood, name, value, where):
     state = State(5, [9, (7, 45), 7], likelihood, backend.device)
-    targets = {"mean": state.means[1], "variance": state.variances[1]} | state.jacobians[1]._asdict()
+    targets = {"mean": state.means[1], "variance": state.variances[1]} | state.jacobians[
+        1
+    ]._asdict()
     targets[name].view(-1)[where] = value
     codes = [Info.NONFINITE_INPUT] + [Info.OVERFLOW] * (backend.device == "cuda")
     assert_flagged(state, *codes, form=form)
@@ -363,7 +371,9 @@ def test_usual_call_is_the_general_one(monkeypatch):
     monkeypatch.setattr(op, "_usual_call", lambda *args, **options: None)
     other = state.update(rho=0.1)
     assert len(calls) == 1
-    assert all(torch.equal(a, b) for a, b in zip(usual[0] + usual[1], other[0] + other[1], strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(usual[0] + usual[1], other[0] + other[1], strict=True)
+    )
 
 
 @needs_cpp
@@ -437,14 +447,18 @@ def test_error_says_what_is_wrong(case):
     exception, text, g, x = ERRORS[case]
     jacobian = KroneckerJacobian(g, x)
     mean = M.clone()
-    assert_raises(exception, f"kalman_update_: {text}", kalman_update_, mean, P.clone(), jacobian, E, R)
+    assert_raises(
+        exception, f"kalman_update_: {text}", kalman_update_, mean, P.clone(), jacobian, E, R
+    )
     assert torch.equal(mean, M)
 
 
 def test_errors_name_the_block_and_the_form():
     state = State(2, [4, (3, 2)])
     bad = [state.jacobians[0], KroneckerJacobian(G, torch.ones(5))]
-    assert_raises(ValueError, "outputs and inputs of jacobian[1] must have shapes", state.update, bad)
+    assert_raises(
+        ValueError, "outputs and inputs of jacobian[1] must have shapes", state.update, bad
+    )
     text = "mean, variance and jacobian must all be tensors or all be lists"
     assert_raises(TypeError, text, kalman_update_, [M], [P], KroneckerJacobian(G, X), E, R)
     assert_raises(TypeError, text, kalman_update_, M, P, [KroneckerJacobian(G, X)], E, R)
@@ -481,7 +495,20 @@ def test_private_operator_refuses_what_would_leave_memory(inputs, factored, text
     mean, info = M.clone(), torch.zeros((), dtype=torch.int32)
     with pytest.raises(RuntimeError) as caught:
         torch.ops.grng._kalman_update_(
-            [mean], [P.clone()], info, [G, *inputs], E, [R], 0.0, 0, False, 1.0, 0.0, 0.0, False, factored
+            [mean],
+            [P.clone()],
+            info,
+            [G, *inputs],
+            E,
+            [R],
+            0.0,
+            0,
+            False,
+            1.0,
+            0.0,
+            0.0,
+            False,
+            factored,
         )
     assert text in str(caught.value)
     assert torch.equal(mean, M)

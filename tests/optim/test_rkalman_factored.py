@@ -277,7 +277,9 @@ def test_operation_without_a_batching_rule():
 def test_unused_and_frozen_parameters():
     model, x = mlp(), torch.randn(1, 8)
     model[0].weight.requires_grad_(False)
-    parameters = [p for p in model.parameters() if p.requires_grad] + [nn.Parameter(torch.ones(3, 2))]
+    parameters = [p for p in model.parameters() if p.requires_grad] + [
+        nn.Parameter(torch.ones(3, 2))
+    ]
     engine = Jacobian(parameters)
     rows = engine.rows(model(x), torch.eye(4).unsqueeze(1))
     assert engine.factored == [False, True, False, True, False, False]
@@ -468,7 +470,9 @@ def test_explain_says_which():
 
 
 def test_unknown_choice():
-    with pytest.raises(ValueError, match="RKalman: jacobian must be one of auto, dense, got 'sparse'"):
+    with pytest.raises(
+        ValueError, match="RKalman: jacobian must be one of auto, dense, got 'sparse'"
+    ):
         RKalman(mlp(), jacobian="sparse")
 
 

@@ -87,9 +87,7 @@ class Jacobian:
         result: list[Rows] = []
         for p, source in zip(self.parameters, sources, strict=True):
             row, inputs = rows[source], layers[p].inputs if p in layers else None
-            result.append(
-                row if inputs is None else KroneckerJacobian(row, inputs.to(row.dtype))
-            )
+            result.append(row if inputs is None else KroneckerJacobian(row, inputs.to(row.dtype)))
         self.factored = [isinstance(h, KroneckerJacobian) for h in result]
         return result
 

@@ -30,9 +30,9 @@ _SHARED = ("rho", "forgetting", "process_noise")
 class KalmanOptimizer(Optimizer):
     """Diagonal extended Kalman filter over the trainable parameters; see :class:`grng.RKalman`.
 
-    State per parameter, tensors or numbers: ``variance`` and the ``prior`` it began with, and for the
-    coherence ``score`` (or ``score_outputs`` and ``score_inputs``), ``trace``, ``overlap``, ``observations``; ``weights`` in fp32 where the parameter
-    has fewer bits. It keeps its dtype through ``load_state_dict``.
+    State per parameter, tensors or numbers: ``variance`` and the ``prior`` it began with; for the coherence
+    ``score`` (or ``score_outputs`` and ``score_inputs``), ``trace``, ``overlap``, ``observations``;
+    ``weights`` in fp32 where the parameter has fewer bits. It keeps its dtype through ``load_state_dict``.
     """
 
     def __init__(
@@ -123,9 +123,7 @@ class KalmanOptimizer(Optimizer):
         outputs, targets = self._checked(outputs, targets)
         parameters = [p for g in self.param_groups for p in g["params"] if p.requires_grad]
         if self._engine is None or not _same(self._engine.parameters, parameters):
-            self._engine = Jacobian(
-                parameters, budget_mb=self._budget_mb, jacobian=self._jacobian
-            )
+            self._engine = Jacobian(parameters, budget_mb=self._budget_mb, jacobian=self._jacobian)
         seen = self._observation(outputs, targets)
         self._squares = None
         if not all("variance" in self.state[p] for p in parameters):
@@ -421,7 +419,7 @@ class KalmanOptimizer(Optimizer):
         return self._names.get(parameter, "a parameter")
 
     def explain(self) -> str:
-        """Return a table: variance, coherence and Jacobian of each parameter, and how outputs are observed."""
+        """Return a table: variance, coherence, Jacobian of each parameter; and how outputs are observed."""
         rows = [("parameter", "shape", "variance", "coherence", "jacobian")]
         kinds: dict[nn.Parameter, str] = {}
         if self._engine is not None:
