@@ -37,24 +37,6 @@ float mean_of(double sum) {
   return static_cast<float>(std::isfinite(sum) ? std::min(2 * sum, kMax) : sum);
 }
 
-// The extremes of the state, lane by lane.
-template <class Isa>
-struct Seen {
-  using S = Simd<Isa, float>;
-  typename S::Magnitudes means = {}, variances = {}, negative = {};
-
-  GRNG_INLINE void look(typename S::Vec mean, typename S::Vec variance) {
-    means = S::larger(means, mean);
-    variances = S::larger(variances, variance);
-    negative |= variance < typename S::Vec{};
-  }
-  GRNG_INLINE Extremes extremes() const {
-    Extremes found{S::largest(means), S::largest(variances), false};
-    for (int l = 0; l < S::kLanes; ++l) found.negative |= negative[l] != 0;
-    return found;
-  }
-};
-
 // sums[r] = row r of the variances times the squares, and what there is to know of the state.
 template <class Isa, int kRows>
 GRNG_INLINE void weigh_rows(double* sums, Seen<Isa>& seen, const float* mean, const float* variance,

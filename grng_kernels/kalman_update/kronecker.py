@@ -50,7 +50,7 @@ def as_blocks(
     if isinstance(value, KroneckerJacobian):
         value = [value]
     if not isinstance(value, (list, tuple)):
-        return _checks.as_list(op, name, value), [], []
+        return _checks.as_list(op, name, value), [], []  # type: ignore[arg-type]
     for i, block in enumerate(value):
         if isinstance(block, KroneckerJacobian):
             for part, tensor in zip(block._fields, block, strict=True):

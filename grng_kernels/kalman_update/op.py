@@ -140,8 +140,9 @@ def kalman_update_(
             _checks.check_no_self_overlap(OP, name, tensor)
         _checks.check_device(
             OP,
-            {"innovation": innovation, "noise": noise, **dict(zip(names, block, strict=True))}
-            | {f"inputs of {names[2]}": x},
+            {"innovation": innovation, "noise": noise}
+            | dict(zip(names, block, strict=True))
+            | ({} if x is None else {f"inputs of {names[2]}": x}),
         )
     return _kalman_update_op(
         [t.detach() for t in means],

@@ -4,6 +4,7 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -114,7 +115,8 @@ class Jacobian:
     def _differentiate(
         self, outputs: Tensor, targets: list[_Target], directions: Tensor
     ) -> Sequence[Tensor | None]:
-        by = [t.by for t in targets]
+        # Either kind may be mixed; torch's annotation allows lists of one only.
+        by: Any = [t.by for t in targets]
         if self.route == "batched":
             try:
                 with warnings.catch_warnings():
