@@ -138,12 +138,9 @@ def kalman_update_(
             kronecker.check_block(OP, names[2], block[2], x, (outputs, d), dtypes)
         for name, tensor in zip(names[:2], block[:2], strict=True):
             _checks.check_no_self_overlap(OP, name, tensor)
-        _checks.check_device(
-            OP,
-            {"innovation": innovation, "noise": noise}
-            | dict(zip(names, block, strict=True))
-            | ({} if x is None else {f"inputs of {names[2]}": x}),
-        )
+        tensors: dict[str, Tensor | None] = {"innovation": innovation, "noise": noise}
+        tensors |= dict(zip(names, block, strict=True))
+        _checks.check_device(OP, tensors | {f"inputs of {names[2]}": x})
     return _kalman_update_op(
         [t.detach() for t in means],
         [t.detach() for t in variances],
