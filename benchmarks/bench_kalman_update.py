@@ -13,12 +13,14 @@ from harness.case import Bench, Case, Contender, Plan, Role, compiled, our_backe
 from shapes import KALMAN_SIZES, MODELS
 from torch import Tensor
 
-from grng_kernels import kalman_update_, use_backend
+from grng_kernels import KroneckerJacobian, kalman_update_, use_backend
 from grng_kernels.kalman_update.reference import kalman_update as reference
 
 NOISE = 0.1
 RHO = 0.1
 LIMIT = 1e-4
+# Weights, with their biases, of a small net, which are fed one sample.
+MLP = ((256, 785), (256, 257), (10, 257))
 # One tensor, or the blocks of one state.
 State = Tensor | Sequence[Tensor]
 Update = Callable[[State, State, State, Tensor, Tensor], object]
@@ -108,6 +110,30 @@ def _lean_blocks(
         p -= p * p * whitened.square().sum(0)
 
 
+def _lean_factored(
+    mean: Sequence[Tensor],
+    variance: Sequence[Tensor],
+    jacobian: Sequence[KroneckerJacobian],
+    innovation: Tensor,
+    noise: Tensor,
+) -> None:
+    """The lean form of blocks whose rows are ``kron(g_c, x)``, for those who see that they are."""
+    blocks = [
+        (m.view(g.shape[1], -1), p.view(g.shape[1], -1), g, x)
+        for m, p, (g, x) in zip(mean, variance, jacobian, strict=True)
+    ]
+    gram = noise.clone()
+    for _, p, g, x in blocks:
+        gram.addmm_(g * (p @ x.square()), g.mT)
+    lower, _ = torch.linalg.cholesky_ex(gram)
+    direction = torch.cholesky_solve(innovation.unsqueeze(-1), lower)
+    for m, p, g, x in blocks:
+        scaled = p * x
+        m.addcmul_(scaled, g.mT @ direction)
+        q = torch.linalg.solve_triangular(lower, g, upper=False).square().sum(0)
+        p.addcmul_(scaled.square_(), q.unsqueeze(-1), value=-1)
+
+
 def _inputs(outputs: int, d: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator(device).manual_seed(0)
     # Columns of falling length: some parameters learn much from one observation, most little.
@@ -122,12 +148,15 @@ def _contender(
     backend: str,
     role: Role,
     update: Callable[..., object],
-    jacobian: State,
+    jacobian: State | Sequence[KroneckerJacobian],
     small: tuple[Tensor, Tensor],
     notes: tuple[str, ...] = (),
 ) -> Contender:
     blocks = [jacobian] if isinstance(jacobian, Tensor) else list(jacobian)
-    sizes = [h.shape[1] for h in blocks]
+    sizes = [
+        h.outputs.shape[1] * len(h.inputs) if isinstance(h, KroneckerJacobian) else h.shape[1]
+        for h in blocks
+    ]
     device = small[0].device
     # A zero mean: its error is then relative to the step, not to the weights.
     mean, variance = torch.zeros(sum(sizes), device=device), torch.ones(sum(sizes), device=device)
@@ -215,6 +244,54 @@ def _case(
     )
 
 
+def _case_factored(plan: Plan, outputs: int, weights: Sequence[tuple[int, int]]) -> Case:
+    """Weights of linear layers that were fed one vector: the structure used, against H written out."""
+    d = sum(m * n for m, n in weights)
+    _, innovation, noise = _inputs(outputs, 1, plan.device)
+    generator = torch.Generator(plan.device).manual_seed(1)
+    factors = []
+    for m, n in weights:
+        g = torch.empty(outputs, m, device=plan.device).normal_(generator=generator) / m
+        x = torch.empty(n, device=plan.device).normal_(generator=generator)
+        factors.append(KroneckerJacobian(g, x))
+    mean, variance, _ = reference(
+        torch.zeros(d, dtype=torch.float64, device=plan.device),
+        torch.ones(d, dtype=torch.float64, device=plan.device),
+        torch.cat([h.expanded(torch.float64) for h in factors], dim=1),
+        innovation.double(),
+        noise.double(),
+        form="fdekf",
+        likelihood="gaussian",
+        forgetting=1.0,
+        process_noise=0.0,
+    )
+    dense = [h.expanded() for h in factors]
+    small = (innovation, noise)
+    backend, remarks = our_backend({"cpu": "cpu", "cuda": "cuda"}, plan.device)
+    if plan.device.type == "cuda":
+        remarks += ("the factored blocks are expanded",)
+    contenders = [
+        _contender("grng", backend, "ours", _ours, factors, small, notes=remarks),
+        _contender("grng, H written out", backend, "variant", _ours, dense, small),
+        _contender("lean, factored", "torch", "rival", _lean_factored, factors, small),
+        _contender("lean, H written out", "torch", "rival", _lean_blocks, dense, small),
+    ]
+    if plan.compile:
+        call = compiled(_lean_factored)
+        contenders.append(_contender("lean compiled", "inductor", "rival", call, factors, small))
+    return Case(
+        op="kalman_update",
+        shape=f"C={outputs} mlp, factored",
+        dims={"outputs": outputs, "parameters": d, "blocks": len(weights)},
+        dtype="float32",
+        bytes=20.0 * d,
+        flops=12.0 * d,
+        error=relative_error([mean, variance]),
+        limit=LIMIT,
+        contenders=contenders,
+    )
+
+
 def cases(plan: Plan) -> Iterator[Case]:
     """Yield every case of the plan; ``sizes`` are numbers of parameters, with 10 outputs."""
     if plan.sizes:
@@ -230,6 +307,8 @@ def cases(plan: Plan) -> Iterator[Case]:
     yield _case(plan, 10, d, dtype=torch.bfloat16)
     weights = [rows * cols for rows, cols in MODELS["minilm-lora"].weights]
     yield _case(plan, 10, sum(weights), blocks=weights)
+    for outputs in (10,) if plan.quick else (2, 10, 100):
+        yield _case_factored(plan, outputs, MLP)
 
 
 BENCH = Bench("kalman_update", "kalman_update_: Kalman update with a diagonal covariance", cases)

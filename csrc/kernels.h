@@ -138,10 +138,14 @@ void rank_one_cpu(const RankOneBlock* blocks, int64_t count, Dtype dtype, double
 // ---- kalman_update (csrc/cpu/kalman_*.cpp, csrc/cuda/kalman_update.cu) ----
 
 // One block of parameters: mean and variance [d] are contiguous, jacobian [outputs, d] of any
-// layout and fp32, bf16 or fp16. The state is fp32.
+// layout and fp32, bf16 or fp16. The state is fp32. Where `inputs` has a row, [1, n], the block is
+// factored: jacobian is [outputs, m], d = m n, and row c of H is kron(jacobian_c, inputs).
 struct KalmanPiece {
   float *mean, *variance;
   ConstMatrix jacobian;
+  ConstMatrix inputs = {};
+
+  bool is_factored() const { return inputs.rows > 0; }
 };
 
 enum class Likelihood { kGaussian, kCategorical, kFisher };

@@ -376,22 +376,36 @@ void check_state(const Tensor* mean, const Tensor& variance) {
 }
 
 // All blocks are checked before any is written. Where `means` is empty, no mean will be written.
+// The blocks with the rising numbers `factored` have a jacobian [outputs, m]; their inputs [n] lie
+// behind the jacobians.
 std::vector<grng::KalmanPiece> kalman_pieces(const Tensors& means, const Tensors& variances,
-                                             const Tensors& jacobians, int64_t outputs) {
+                                             const Tensors& jacobians, int64_t outputs,
+                                             const std::vector<int64_t>& factored = {}) {
+  const Tensor* const inputs = jacobians.data() + variances.size();
   std::vector<grng::KalmanPiece> pieces;
   pieces.reserve(variances.size());
+  size_t next = 0;
   for (size_t i = 0; i < variances.size(); ++i) {
     const Tensor& h = jacobians[i];
     check_state(means.empty() ? nullptr : &means[i], variances[i]);
-    STD_TORCH_CHECK(h.dim() == 2 && h.size(0) == outputs &&
-                        h.size(1) == static_cast<int64_t>(variances[i].numel()) &&
+    grng::ConstMatrix x = {};
+    if (next < factored.size() && factored[next] == static_cast<int64_t>(i)) {
+      const Tensor& t = inputs[next++];
+      STD_TORCH_CHECK(t.dim() == 1 && t.scalar_type() != ScalarType::Double,
+                      "grng: inputs must be a float32 vector, or bfloat16 or float16");
+      x = {t.data_ptr(), dtype_of(t), 1, t.size(0), 0, t.stride(0)};
+    }
+    const int64_t d = variances[i].numel(), width = x.rows > 0 ? x.cols : 1;
+    STD_TORCH_CHECK(h.dim() == 2 && h.size(0) == outputs && h.size(1) * width == d &&
                         h.scalar_type() != ScalarType::Double,
                     "grng: jacobian must be float32 [outputs, d], or bfloat16 or float16");
     float* variance = static_cast<float*>(variances[i].data_ptr());
     pieces.push_back({means.empty() ? variance : static_cast<float*>(means[i].data_ptr()),
                       variance,
-                      {h.data_ptr(), dtype_of(h), outputs, h.size(1), h.stride(0), h.stride(1)}});
+                      {h.data_ptr(), dtype_of(h), outputs, h.size(1), h.stride(0), h.stride(1)},
+                      x});
   }
+  STD_TORCH_CHECK(next == factored.size(), "grng: factored must be rising numbers of blocks");
   return pieces;
 }
 
@@ -477,27 +491,29 @@ std::vector<double> kalman_noise(const Tensors& given, double scale, grng::Likel
 void kalman_update(const Tensors means, const Tensors variances, const Tensor info,
                    const Tensors jacobians, const Tensor innovation, const Tensors noise,
                    double noise_scale, int64_t likelihood, bool variational, double forgetting,
-                   double process_noise, double rho, bool raises_noise) {
+                   double process_noise, double rho, bool raises_noise,
+                   const std::vector<int64_t> factored) {
   check_dense(info, ScalarType::Int, {}, "info");
-  STD_TORCH_CHECK(means.size() == variances.size() && means.size() == jacobians.size(),
-                  "grng: one mean, variance and jacobian per block");
+  STD_TORCH_CHECK(
+      means.size() == variances.size() && means.size() + factored.size() == jacobians.size(),
+      "grng: one mean, variance and jacobian per block, and inputs of the factored");
   STD_TORCH_CHECK(innovation.dim() == 1 && innovation.size(0) <= grng::kMaxKalmanOutputs,
                   "grng: innovation must be [outputs], at most ", grng::kMaxKalmanOutputs);
   STD_TORCH_CHECK(0 <= likelihood && likelihood <= 2, "grng: no such likelihood");
   const int64_t outputs = innovation.size(0);
-  const auto blocks = kalman_pieces(means, variances, jacobians, outputs);
+  const auto blocks = kalman_pieces(means, variances, jacobians, outputs, factored);
   const std::vector<double> error = small_values(innovation, "innovation");
   const grng::Likelihood kind = static_cast<grng::Likelihood>(likelihood);
   int64_t noise_cols = 0;
   const std::vector<double> values = kalman_noise(noise, noise_scale, kind, outputs, &noise_cols);
 
   std::vector<Span> spans;
-  spans.reserve(3 * means.size() + 3);
+  spans.reserve(2 * means.size() + jacobians.size() + 3);
   for (size_t i = 0; i < means.size(); ++i) {
     spans.push_back(span_of(means[i], true));
     spans.push_back(span_of(variances[i], true));
-    spans.push_back(span_of(jacobians[i], false));
   }
+  for (const Tensor& h : jacobians) spans.push_back(span_of(h, false));
   spans.push_back(span_of(info, true));
   spans.push_back(span_of(innovation, false));
   if (!noise.empty()) spans.push_back(span_of(noise[0], false));
@@ -654,7 +670,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(grng, m) {
   m.def(
       "_kalman_update_(Tensor(a!)[] means, Tensor(b!)[] variances, Tensor(c!) info, Tensor[] "
       "jacobians, Tensor innovation, Tensor[] noise, float noise_scale, int likelihood, bool "
-      "variational, float forgetting, float process_noise, float rho, bool raises_noise) -> ()");
+      "variational, float forgetting, float process_noise, float rho, bool raises_noise, int[] "
+      "factored=[]) -> ()");
   m.def(
       "_damped_inverse_small_cuda(Tensor(a!)[] inverses, Tensor(b!)[] vectors, Tensor(c!)[] used, "
       "Tensor(d!)[] norms, Tensor(e!)[] residuals, Tensor(f!)[] infos, Tensor[] factors, Tensor[] "

@@ -7,6 +7,7 @@ from grng_kernels._dispatch import BackendStatus, backends, use_backend
 from grng_kernels.damped_inverse.op import damped_inverse
 from grng_kernels.damped_inverse.reference import DampedInverse
 from grng_kernels.info import Info
+from grng_kernels.kalman_update.kronecker import KroneckerJacobian
 from grng_kernels.kalman_update.op import kalman_update_
 from grng_kernels.kron_factor.conv2d import kron_factor_conv2d_update_
 from grng_kernels.kron_factor.op import kron_factor_update_
@@ -23,6 +24,7 @@ __all__ = [
     "BackendStatus",
     "DampedInverse",
     "Info",
+    "KroneckerJacobian",
     "SpectralNorm",
     "__version__",
     "backends",

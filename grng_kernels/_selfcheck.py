@@ -66,6 +66,13 @@ def _kalman(form: str) -> Case:
     return run
 
 
+def _kalman_factored(cast: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    jacobian = k.KroneckerJacobian(cast(torch.randn(10, 33) / 60), cast(torch.randn(65)))
+    mean, variance = cast(torch.randn(33 * 65)), cast(torch.rand(33 * 65))
+    k.kalman_update_(mean, variance, jacobian, cast(torch.randn(10)), 0.5)
+    return [mean, variance]
+
+
 def _precondition(cast: Callable[[Tensor], Tensor]) -> list[Tensor]:
     return [k.precondition(cast(torch.randn(33, 65)), cast(_spd(33)), cast(_spd(65)))]
 
@@ -91,6 +98,7 @@ CASES: dict[str, Case] = {
     "damped_inverse": _damped_inverse,
     "kalman_update_ fdekf": _kalman("fdekf"),
     "kalman_update_ vdekf": _kalman("vdekf"),
+    "kalman_update_ factored": _kalman_factored,
     "precondition": _precondition,
     "precondition narrow": _precondition_narrow,
     "rank1_precondition": _rank_one,

@@ -171,22 +171,45 @@ GRNG_INLINE void add_wide(double* sums, const float* weight, float* left, const 
 struct Extremes {
   double mean = 0, variance = 0;
   bool negative = false;
+
+  void include(const Extremes& other) {
+    mean = larger(mean, other.mean);
+    variance = larger(variance, other.variance);
+    negative |= other.negative;
+  }
+};
+
+// The same, lane by lane. All in integers: gcc 12 takes a comparison of wide vectors of floats
+// apart before it knows the instruction set.
+template <class Isa>
+struct Seen {
+  using S = Simd<Isa, float>;
+  typedef uint32_t Words __attribute__((vector_size(Isa::kVectorBytes)));
+  typename S::Magnitudes means = {}, variances = {}, negative = {};
+
+  GRNG_INLINE void look(typename S::Vec mean, typename S::Vec variance) {
+    means = S::larger(means, mean);
+    variances = S::larger(variances, variance);
+    // Above 0 for floats below zero, but not for -0, the smallest integer.
+    const typename S::Magnitudes minus =
+        reinterpret_cast<typename S::Magnitudes>(Words{} - reinterpret_cast<Words>(variance));
+    negative = minus > negative ? minus : negative;
+  }
+  GRNG_INLINE Extremes extremes() const {
+    Extremes found{S::largest(means), S::largest(variances), false};
+    for (int l = 0; l < S::kLanes; ++l) found.negative |= negative[l] != 0;
+    return found;
+  }
 };
 
 template <class Isa>
 GRNG_INLINE void look_at_state(Extremes& found, const float* mean, const float* variance,
                                int64_t length) {
   using S = Simd<Isa, float>;
-  typename S::Magnitudes means = {}, variances = {}, negative = {};
-  for (int64_t k = 0; k < length; k += S::kLanes) {
-    const typename S::Vec p = S::load(variance + k);
-    means = S::larger(means, S::load(mean + k));
-    variances = S::larger(variances, p);
-    negative |= p < typename S::Vec{};
-  }
-  found.mean = larger(found.mean, S::largest(means));
-  found.variance = larger(found.variance, S::largest(variances));
-  for (int l = 0; l < S::kLanes; ++l) found.negative |= negative[l] != 0;
+  Seen<Isa> seen;
+  for (int64_t k = 0; k < length; k += S::kLanes)
+    seen.look(S::load(mean + k), S::load(variance + k));
+  found.include(seen.extremes());
 }
 
 // ---- pass 2 ----

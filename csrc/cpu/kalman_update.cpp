@@ -7,12 +7,15 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <iterator>
 #include <limits>
 #include <vector>
 
 #include "../kernels.h"
 #include "elements.h"
 #include "kalman_gain.h"
+#include "kalman_kronecker.h"
+#include "kalman_rows.h"
 #include "kalman_sweep.h"
 #include "parallel.h"
 #include "simd.h"
@@ -65,46 +68,10 @@ struct Range {
   }
 };
 
-// ---- elements of H ----
-
-template <class T>
-GRNG_INLINE void copy_row(float* out, const T* in, int64_t step, int64_t length) {
-  if (step == 1) {
-    for (int64_t k = 0; k < length; ++k) out[k] = static_cast<float>(in[k]);
-  } else {
-    for (int64_t k = 0; k < length; ++k) out[k] = static_cast<float>(in[k * step]);
-  }
-}
-
-// out[0..length) = elements [first, first + length) of a row of H, and zeros up to `whole`.
-GRNG_INLINE void fetch_row(float* out, const ConstMatrix& h, int64_t row, int64_t first,
-                           int64_t length, int64_t whole) {
-  const int64_t at = row * h.row_stride + first * h.col_stride;
-  switch (h.dtype) {
-    case Dtype::kBFloat16:
-      copy_row(out, static_cast<const BFloat16*>(h.data) + at, h.col_stride, length);
-      break;
-    case Dtype::kFloat16:
-      copy_row(out, static_cast<const _Float16*>(h.data) + at, h.col_stride, length);
-      break;
-    default:
-      copy_row(out, static_cast<const float*>(h.data) + at, h.col_stride, length);
-  }
-  for (int64_t k = length; k < whole; ++k) out[k] = 0;
-}
+// ---- rows of H ----
 
 GRNG_INLINE bool is_direct(const ConstMatrix& h) {
   return h.dtype == Dtype::kFloat32 && (h.col_stride == 1 || h.cols <= 1);
-}
-
-GRNG_INLINE void copy_padded(float* out, const float* in, int64_t length, int64_t whole) {
-  for (int64_t k = 0; k < whole; ++k) out[k] = k < length ? in[k] : 0.0F;
-}
-
-template <class Isa>
-constexpr int64_t whole_lanes(int64_t length) {
-  constexpr int64_t kLanes = Simd<Isa, float>::kLanes;
-  return (length + kLanes - 1) / kLanes * kLanes;
 }
 
 // Calls f(mean, variance, rows, first, length) for parts of a chunk whose length is a multiple of
@@ -234,9 +201,7 @@ Extremes form_grams(double* gram, double* plain_gram, const Range& range, const 
   for (const Slice& slice : slices) {
     add_symmetric(gram, slice.sums, range.outputs);
     if (plain_gram) add_symmetric(plain_gram, slice.sums + pairs_of(range.outputs), range.outputs);
-    all.mean = larger(all.mean, slice.extremes.mean);
-    all.variance = larger(all.variance, slice.extremes.variance);
-    all.negative |= slice.extremes.negative;
+    all.include(slice.extremes);
   }
   return all;
 }
@@ -397,17 +362,27 @@ void kalman_apply_cpu(const KalmanPiece* blocks, int64_t count, const KalmanGain
 }
 
 Info kalman_update_cpu(const KalmanUpdate& u, const Threads& threads) {
-  const Range range(u.blocks, u.count, u.outputs);
   const int64_t n = u.outputs;
-  if (range.length == 0 || n == 0) return kOk;
+  std::vector<KalmanPiece> dense;
+  std::copy_if(u.blocks, u.blocks + u.count, std::back_inserter(dense),
+               [](const KalmanPiece& block) { return !block.is_factored(); });
+  const Range range(dense.data(), static_cast<int64_t>(dense.size()), n);
+  KroneckerBlocks factored(u.blocks, u.count, n);
+  if ((range.length == 0 && factored.empty()) || n == 0) return kOk;
   const int64_t noise_rows = u.likelihood == Likelihood::kCategorical ? 1 : n;
   const int64_t noise_count =
       u.likelihood == Likelihood::kCategorical ? n : noise_rows * u.noise_cols;
-  if (!all_finite(u.innovation, n) || !all_finite(u.noise, noise_count)) return kNonfiniteInput;
+  if (!all_finite(u.innovation, n) || !all_finite(u.noise, noise_count) || !factored.finite())
+    return kNonfiniteInput;
 
   Found found{Matrix(n, n), u.rho > 0 ? Matrix(n, n) : Matrix(), 0, 0};
-  const Extremes state = form_grams(
-      found.gram.data.data(), u.rho > 0 ? found.plain_gram.data.data() : nullptr, range, threads);
+  Extremes state = factored.weigh(threads);
+  // Weighed, a factored block is a term of the sums like any other.
+  std::vector<KalmanPiece> terms = dense;
+  terms.insert(terms.end(), factored.terms().begin(), factored.terms().end());
+  state.include(form_grams(found.gram.data.data(),
+                           u.rho > 0 ? found.plain_gram.data.data() : nullptr,
+                           Range(terms.data(), static_cast<int64_t>(terms.size()), n), threads));
   if (state.negative || !std::isfinite(state.mean) || !std::isfinite(state.variance))
     return kNonfiniteInput;
   if (!all_finite(found.gram.data.data(), n * n) ||
@@ -419,10 +394,11 @@ Info kalman_update_cpu(const KalmanUpdate& u, const Threads& threads) {
   Gain gain;
   const Info info = gain_from_gram(gain, u, found);
   if (info != kOk) return info;
-  apply(range,
-        {n, gain.direction.data(), gain.whitener.data(), u.variational, u.forgetting,
-         u.process_noise},
-        threads);
+  const KalmanGain given{
+      n, gain.direction.data(), gain.whitener.data(), u.variational, u.forgetting, u.process_noise};
+  if (!factored.prepare(given, threads)) return kOverflow;
+  apply(range, given, threads);
+  factored.apply({u.variational, u.forgetting, u.process_noise}, threads);
   return kOk;
 }
 

@@ -35,8 +35,12 @@ def call(
     process_noise: float,
     rho: float,
     regularization: str,
+    inputs: Sequence[Tensor] = (),
+    factored: Sequence[int] = (),
 ) -> Tensor:
     """Update in place and return info; all arguments as in :func:`~grng_kernels.kalman_update_`.
+
+    ``jacobians`` has the outputs' side of a factored block; ``inputs`` those of the blocks ``factored``.
 
     Raises:
         RuntimeError: A shape, dtype or layout that the kernel does not serve, tensors that overlap (both
@@ -48,7 +52,7 @@ def call(
         means,
         variances,
         info,
-        jacobians,
+        [*jacobians, *inputs],
         innovation,
         given,
         scale,
@@ -58,5 +62,6 @@ def call(
         process_noise,
         rho,
         regularization == "noise",
+        factored,
     )
     return info

@@ -9,8 +9,9 @@ from torch import Tensor
 from grng_kernels import _checks, _dispatch
 from grng_kernels._register import operator
 from grng_kernels.info import Info
-from grng_kernels.kalman_update import cpu, reference
+from grng_kernels.kalman_update import cpu, kronecker, reference
 from grng_kernels.kalman_update.innovation import gain_from_gram, largest_magnitude
+from grng_kernels.kalman_update.kronecker import Jacobian, KroneckerJacobian
 from grng_kernels.kalman_update.regularization import REGULARIZATIONS
 
 OP = "kalman_update_"
@@ -26,7 +27,7 @@ MAX_CUDA_OUTPUTS = 2880
 def kalman_update_(
     mean: Tensor | Sequence[Tensor],
     variance: Tensor | Sequence[Tensor],
-    jacobian: Tensor | Sequence[Tensor],
+    jacobian: Jacobian | Sequence[Jacobian],
     innovation: Tensor,
     noise: float | Tensor,
     *,
@@ -49,7 +50,9 @@ def kalman_update_(
         mean: ``[d]``, fp32 or fp64, or a list of blocks ``[d_i]``: one state, cut in pieces. Mutated.
         variance: The diagonal ``p`` of the covariance, >= 0, same form. Mutated.
         jacobian: ``H``, derivative of the outputs by the parameters, ``[C, d]`` or a list of ``[C, d_i]``,
-            same dtype, any strides; bf16 or fp16 beside an fp32 state (read as such, computed in fp32).
+            same dtype, any strides; bf16 or fp16 beside an fp32 state (read as such, computed in fp32). A
+            block whose rows are ``kron(g_c, x)``, the weight of a linear layer that was fed one vector, may
+            be a :class:`KroneckerJacobian` of ``G [C, m]`` and ``x [n]`` instead, ``d = m·n``.
         innovation: ``e``, target minus prediction, ``[C]``.
         noise: ``R``, observation noise: ``[C, C]`` symmetric positive definite, its diagonal ``[C]``, or a
             number > 0 for that times the identity. With ``likelihood="categorical"`` the class
@@ -79,7 +82,9 @@ def kalman_update_(
 
     Accuracy: for ``C <= d`` at most twice the error of PyTorch in the same dtype against fp64.
     Cost: two passes over ``H``, ``C²·d`` FLOPs each (a dense whitener: twice that in the second); with
-    ``rho > 0`` half as many again, and no pass more.
+    ``rho > 0`` half as many again, and no pass more. For a factored block two passes over the variances,
+    whatever C is, and ``H`` is never formed; but for the C++ kernel (fp32, at most 256 outputs) the backends
+    expand it, and where that overflows the reference says ``NONFINITE_INPUT``.
     Source: public code of FDEKF and VDEKF (probml/rebayes); Ollivier 2018 for the categorical form; the
     regularised forms are derived from Dash et al. 2026 in ``regularization.py``.
     """
@@ -91,9 +96,10 @@ def kalman_update_(
         return usual
     means = _checks.as_list(OP, "mean", mean)
     variances = _checks.as_list(OP, "variance", variance)
-    jacobians = _checks.as_list(OP, "jacobian", jacobian)
+    jacobians, inputs, factored = kronecker.as_blocks(OP, "jacobian", jacobian)
     single = isinstance(mean, Tensor)
-    _checks.check_same_form(OP, mean=mean, variance=variance, jacobian=jacobian)
+    form_of = jacobians[0] if isinstance(jacobian, KroneckerJacobian) else jacobian
+    _checks.check_same_form(OP, mean=mean, variance=variance, jacobian=form_of)  # type: ignore[arg-type]
     _checks.check_lengths(OP, mean=means, variance=variances, jacobian=jacobians)
     _checks.check_choice(OP, "form", form, FORMS)
     _checks.check_choice(OP, "likelihood", likelihood, LIKELIHOODS)
@@ -119,21 +125,26 @@ def kalman_update_(
         names = [f"mean{at}", f"variance{at}", f"jacobian{at}"]
         for name, tensor in zip(names[:2], block[:2], strict=True):
             _checks.check_dtype(OP, name, tensor, [dtype])
-        half = HALF_DTYPES if dtype == torch.float32 else ()
-        _checks.check_dtype(OP, names[2], block[2], [dtype, *half])
+        dtypes = [dtype, *(HALF_DTYPES if dtype == torch.float32 else ())]
+        x = inputs[factored.index(i)] if i in factored else None
+        if x is None:
+            _checks.check_dtype(OP, names[2], block[2], dtypes)
         _checks.check_rank(OP, names[0], block[0], 1, "[d]")
         d = block[0].shape[0]
         _checks.check_shape(OP, names[1], block[1], [d], "as mean")
-        _checks.check_shape(OP, names[2], block[2], [outputs, d], "outputs C, parameters d")
+        if x is None:
+            _checks.check_shape(OP, names[2], block[2], [outputs, d], "outputs C, parameters d")
+        else:
+            kronecker.check_block(OP, names[2], block[2], x, (outputs, d), dtypes)
         for name, tensor in zip(names[:2], block[:2], strict=True):
             _checks.check_no_self_overlap(OP, name, tensor)
-        _checks.check_device(
-            OP, {"innovation": innovation, "noise": noise, **dict(zip(names, block, strict=True))}
-        )
+        tensors: dict[str, Tensor | None] = {"innovation": innovation, "noise": noise}
+        tensors |= dict(zip(names, block, strict=True))
+        _checks.check_device(OP, tensors | {f"inputs of {names[2]}": x})
     return _kalman_update_op(
         [t.detach() for t in means],
         [t.detach() for t in variances],
-        [t.detach() for t in jacobians],
+        [t.detach() for t in (*jacobians, *inputs)],
         innovation.detach(),
         noise.detach(),
         form,
@@ -142,13 +153,14 @@ def kalman_update_(
         float(process_noise),
         float(rho),
         regularization,
+        factored or None,
     )
 
 
 def _usual_call(
     mean: Tensor | Sequence[Tensor],
     variance: Tensor | Sequence[Tensor],
-    jacobian: Tensor | Sequence[Tensor],
+    jacobian: Jacobian | Sequence[Jacobian],
     innovation: Tensor,
     noise: float | Tensor,
     *,
@@ -169,13 +181,14 @@ def _usual_call(
         RuntimeError: The operator failed for another reason, such as memory.
     """
     if isinstance(mean, Tensor):
-        if not (isinstance(variance, Tensor) and isinstance(jacobian, Tensor)):
+        if not (isinstance(variance, Tensor) and isinstance(jacobian, (Tensor, KroneckerJacobian))):
             return None
         means, variances, jacobians = [mean], [variance], [jacobian]
     else:
         if not (type(mean) is type(variance) is type(jacobian) is list and mean):
             return None
         means, variances, jacobians = mean, variance, jacobian  # type: ignore[assignment]
+    rows, inputs, factored = kronecker.split(jacobians)
     if (
         not _dispatch.runs_at_once()
         or not _dispatch.serves_cpu()
@@ -193,7 +206,8 @@ def _usual_call(
         or not 0 < innovation.shape[0] <= cpu.MAX_OUTPUTS
         or not all(map(_is_usual, means))
         or not all(map(_is_usual, variances))
-        or not all(map(_is_usual, jacobians))
+        or not all(map(_is_usual, rows))
+        or not all(map(_is_usual, inputs))
     ):
         return None
     if isinstance(noise, Tensor):
@@ -203,8 +217,9 @@ def _usual_call(
         return None
     try:
         info = cpu.call(
-            means, variances, jacobians, innovation, noise, form=form, likelihood=likelihood,
+            means, variances, rows, innovation, noise, form=form, likelihood=likelihood,
             forgetting=forgetting, process_noise=process_noise, rho=rho, regularization=regularization,
+            inputs=inputs, factored=factored,
         )  # fmt: skip
     except RuntimeError as error:
         if "grng: " in str(error):
@@ -268,13 +283,18 @@ def _kalman_update_op(
     process_noise: float,
     rho: float,
     regularization: str,
+    factored: Sequence[int] | None = None,
 ) -> Tensor:
+    # Behind the Jacobians lie the inputs of the blocks `factored`: schemas have no optional lists of tensors.
+    jacobians, inputs = jacobians[: len(means)], jacobians[len(means) :]
+    factored = factored or []
     blocks = range(len(means))
     _checks.check_no_overlap(
         OP,
         [(f"mean[{i}]", means[i]) for i in blocks]
         + [(f"variance[{i}]", variances[i]) for i in blocks],
         [(f"jacobian[{i}]", jacobians[i]) for i in blocks]
+        + [(f"inputs of jacobian[{i}]", x) for i, x in zip(factored, inputs, strict=True)]
         + [("innovation", innovation), ("noise", noise)],
     )
     outputs = innovation.shape[0]
@@ -285,7 +305,12 @@ def _kalman_update_op(
         f"it serves at most {MAX_CUDA_OUTPUTS} outputs" if outputs > MAX_CUDA_OUTPUTS else None
     )
     backend = _dispatch.select(OP, innovation.device, cpu=problem, cuda=problem or too_wide)
-    if backend == "reference" or (backend == "cpu" and outputs <= cpu.MAX_OUTPUTS):
+    fused = backend == "cpu" and outputs <= cpu.MAX_OUTPUTS
+    given = [*jacobians, *inputs]
+    if factored and not fused:
+        jacobians = kronecker.expand(jacobians, inputs, factored, innovation.dtype)
+        inputs, factored = [], []
+    if backend == "reference" or fused:
         run = _run_reference if backend == "reference" else cpu.call
         return run(
             means,
@@ -299,6 +324,7 @@ def _kalman_update_op(
             process_noise=process_noise,
             rho=rho,
             regularization=regularization,
+            **({"inputs": inputs, "factored": factored} if fused else {}),
         )
     if backend == "cuda":
         jacobians = [h.to(innovation.dtype) for h in jacobians]
@@ -321,11 +347,7 @@ def _kalman_update_op(
         mean_max=largest_magnitude(means),
         variance_max=largest_magnitude(variances),
     )
-    if (
-        backend == "cpu"
-        and info == int(Info.OVERFLOW)
-        and not reference.all_finite(list(jacobians))
-    ):
+    if backend == "cpu" and info == int(Info.OVERFLOW) and not reference.all_finite(given):
         info.fill_(int(Info.NONFINITE_INPUT))
     if whitener.shape[0] < outputs:
         whitener = torch.nn.functional.pad(whitener, (0, 0, 0, outputs - whitener.shape[0]))
@@ -356,6 +378,7 @@ def _(
     process_noise: float,
     rho: float,
     regularization: str,
+    factored: Sequence[int] | None = None,
 ) -> Tensor:
     return innovation.new_empty((), dtype=torch.int32)
 

@@ -91,6 +91,9 @@ def kalman_samples():
         "noise",
     )
     yield "categorical", (*state(9), *classes)
+    means, variances, jacobians = state(6, 9)
+    factored = [jacobians[0], torch.randn(2, 3), torch.randn(3)]
+    yield "factored", (means, variances, factored, *tail, [1])
     mean, variance, _ = state(9)
     yield "strided", (mean, variance, [torch.randn(9, 2).mT], *tail)
     yield "strided_state", ([torch.randn(18)[::2]], variance, [torch.randn(2, 9)], *tail)
@@ -200,6 +203,11 @@ def private_samples():
         ),
     )
     yield "_kalman_gram_", (gram, [torch.rand(9)], [torch.randn(2, 9)])
+    yield "_kalman_update_", (
+        [torch.randn(6)], [torch.rand(6)], torch.zeros((), dtype=torch.int32),
+        [torch.randn(2, 3), torch.randn(2)], torch.randn(2), [torch.eye(2)],
+        0.0, 0, False, 1.0, 0.0, 0.0, False, [0],
+    )  # fmt: skip
     yield "_kalman_update_", (
         [torch.randn(9)], [torch.rand(9)], torch.zeros((), dtype=torch.int32), [torch.randn(2, 9)],
         torch.randn(2), [torch.eye(2)], 0.0, 0, False, 1.0, 0.0, 0.0, False,

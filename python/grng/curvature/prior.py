@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grng.curvature.rows import Rows, remember, square_norm, with_remembered
+
 PRIORS = ("output", "fan_in", "global")
 # Weight of the newest sample in the averages, once there are this many.
 _MEMORY = 200
@@ -77,26 +79,25 @@ def initial_variances(
     return result, scale
 
 
-def update_coherence(state: dict[str, Any], whitened: Tensor, score: Tensor) -> None:
+def update_coherence(state: dict[str, Any], whitened: Rows, score: Rows) -> None:
     """Account for one observation of a parameter.
 
     Args:
-        state: ``"score"`` of the last observation, and the averages; created here.
+        state: The last score, and the averages; created here.
         whitened: ``Tᵀ H``, ``[k, d]``, whose squared norm is the trace of the information.
         score: ``g = Hᵀ v`` of an outcome drawn from the model, ``[d]``.
     """
-    trace = whitened.square().sum(dtype=torch.float64)
-    if "score" not in state:
-        state["score"] = torch.zeros_like(score)
+    trace = square_norm(whitened)
+    if "trace" not in state:
         state["trace"] = torch.zeros_like(trace)
         state["overlap"] = torch.zeros_like(trace)
         state["observations"] = 0
     n = state["observations"]
     state["trace"] += (trace - state["trace"]) / min(n + 1, _MEMORY)
     if n > 0:
-        overlap = (whitened @ state["score"]).square().sum(dtype=torch.float64)
+        overlap = with_remembered(whitened, state).square().sum(dtype=torch.float64)
         state["overlap"] += (overlap - state["overlap"]) / min(n, _MEMORY)
-    state["score"].copy_(score)
+    remember(state, score)
     state["observations"] = n + 1
 
 

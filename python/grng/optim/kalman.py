@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import grng_kernels as kernels
-from grng.curvature.jacobian import Jacobian
+from grng.curvature import rows as of_rows
+from grng.curvature.jacobian import JACOBIANS, Jacobian
 from grng.curvature.observation import BATCHES, LIKELIHOODS, Observation
 from grng.curvature.prior import (
     PRIORS,
@@ -18,6 +19,7 @@ from grng.curvature.prior import (
     initial_variances,
     update_coherence,
 )
+from grng.curvature.rows import Rows
 from grng.optim.base import PreconditionerError, check_hyperparameter
 from grng.optim.output_noise import OutputNoise
 
@@ -28,9 +30,9 @@ _SHARED = ("rho", "forgetting", "process_noise")
 class KalmanOptimizer(Optimizer):
     """Diagonal extended Kalman filter over the trainable parameters; see :class:`grng.RKalman`.
 
-    State per parameter, tensors or numbers: ``variance`` and the ``prior`` it began with, and for the
-    coherence ``score``, ``trace``, ``overlap``, ``observations``; ``weights`` in fp32 where the parameter
-    has fewer bits. It keeps its dtype through ``load_state_dict``.
+    State per parameter, tensors or numbers: ``variance`` and the ``prior`` it began with; for the coherence
+    ``score`` (or ``score_outputs`` and ``score_inputs``), ``trace``, ``overlap``, ``observations``;
+    ``weights`` in fp32 where the parameter has fewer bits. It keeps its dtype through ``load_state_dict``.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class KalmanOptimizer(Optimizer):
         max_rows: int,
         max_failures: int,
         budget_mb: float,
+        jacobian: str,
     ) -> None:
         owner = type(self).__name__
         for name in ("lr", "rho", "process_noise"):
@@ -70,6 +73,7 @@ class KalmanOptimizer(Optimizer):
             ("form", form, ("vdekf", "fdekf")),
             ("regularization", regularization, ("gradient", "noise")),
             ("batch", batch, BATCHES),
+            ("jacobian", jacobian, JACOBIANS),
         ):
             if value not in choices:
                 raise ValueError(
@@ -88,9 +92,9 @@ class KalmanOptimizer(Optimizer):
         self._correct_coherence, self._batch, self._max_rows = correct_coherence, batch, max_rows
         self._max_kl: float | None = max_kl
         self._failures, self._max_failures, self._skipped = 0, max_failures, 0
-        self._budget_mb = budget_mb
+        self._budget_mb, self._jacobian = budget_mb, jacobian
         self._noise = OutputNoise(owner, likelihood, noise, beta)
-        self._pending: tuple[Observation, list[Tensor], list[nn.Parameter]] | None = None
+        self._pending: tuple[Observation, list[Rows], list[nn.Parameter]] | None = None
         # Squared norms of the rows of the outputs' Jacobian by each parameter, while a prior needs them.
         self._squares: Tensor | None = None
         self._engine: Jacobian | None = None
@@ -119,7 +123,7 @@ class KalmanOptimizer(Optimizer):
         outputs, targets = self._checked(outputs, targets)
         parameters = [p for g in self.param_groups for p in g["params"] if p.requires_grad]
         if self._engine is None or not _same(self._engine.parameters, parameters):
-            self._engine = Jacobian(parameters, budget_mb=self._budget_mb)
+            self._engine = Jacobian(parameters, budget_mb=self._budget_mb, jacobian=self._jacobian)
         seen = self._observation(outputs, targets)
         self._squares = None
         if not all("variance" in self.state[p] for p in parameters):
@@ -236,8 +240,8 @@ class KalmanOptimizer(Optimizer):
                     )
         return {name: float(first[name]) for name in _SHARED}
 
-    def _usable(self, seen: Observation, rows: list[Tensor]) -> bool:
-        values = [*rows, seen.score, seen.root]
+    def _usable(self, seen: Observation, rows: list[Rows]) -> bool:
+        values = [part for h in rows for part in of_rows.parts(h)] + [seen.score, seen.root]
         if self._squares is not None:
             values.append(self._squares)
         flags = torch.stack([torch.isfinite(v).all().to(seen.score.device) for v in values])
@@ -253,7 +257,7 @@ class KalmanOptimizer(Optimizer):
             )
 
     def _start_variances(
-        self, rows: list[Tensor], parameters: list[nn.Parameter]
+        self, rows: list[Rows], parameters: list[nn.Parameter]
     ) -> list[tuple[dict[str, Any], str]]:
         """Give a variance to each parameter that can have one now; return what of the state is new."""
         if self._squares is None:
@@ -271,7 +275,8 @@ class KalmanOptimizer(Optimizer):
         for p, row, value in zip(parameters, rows, values, strict=True):
             if value is not None:
                 state = self.state[p]
-                state["variance"] = torch.full(p.shape, value, dtype=row.dtype, device=p.device)
+                dtype = of_rows.dtype_of(row)
+                state["variance"] = torch.full(p.shape, value, dtype=dtype, device=p.device)
                 state["prior"] = value
                 started += [(state, "variance"), (state, "prior")]
         return started
@@ -279,7 +284,7 @@ class KalmanOptimizer(Optimizer):
     def _update(
         self,
         seen: Observation,
-        jacobians: list[Tensor],
+        jacobians: list[Rows],
         parameters: list[nn.Parameter],
         shared: dict[str, float],
     ) -> str | None:
@@ -327,7 +332,7 @@ class KalmanOptimizer(Optimizer):
     def _trust(
         self,
         seen: Observation,
-        jacobians: list[Tensor],
+        jacobians: list[Rows],
         means: list[Tensor],
         before: list[Tensor],
         rates: list[float],
@@ -337,14 +342,14 @@ class KalmanOptimizer(Optimizer):
             return torch.ones_like(seen.score[0])
         change = torch.zeros_like(seen.score)
         for h, new, old, rate in zip(jacobians, means, before, rates, strict=True):
-            change += rate * (h @ (new - old)).to(change.dtype)
+            change += rate * of_rows.product(h, new - old).to(change.dtype)
         divergence = 0.5 * (self._noise.whiten(seen, change)).square().sum()
         smallest = torch.finfo(change.dtype).tiny
         part = (self._max_kl / divergence.clamp(min=smallest)).sqrt().clamp(max=1.0)
         return torch.where(torch.isfinite(divergence), part, torch.nan)
 
     def _coherences(
-        self, seen: Observation, jacobians: list[Tensor], parameters: list[nn.Parameter]
+        self, seen: Observation, jacobians: list[Rows], parameters: list[nn.Parameter]
     ) -> Tensor:
         generator = torch.Generator(device=seen.root.device)
         generator.manual_seed(self.param_groups[0]["step"] + 1)
@@ -356,7 +361,8 @@ class KalmanOptimizer(Optimizer):
         values = []
         for h, p in zip(jacobians, parameters, strict=True):
             state = self.state[p]
-            update_coherence(state, seen.root.mT.to(h.dtype) @ h, h.mT @ drawn.to(h.dtype))
+            whitened, score = of_rows.mixed(seen.root, h), of_rows.combination(h, drawn)
+            update_coherence(state, whitened, score)
             values.append(coherence(state, p.numel()))
         return torch.stack(values).float()
 
@@ -413,8 +419,13 @@ class KalmanOptimizer(Optimizer):
         return self._names.get(parameter, "a parameter")
 
     def explain(self) -> str:
-        """Return a table: the prior and the coherence of each parameter, and how the outputs are observed."""
-        rows = [("parameter", "shape", "variance", "coherence")]
+        """Return a table: variance, coherence, Jacobian of each parameter; and how outputs are observed."""
+        rows = [("parameter", "shape", "variance", "coherence", "jacobian")]
+        kinds: dict[nn.Parameter, str] = {}
+        if self._engine is not None:
+            names = {True: "factored", False: "dense"}
+            flags = zip(self._engine.parameters, self._engine.factored, strict=True)
+            kinds = {p: names[factored] for p, factored in flags}
         for p in (p for g in self.param_groups for p in g["params"]):
             state = self.state.get(p, {})
             variance = (
@@ -422,7 +433,13 @@ class KalmanOptimizer(Optimizer):
             )
             ratio = f"{float(coherence(state, p.numel())):.3g}" if "trace" in state else "1"
             rows.append(
-                (self._name_of(p), "x".join(map(str, p.shape)) or "scalar", variance, ratio)
+                (
+                    self._name_of(p),
+                    "x".join(map(str, p.shape)) or "scalar",
+                    variance,
+                    ratio,
+                    kinds.get(p, "none yet"),
+                )
             )
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = [
@@ -471,8 +488,8 @@ def _same(a: list[nn.Parameter], b: list[nn.Parameter]) -> bool:
     return len(a) == len(b) and all(p is q for p, q in zip(a, b, strict=True))
 
 
-def _mean_squares(rows: list[Tensor]) -> Tensor:
-    return torch.stack([r.square().sum(1).mean().double() for r in rows])
+def _mean_squares(rows: list[Rows]) -> Tensor:
+    return torch.stack([of_rows.squares(h).mean().double() for h in rows])
 
 
 def _predict(variance: Tensor, prior: float, forgetting: float, process_noise: float) -> None:

@@ -36,6 +36,7 @@ class LoKO(KalmanOptimizer):
         max_rows: As in :class:`grng.RKalman`.
         max_failures: As in :class:`grng.RKalman`.
         jacobian_budget_mb: As in :class:`grng.RKalman`.
+        jacobian: As in :class:`grng.RKalman`.
 
     Raises:
         ValueError: A hyperparameter is out of range, or the model has no trainable parameter.
@@ -61,6 +62,7 @@ class LoKO(KalmanOptimizer):
         max_rows: int = 32,
         max_failures: int = 100,
         jacobian_budget_mb: float = DEFAULT_BUDGET_MB,
+        jacobian: str = "auto",
     ) -> None:
         super().__init__(
             model,
@@ -78,4 +80,5 @@ class LoKO(KalmanOptimizer):
             max_rows=max_rows,
             max_failures=max_failures,
             budget_mb=jacobian_budget_mb,
+            jacobian=jacobian,
         )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from grng.curvature import observation
 from grng.curvature.observation import Observation
+from grng.curvature.rows import Rows, gram
 
 # Added to the estimate where it is used: a share of its mean, and a variance. An observation that is believed
 # to be exact would move the weights without bound.
@@ -129,18 +130,18 @@ class OutputNoise:
     # ---- observation -> arguments of the kernel ----
 
     def arguments(
-        self, seen: Observation, variances: list[Tensor], jacobians: list[Tensor]
+        self, seen: Observation, variances: list[Tensor], jacobians: list[Rows]
     ) -> tuple[Tensor, Tensor, str]:
         """Return ``(innovation, noise, likelihood)`` for ``kalman_update_``; the noise is estimated first."""
         if self.kind == "fisher" or seen.is_sketch:
             return seen.score, seen.root, "fisher"
         error = seen.score
         if self.kind == "ema":
-            gram = sum(
-                ((h * p) @ h.mT for h, p in zip(jacobians, variances, strict=True)),
+            total = sum(
+                (gram(h, p) for h, p in zip(jacobians, variances, strict=True)),
                 torch.zeros_like(seen.root),
             )
-            self._estimate(self._matched(error, gram))
+            self._estimate(self._matched(error, total))
         noise = self._current(error)
         return error, self._of_observation(noise, len(error)), "gaussian"
 

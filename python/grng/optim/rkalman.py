@@ -55,6 +55,8 @@ class RKalman(KalmanOptimizer):
         max_failures: Observations in a row that cannot be used before :class:`PreconditionerError`; a sample
             with NaN is skipped and counted, and changes nothing.
         jacobian_budget_mb: Memory for the rows of one batched backward pass.
+        jacobian: ``"auto"``: of a weight whose layer was fed a single vector, the two factors of its rows;
+            ``"dense"``: always all rows.
 
     Raises:
         ValueError: A hyperparameter is out of range, or the model has no trainable parameter.
@@ -84,6 +86,7 @@ class RKalman(KalmanOptimizer):
         max_rows: int = 32,
         max_failures: int = 100,
         jacobian_budget_mb: float = DEFAULT_BUDGET_MB,
+        jacobian: str = "auto",
     ) -> None:
         if noise is None:
             noise = "fisher" if likelihood == "categorical" else "ema"
@@ -105,4 +108,5 @@ class RKalman(KalmanOptimizer):
             max_rows=max_rows,
             max_failures=max_failures,
             budget_mb=jacobian_budget_mb,
+            jacobian=jacobian,
         )
