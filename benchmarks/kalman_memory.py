@@ -70,7 +70,10 @@ def main() -> int:
         figures = " ".join(f"{row[f'{n}_mb']:8.1f}" for n in UPDATES)
         print(f"{d:12,} {row['arguments_mb']:10.0f} {figures}", flush=True)
     if options.out:
-        text = json.dumps({"environment": environment, "jacobian": "bfloat16", "rows": rows}, indent=2) + "\n"
+        text = (
+            json.dumps({"environment": environment, "jacobian": "bfloat16", "rows": rows}, indent=2)
+            + "\n"
+        )
         (options.out / "kalman_memory.json").write_text(text, encoding="utf-8")
     return 0
 

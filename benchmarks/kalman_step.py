@@ -68,7 +68,9 @@ def build(size: Size) -> nn.Module:
     )
     encoder = peft.inject_adapter_in_model(lora, encoder)
     for name, p in encoder.named_parameters():
-        if "lora_B" in name:  # at their start, zero, A has no gradient and its part of a step is missing
+        if (
+            "lora_B" in name
+        ):  # at their start, zero, A has no gradient and its part of a step is missing
             nn.init.normal_(p, std=0.02)
     return SentenceClassifier(encoder, size.width, CLASSES)
 

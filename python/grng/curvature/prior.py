@@ -35,7 +35,7 @@ def fan_in(parameter: nn.Parameter) -> int:
 def initial_variances(
     parameters: list[nn.Parameter],
     squares: list[float],
-    known: list[bool],
+    known: list[float | None],
     prior: str,
     sigma0: float,
     scale: float | None,
@@ -45,7 +45,7 @@ def initial_variances(
     Args:
         parameters: All parameters of the filter.
         squares: Mean over the outputs of ``‖h‖²``, the squared norms of their Jacobian rows.
-        known: Whether a parameter has its variance already.
+        known: The variance that a parameter started with; None for one that has none yet.
         prior: One of PRIORS.
         sigma0: Standard deviation, of outputs or of weights.
         scale: What ``"output"`` returned for the first observation; None then.
@@ -53,7 +53,8 @@ def initial_variances(
     With ``"output"`` the variance of a layer is proportional to ``√(d/‖h‖²)``, the inverse root mean square
     of its Jacobian: half way between equal variances of all weights and equal shares of all layers in the
     variance of the outputs, ``Σ p‖h‖² = sigma0²``. A layer without gradient at first (LoRA's A, while B is
-    0) gets its variance with its first gradient, but no more than that of a weight of its fan-in.
+    0) gets its variance with its first gradient, which is small and will grow: therefore no more than the
+    mean variance of the weights that had one.
     """
     result: list[float | None] = []
     if prior == "output" and scale is None:
@@ -61,11 +62,12 @@ def initial_variances(
         if total == 0:
             return [None] * len(parameters), None
         scale = sigma0**2 / total
-        limits = [float("inf")] * len(parameters)
-    else:
-        limits = [1.0 / fan_in(p) for p in parameters]
-    for p, square, has_one, limit in zip(parameters, squares, known, limits, strict=True):
-        if has_one:
+    started = [(p.numel(), v) for p, v in zip(parameters, known, strict=True) if v is not None]
+    limit = float("inf")
+    if started:
+        limit = sum(n * v for n, v in started) / sum(n for n, _ in started)
+    for p, square, before in zip(parameters, squares, known, strict=True):
+        if before is not None:
             result.append(None)
         elif prior == "global":
             result.append(sigma0**2)

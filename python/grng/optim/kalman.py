@@ -262,7 +262,7 @@ class KalmanOptimizer(Optimizer):
         """Give a variance to each parameter that can have one now; return what of the state is new."""
         if self._squares is None:
             return []
-        known = ["variance" in self.state[p] for p in parameters]
+        known = [self.state[p].get("prior") for p in parameters]
         first = self._first_state()
         scale = first.get("prior_scale")
         values, new_scale = initial_variances(

@@ -43,7 +43,7 @@ class RKalman(KalmanOptimizer):
         form: ``"vdekf"`` or ``"fdekf"``; see ``kalman_update_``.
         correct_coherence: Whether to use ``κ``; False is 1 for every layer.
         max_kl: Largest KL divergence that a step may predict for its own observation; the step is shortened
-            to it, so that too wide a prior is no accident. None: no limit. ``"auto"``: 0.1 where the noise
+            to it, so that too wide a prior is no accident. None: no limit. ``"auto"``: 1 where the noise
             is ``"fisher"``, else None: the noise of a regression says nothing of how far to trust a model.
         forgetting: In (0, 1]: variances are divided by it after each observation.
         process_noise: Added to the variances after each observation.
@@ -70,7 +70,7 @@ class RKalman(KalmanOptimizer):
         model: nn.Module | Iterable[Any],
         lr: float = 1.0,
         *,
-        sigma0: float = 1.0,
+        sigma0: float = 3.0,
         prior: str = "output",
         rho: float = 1e-2,
         regularization: str = "gradient",
@@ -91,7 +91,7 @@ class RKalman(KalmanOptimizer):
         if noise is None:
             noise = "fisher" if likelihood == "categorical" else "ema"
         if max_kl == "auto":
-            max_kl = 0.1 if noise == "fisher" else None
+            max_kl = 1.0 if noise == "fisher" else None
         super().__init__(
             model,
             dict(lr=lr, rho=rho, forgetting=forgetting, process_noise=process_noise),
