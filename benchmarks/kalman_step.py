@@ -88,6 +88,7 @@ class Parts:
         self.target = torch.zeros(1, dtype=torch.int64)
 
     def outputs(self) -> Tensor:
+        """Return the logits of one sentence, with their graph."""
         logits: Tensor = self.model(self.tokens)
         return logits
 

@@ -5,6 +5,9 @@ What the diagonal forms approximate: ``P Hᵀ`` moves weights together, so nothi
 coherence. It costs ``C·d²`` FLOPs and ``8·d²`` bytes, and is plain PyTorch.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,6 +16,58 @@ from grng_kernels.kalman_update.regularization import regularised_root
 
 # 134 MB of covariance; beyond, the square is what a step spends its time and memory on.
 MAX_PARAMETERS = 4096
+
+
+class FullCovariance:
+    """The covariance of all weights of an optimizer, kept in a state dict, with that of a part of them.
+
+    Weights without a variance yet have no rows in it; they join with the next observation.
+    """
+
+    KEYS = ("covariance", "covariance_of")
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        """Args: state: of the first parameter; holds ``covariance`` and ``covariance_of``."""
+        self._state = state
+
+    def of(self, places: Sequence[int], variances: Sequence[Tensor]) -> Tensor:
+        """Return the covariance ``[d, d]`` (fp64) of these parameters, the tensor that is kept.
+
+        Args:
+            places: Numbers of the parameters that have a variance, rising; none ever leaves.
+            variances: Of each, what a new one starts with.
+        """
+        known = self._state.get("covariance_of", [])
+        if list(places) == known:
+            found: Tensor = self._state["covariance"]
+            return found
+        sizes = [v.numel() for v in variances]
+        diagonal = torch.cat([v.reshape(-1).double() for v in variances])
+        grown = torch.diag(diagonal)
+        if known:
+            old = torch.cat(
+                [
+                    torch.full((n,), place in known, dtype=torch.bool, device=grown.device)
+                    for n, place in zip(sizes, places, strict=True)
+                ]
+            )
+            index = old.nonzero().squeeze(-1)
+            grown[index.unsqueeze(-1), index] = self._state["covariance"]
+        self._state["covariance"], self._state["covariance_of"] = grown, list(places)
+        return grown
+
+    def restore(self, before: dict[str, Any]) -> None:
+        """Give the state the entries that it had before an update; ``before`` holds what there were."""
+        for key in self.KEYS:
+            self._state.pop(key, None)
+        self._state.update(before)
+
+    def rescale_(self, variances: Sequence[Tensor]) -> None:
+        """Give the covariance these variances and keep its correlations."""
+        covariance = self._state["covariance"]
+        wanted = torch.cat([v.reshape(-1).double() for v in variances])
+        ratio = (wanted / covariance.diagonal()).sqrt()
+        covariance.mul_(torch.outer(ratio, ratio))
 
 
 def full_kalman_update_(

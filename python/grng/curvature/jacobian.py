@@ -117,7 +117,8 @@ class Jacobian:
     ) -> Sequence[Tensor | None]:
         # Either kind may be mixed; torch's annotation allows lists of one only.
         by: Any = [t.by for t in targets]
-        if self.route == "batched":
+        # A single row is an ordinary backward pass, without the detour through vmap.
+        if self.route == "batched" and len(directions) > 1:
             try:
                 with warnings.catch_warnings():
                     # torch's remark that an operation has no batching rule: slower, not wrong.

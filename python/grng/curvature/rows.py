@@ -26,6 +26,13 @@ def parts(h: Rows) -> list[Tensor]:
     return list(h) if isinstance(h, KroneckerJacobian) else [h]
 
 
+def dense(h: Rows) -> Tensor:
+    """The rows as a matrix ``[k, d]``, formed where they are factored."""
+    if isinstance(h, KroneckerJacobian):
+        return (h.outputs.unsqueeze(-1) * h.inputs).flatten(1)
+    return h
+
+
 def squares(h: Rows) -> Tensor:
     """The squared norm of each row, ``[k]``."""
     if isinstance(h, KroneckerJacobian):

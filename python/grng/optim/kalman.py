@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 import grng_kernels as kernels
 from grng.curvature import rows as of_rows
+from grng.curvature.full_covariance import MAX_PARAMETERS, FullCovariance, full_kalman_update_
 from grng.curvature.jacobian import JACOBIANS, Jacobian
 from grng.curvature.observation import BATCHES, LIKELIHOODS, Observation
 from grng.curvature.prior import (
@@ -46,6 +47,7 @@ class KalmanOptimizer(Optimizer):
         noise: float | str,
         beta: float,
         form: str,
+        covariance: str,
         regularization: str,
         correct_coherence: bool,
         max_kl: float | str | None,
@@ -71,6 +73,7 @@ class KalmanOptimizer(Optimizer):
             ("prior", prior, PRIORS),
             ("likelihood", likelihood, LIKELIHOODS),
             ("form", form, ("vdekf", "fdekf")),
+            ("covariance", covariance, ("diagonal", "full")),
             ("regularization", regularization, ("gradient", "noise")),
             ("batch", batch, BATCHES),
             ("jacobian", jacobian, JACOBIANS),
@@ -100,6 +103,12 @@ class KalmanOptimizer(Optimizer):
         self._engine: Jacobian | None = None
         self._rows = "none yet"
         super().__init__(params, {"step": 0, **defaults})
+        self._is_full = covariance == "full"
+        size = sum(p.numel() for g in self.param_groups for p in g["params"])
+        if self._is_full and size > MAX_PARAMETERS:
+            raise ValueError(
+                f'{owner}: covariance="full" must have at most {MAX_PARAMETERS} weights to train, got {size}'
+            )
 
     # ---- observation ----
 
@@ -293,8 +302,49 @@ class KalmanOptimizer(Optimizer):
         variances = [s["variance"].view(-1) for s in states]
         means = [self._weights(p).view(-1) for p in parameters]
         before = [m.clone() for m in means], [v.clone() for v in variances]
-        innovation, noise, likelihood = self._noise.arguments(seen, variances, jacobians)
-        info = kernels.kalman_update_(
+        first = self._first_state()
+        full_before = {k: first[k] for k in FullCovariance.KEYS if k in first}
+        if self._is_full:
+            info = self._update_full(seen, jacobians, parameters, means, variances, shared["rho"])
+        else:
+            info = self._update_diagonal(seen, jacobians, means, variances, shared["rho"])
+        if int(info) != 0:
+            FullCovariance(first).restore(full_before)
+            return f"info {int(info)} of the Kalman update"
+        groups = {p: g["lr"] for g in self.param_groups for p in g["params"]}
+        rates = [float(groups[p]) for p in parameters]
+        trust = self._trust(seen, jacobians, means, before[0], rates)
+        if not bool(torch.isfinite(trust)):
+            for targets, copies in zip((means, variances), before, strict=True):
+                torch._foreach_copy_(targets, copies)
+            FullCovariance(first).restore(full_before)
+            return "a step whose effect is beyond the range of its dtype"
+        self._noise.commit()
+        if self._noise.covariance is not None:
+            first["noise"] = self._noise.covariance
+        if self._correct_coherence and not self._is_full:
+            count_more_often(variances, before[1], self._coherences(seen, jacobians, parameters))
+        for state, variance in zip(states, variances, strict=True):
+            _predict(variance, state["prior"], shared["forgetting"], shared["process_noise"])
+        if self._is_full and (shared["forgetting"] != 1 or shared["process_noise"] != 0):
+            FullCovariance(first).rescale_(variances)
+        _write(parameters, means, before[0], [rate * trust for rate in rates])
+        return None
+
+    def _update_diagonal(
+        self,
+        seen: Observation,
+        jacobians: list[Rows],
+        means: list[Tensor],
+        variances: list[Tensor],
+        rho: float,
+    ) -> Tensor:
+        def gram() -> Tensor:
+            zero = torch.zeros_like(seen.root)
+            return sum(map(of_rows.gram, jacobians, variances), zero)
+
+        innovation, noise, likelihood = self._noise.arguments(seen, gram)
+        return kernels.kalman_update_(
             means,
             variances,
             jacobians,
@@ -303,31 +353,43 @@ class KalmanOptimizer(Optimizer):
             form=self._form,
             likelihood=likelihood,
             regularization=self._regularization,
-            rho=shared["rho"],
+            rho=rho,
         )
-        if int(info) != 0:
-            return f"info {int(info)} of kalman_update_"
-        groups = {p: g["lr"] for g in self.param_groups for p in g["params"]}
-        rates = [float(groups[p]) for p in parameters]
-        trust = self._trust(seen, jacobians, means, before[0], rates)
-        if not bool(torch.isfinite(trust)):
-            for targets, copies in zip((means, variances), before, strict=True):
-                torch._foreach_copy_(targets, copies)
-            return "a step whose effect is beyond the range of its dtype"
-        self._noise.commit()
-        if self._noise.covariance is not None:
-            self._first_state()["noise"] = self._noise.covariance
-        if self._correct_coherence:
-            count_more_often(variances, before[1], self._coherences(seen, jacobians, parameters))
-        for state, variance in zip(states, variances, strict=True):
-            _predict(variance, state["prior"], shared["forgetting"], shared["process_noise"])
-        for mean, old, p, rate in zip(means, before[0], parameters, rates, strict=True):
-            mean.copy_(torch.lerp(old, mean, rate * trust.to(mean.dtype)))
-            if mean.data_ptr() != p.data_ptr():
-                p.copy_(mean.view(p.shape))
-            else:
-                torch.autograd.graph.increment_version(p)
-        return None
+
+    def _update_full(
+        self,
+        seen: Observation,
+        jacobians: list[Rows],
+        parameters: list[nn.Parameter],
+        means: list[Tensor],
+        variances: list[Tensor],
+        rho: float,
+    ) -> Tensor:
+        numbers = {p: i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
+        first = self._first_state()
+        # A copy: where the update comes to nothing, the old one is put back.
+        covariance = FullCovariance(first).of([numbers[p] for p in parameters], variances).clone()
+        h = torch.cat([of_rows.dense(part) for part in jacobians], dim=1).double()
+        innovation, noise, likelihood = self._noise.arguments(seen, lambda: h @ covariance @ h.mT)
+        mean = torch.cat(means)
+        info = full_kalman_update_(
+            mean,
+            covariance,
+            h,
+            innovation,
+            noise,
+            likelihood=likelihood,
+            rho=rho,
+            regularization=self._regularization,
+        )
+        begin = 0
+        for m, v in zip(means, variances, strict=True):
+            part = slice(begin, begin + m.numel())
+            m.copy_(mean[part])
+            v.copy_(covariance.diagonal()[part])
+            begin += m.numel()
+        first["covariance"] = covariance
+        return info
 
     def _trust(
         self,
@@ -452,6 +514,7 @@ class KalmanOptimizer(Optimizer):
                 f"Observation: {self._likelihood}, {self._rows}",
                 f"Jacobian: {route}",
                 f"Noise: {self._noise.describe()}",
+                f"Covariance: {'full' if self._is_full else 'diagonal'}",
             ]
         )
 
@@ -498,3 +561,15 @@ def _predict(variance: Tensor, prior: float, forgetting: float, process_noise: f
         variance.copy_(torch.minimum(variance / forgetting, variance.clamp(min=prior)))
     if process_noise:
         variance.add_(process_noise).clamp_(max=torch.finfo(variance.dtype).max)
+
+
+def _write(
+    parameters: list[nn.Parameter], means: list[Tensor], before: list[Tensor], parts: list[Tensor]
+) -> None:
+    """Take a part of each step, and give the parameters that are no means themselves their values."""
+    for p, mean, old, part in zip(parameters, means, before, parts, strict=True):
+        mean.copy_(torch.lerp(old, mean, part.to(mean.dtype)))
+        if mean.data_ptr() != p.data_ptr():
+            p.copy_(mean.view(p.shape))
+        else:
+            torch.autograd.graph.increment_version(p)

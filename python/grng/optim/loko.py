@@ -73,6 +73,7 @@ class LoKO(KalmanOptimizer):
             noise=noise,
             beta=beta,
             form=form,
+            covariance="diagonal",
             regularization="gradient",
             correct_coherence=False,
             max_kl=None,

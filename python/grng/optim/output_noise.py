@@ -2,6 +2,7 @@
 """The observation noise of a Kalman optimizer: known from the likelihood, given as a number, or estimated."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,6 @@ from torch import Tensor
 
 from grng.curvature import observation
 from grng.curvature.observation import Observation
-from grng.curvature.rows import Rows, gram
 
 # Added to the estimate where it is used: a share of its mean, and a variance. An observation that is believed
 # to be exact would move the weights without bound.
@@ -130,18 +130,19 @@ class OutputNoise:
     # ---- observation -> arguments of the kernel ----
 
     def arguments(
-        self, seen: Observation, variances: list[Tensor], jacobians: list[Rows]
+        self, seen: Observation, gram: Callable[[], Tensor]
     ) -> tuple[Tensor, Tensor, str]:
-        """Return ``(innovation, noise, likelihood)`` for ``kalman_update_``; the noise is estimated first."""
+        """Return ``(innovation, noise, likelihood)`` for ``kalman_update_``; the noise is estimated first.
+
+        Args:
+            seen: The observation.
+            gram: Returns the covariance ``H P Hᵀ`` that the prior predicts for what is observed.
+        """
         if self.kind == "fisher" or seen.is_sketch:
             return seen.score, seen.root, "fisher"
         error = seen.score
         if self.kind == "ema":
-            total = sum(
-                (gram(h, p) for h, p in zip(jacobians, variances, strict=True)),
-                torch.zeros_like(seen.root),
-            )
-            self._estimate(self._matched(error, total))
+            self._estimate(self._matched(error, gram().to(error)))
         noise = self._current(error)
         return error, self._of_observation(noise, len(error)), "gaussian"
 

@@ -41,6 +41,7 @@ class RKalman(KalmanOptimizer):
             ``"fisher"`` for classes and ``"ema"`` else.
         beta: Forgetting factor of the estimated noise.
         form: ``"vdekf"`` or ``"fdekf"``; see ``kalman_update_``.
+        covariance: ``"diagonal"``, or ``"full"``, of ``8·d²`` bytes, for at most 4096 weights; without ``κ``.
         correct_coherence: Whether to use ``κ``; False is 1 for every layer.
         max_kl: Largest KL divergence that a step may predict for its own observation; the step is shortened
             to it, so that too wide a prior is no accident. None: no limit. ``"auto"``: 1 where the noise
@@ -78,6 +79,7 @@ class RKalman(KalmanOptimizer):
         noise: float | str | None = None,
         beta: float = 0.96,
         form: str = "vdekf",
+        covariance: str = "diagonal",
         correct_coherence: bool = True,
         max_kl: float | str | None = "auto",
         forgetting: float = 1.0,
@@ -101,6 +103,7 @@ class RKalman(KalmanOptimizer):
             noise=noise,
             beta=beta,
             form=form,
+            covariance=covariance,
             regularization=regularization,
             correct_coherence=correct_coherence,
             max_kl=max_kl,
