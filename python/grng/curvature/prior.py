@@ -52,9 +52,10 @@ def initial_variances(
 
     With ``"output"`` the variance of a layer is proportional to ``√(d/‖h‖²)``, the inverse root mean square
     of its Jacobian: half way between equal variances of all weights and equal shares of all layers in the
-    variance of the outputs, ``Σ p‖h‖² = sigma0²``. A layer without gradient at first (LoRA's A, while B is
-    0) gets its variance with its first gradient, which is small and will grow: therefore no more than the
-    mean variance of the weights that had one.
+    variance of the outputs, ``Σ p‖h‖² = sigma0²``. A layer without gradient at first gets its variance with
+    its first gradient, which is small and will grow: LoRA's A, as long as B is about 0. For B of the size
+    that its prior expects, ``‖h_A‖²/‖h_B‖² ≈ p_B/mean(A²)``, and then the rule gives ``p_A = √(p_B·mean(A²))``:
+    no more than that, with the mean of ``p`` over the weights that had a gradient.
     """
     result: list[float | None] = []
     if prior == "output" and scale is None:
@@ -63,9 +64,7 @@ def initial_variances(
             return [None] * len(parameters), None
         scale = sigma0**2 / total
     started = [(p.numel(), v) for p, v in zip(parameters, known, strict=True) if v is not None]
-    limit = float("inf")
-    if started:
-        limit = sum(n * v for n, v in started) / sum(n for n, _ in started)
+    usual = sum(n * v for n, v in started) / max(1, sum(n for n, _ in started))
     for p, square, before in zip(parameters, squares, known, strict=True):
         if before is not None:
             result.append(None)
@@ -75,7 +74,10 @@ def initial_variances(
             result.append(sigma0**2 / fan_in(p))
         elif square > 0:
             assert scale is not None
-            result.append(min(scale * (p.numel() / square) ** 0.5, limit))
+            value = scale * (p.numel() / square) ** 0.5
+            if started:
+                value = min(value, (usual * float(p.detach().square().mean())) ** 0.5)
+            result.append(value)
         else:
             result.append(None)
     return result, scale
