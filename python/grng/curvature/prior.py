@@ -54,8 +54,8 @@ def initial_variances(
     of its Jacobian: half way between equal variances of all weights and equal shares of all layers in the
     variance of the outputs, ``Σ p‖h‖² = sigma0²``. A layer without gradient at first gets its variance with
     its first gradient, which is small and will grow: LoRA's A, as long as B is about 0. For B of the size
-    that its prior expects, ``‖h_A‖²/‖h_B‖² ≈ p_B/mean(A²)``, and then the rule gives ``p_A = √(p_B·mean(A²))``:
-    no more than that, with the mean of ``p`` over the weights that had a gradient.
+    that its prior expects, ``‖h_A‖²/‖h_B‖² ≈ p_B/mean(A²)``. Then the rule gives ``p_A = √(p_B·mean(A²))``,
+    which is therefore the most that it gets, with the mean of ``p`` over the weights that had a gradient.
     """
     result: list[float | None] = []
     if prior == "output" and scale is None:
