@@ -71,7 +71,7 @@ class RKalman(KalmanOptimizer):
         model: nn.Module | Iterable[Any],
         lr: float = 1.0,
         *,
-        sigma0: float = 1.0,
+        sigma0: float = 2.0,
         prior: str = "output",
         rho: float = 1e-2,
         regularization: str = "gradient",
