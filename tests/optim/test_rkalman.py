@@ -321,7 +321,11 @@ def test_defaults_learn_a_stream_of_numbers(options):
 
 
 def snapshot(optimizer, model):
+    """Everything but the count of what was skipped."""
     state = copy.deepcopy(optimizer.state_dict())
+    for entries in state["state"].values():
+        for key in ("skipped", "skipped_in_a_row"):
+            entries.pop(key, None)
     return [p.detach().clone() for p in model.parameters()], state
 
 
@@ -684,3 +688,19 @@ def test_example_of_the_readme_runs_and_learns(capsys):
 
 def test_public_names():
     assert {"RKalman", "LoKO"} <= set(grng.__all__)
+
+
+def test_count_of_skipped_observations_is_in_the_checkpoint():
+    x, y, _ = data(6)
+    model = mlp()
+    optimizer = RKalman(model)
+    feed(optimizer, model, x[:3], y[:3])
+    for _ in range(2):
+        feed(optimizer, model, torch.full_like(x[:1], float("nan")), y[:1])
+    resumed = RKalman(mlp())
+    resumed.load_state_dict(optimizer.state_dict())
+    report = resumed.diagnostics()
+    assert report["skipped"] == report["skipped_in_a_row"] == 2
+    feed(optimizer, model, x[3:], y[3:])
+    assert optimizer.diagnostics()["skipped"] == 2
+    assert optimizer.diagnostics()["skipped_in_a_row"] == 0

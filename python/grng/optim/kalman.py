@@ -34,6 +34,8 @@ class KalmanOptimizer(Optimizer):
     State per parameter, tensors or numbers: ``variance`` and the ``prior`` it began with; for the coherence
     ``score`` (or ``score_outputs`` and ``score_inputs``), ``trace``, ``overlap``, ``observations``;
     ``weights`` in fp32 where the parameter has fewer bits. It keeps its dtype through ``load_state_dict``.
+    The first parameter also has what there is once: the estimated ``noise``, the full ``covariance``, and
+    the number of observations ``skipped``.
     """
 
     def __init__(
@@ -94,7 +96,7 @@ class KalmanOptimizer(Optimizer):
         self._likelihood, self._regularization = likelihood, regularization
         self._correct_coherence, self._batch, self._max_rows = correct_coherence, batch, max_rows
         self._max_kl: float | None = max_kl
-        self._failures, self._max_failures, self._skipped = 0, max_failures, 0
+        self._max_failures = max_failures
         self._budget_mb, self._jacobian = budget_mb, jacobian
         self._noise = OutputNoise(owner, likelihood, noise, beta)
         self._pending: tuple[Observation, list[Rows], list[nn.Parameter]] | None = None
@@ -233,7 +235,7 @@ class KalmanOptimizer(Optimizer):
                     del state[key]
                 self._fail(problem)
                 return result
-            self._failures = 0
+            self._first_state().pop("skipped_in_a_row", None)
         for group in self.param_groups:
             group["step"] += 1
         return result
@@ -257,11 +259,12 @@ class KalmanOptimizer(Optimizer):
         return bool(flags.all())
 
     def _fail(self, what: str) -> None:
-        self._skipped += 1
-        self._failures += 1
-        if self._failures > self._max_failures:
+        state = self._first_state()
+        for name in ("skipped", "skipped_in_a_row"):
+            state[name] = state.get(name, 0) + 1
+        if state["skipped_in_a_row"] > self._max_failures:
             raise PreconditionerError(
-                f"{type(self).__name__}: {self._failures} observations in a row could not be used, the last "
+                f"{type(self).__name__}: {state['skipped_in_a_row']} observations in a row could not be used, the last "
                 f"for {what}; the parameters are unchanged since"
             )
 
@@ -522,8 +525,8 @@ class KalmanOptimizer(Optimizer):
         """Return plain numbers for a logger; reading them waits for the device."""
         report = {
             "step": float(self.param_groups[0]["step"]),
-            "skipped": float(self._skipped),
-            "skipped_in_a_row": float(self._failures),
+            "skipped": float(self._first_state().get("skipped", 0)),
+            "skipped_in_a_row": float(self._first_state().get("skipped_in_a_row", 0)),
         }
         for p in (p for g in self.param_groups for p in g["params"]):
             state = self.state.get(p, {})
