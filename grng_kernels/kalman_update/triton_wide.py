@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The passes of the Kalman update in Triton for 17 to 128 outputs: on tensor cores, to fp32 accuracy.
+
+A number in fp32 is three in bf16. Of the nine products of two such numbers six reach fp32 accuracy; in a
+symmetric product two of the six are the transposes of others. A Jacobian in bf16 is one piece as it is,
+and three products are exact.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from grng_kernels._triton_pieces import pieces
+from grng_kernels.kalman_update.triton_shares import (
+    block_of,
+    columns_of,
+    magnitude,
+    share_bounds,
+    variance_magnitude,
+    write_state,
+)
+
+MAX_OUTPUTS = 128
+# Two programs per multiprocessor of the largest current GPUs; each writes a whole gram.
+SHARES, UNIT = 264, 128
+# Rows of the whitener whose products are held at once.
+HALF = 64
+SPLIT_BLOCK = 1024
+
+
+class Config(NamedTuple):
+    """Tile sizes and launch parameters of both passes."""
+
+    gram_k: int
+    gram_warps: int
+    gram_stages: int
+    apply_d: int
+    apply_k: int
+    apply_warps: int
+    apply_stages: int
+
+
+# By the padded number of outputs. Chosen by reasoning, not yet by measurement: no spills for sm_80, sm_90 and
+# sm_100 (tests/aot/test_kalman_update_aot.py).
+CONFIGS = {
+    32: Config(64, 4, 3, 64, 32, 4, 3),
+    64: Config(64, 4, 3, 64, 32, 4, 3),
+    128: Config(32, 8, 3, 128, 32, 8, 3),
+}
+
+
+def padded(outputs: int) -> int:
+    """Return the rows of a tile that holds all outputs."""
+    return max(32, triton.next_power_of_2(outputs))
+
+
+def is_one_piece(dtype: torch.dtype) -> bool:
+    """Return whether an element of the Jacobian is one bf16 number."""
+    return dtype == torch.bfloat16
+
+
+@triton.jit
+def _elements(
+    ptr, rows, at, outputs, inside, row_stride, column_stride,
+    DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    # Products of indices and strides are int64: they pass 2^31 long before memory ends.
+    if ALIGNED:
+        # The compiler knows nothing of numbers that were loaded, and would read one by one.
+        EACH: tl.constexpr = 128 // DTYPE.primitive_bitwidth
+        ptr = tl.multiple_of(ptr, 16)
+        row_stride = tl.multiple_of(row_stride, EACH)
+        pointers = ptr + rows.to(tl.int64) * row_stride + at
+    else:
+        pointers = ptr + rows.to(tl.int64) * row_stride + at * column_stride
+    return tl.load(pointers, mask=inside & (rows < outputs), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _half_of_gram(h, p, weighted, ONE_PIECE: tl.constexpr, PIECE: tl.constexpr):
+    # A with A + A^T = h diag(p) h^T, or h h^T where it is not weighted. The smallest products first.
+    if ONE_PIECE:
+        high, middle, low = pieces(h * tl.where(weighted, 0.5 * p, 0.5)[None, :])
+        right = tl.trans(h.to(PIECE))
+        total = tl.dot(low.to(PIECE), right)
+        total = tl.dot(middle.to(PIECE), right, total)
+        return tl.dot(high.to(PIECE), right, total)
+    high, middle, low = pieces(h * tl.where(weighted, tl.sqrt_rn(p), 1.0)[None, :])
+    left = high.to(PIECE)
+    total = tl.dot(left, tl.trans(low.to(PIECE)))
+    total = tl.dot((0.5 * middle).to(PIECE), tl.trans(middle.to(PIECE)), total)
+    total = tl.dot(left, tl.trans(middle.to(PIECE)), total)
+    return tl.dot(left, tl.trans((0.5 * high).to(PIECE)), total)
+
+
+@triton.jit
+def _gram_of_columns(
+    total, largest_mean, largest_variance, largest_element,
+    jacobian, mean_ptr, variance_ptr, begin, end, outputs, row, column, weighted,
+    DTYPE: tl.constexpr, ALIGNED: tl.constexpr, ONE_PIECE: tl.constexpr, PIECE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    rows = tl.arange(0, ROWS)[:, None]
+    if ALIGNED:
+        begin = tl.multiple_of(begin, 16)
+        end = tl.multiple_of(end, 128 // DTYPE.primitive_bitwidth)
+    for start in range(begin, end, BLOCK_K):
+        at = start + tl.arange(0, BLOCK_K).to(tl.int64)
+        inside = at < end
+        p = tl.load(variance_ptr + at, mask=inside, other=0.0)
+        mean = tl.load(mean_ptr + at, mask=inside, other=0.0)
+        h = _elements(
+            jacobian, rows, at[None, :], outputs, inside[None, :], row, column, DTYPE, ALIGNED
+        )
+        largest_mean = tl.maximum(largest_mean, magnitude(mean))
+        largest_variance = tl.maximum(largest_variance, variance_magnitude(p))
+        largest_element = tl.maximum(largest_element, magnitude(h))
+        # Tensor cores cut off what they add to: sums of many terms are made beside them. As a sum of two the
+        # compiler would give it back to them.
+        total = tl.fma(_half_of_gram(h, p, weighted, ONE_PIECE, PIECE), 1.0, total)
+    return total, largest_mean, largest_variance, largest_element
+
+
+@triton.jit(do_not_specialize=["starts_at", "outputs"])
+def _gram_wide_kernel(
+    partial_ptr,
+    extremes_ptr,
+    table_ptr,
+    starts_at,
+    outputs,
+    DTYPE: tl.constexpr,
+    ONE_PIECE: tl.constexpr,
+    PIECE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # First H diag(p) H^T, then H H^T; neighbours read the same columns.
+    local = tl.program_id(0)
+    share = tl.program_id(1).to(tl.int64)
+    number = share * tl.num_programs(0) + local
+    weighted = local == 0
+    total = tl.zeros((ROWS, ROWS), tl.float32)
+    largest_mean = tl.zeros((BLOCK_K,), tl.int32)
+    largest_variance = tl.zeros((BLOCK_K,), tl.int32)
+    largest_element = tl.zeros((ROWS, BLOCK_K), tl.int32)
+    first, begin_column, last, end_column = share_bounds(table_ptr + starts_at, share)
+    for block in range(first, last + 1):
+        jacobian, mean_ptr, variance_ptr, row, column, aligned = block_of(table_ptr, block, DTYPE)
+        begin, end = columns_of(table_ptr, block, first, begin_column, last, end_column)
+        if aligned != 0:
+            total, largest_mean, largest_variance, largest_element = _gram_of_columns(
+                total, largest_mean, largest_variance, largest_element,
+                jacobian, mean_ptr, variance_ptr, begin, end, outputs, row, column, weighted,
+                DTYPE, True, ONE_PIECE, PIECE, ROWS, BLOCK_K,
+            )  # fmt: skip
+        else:
+            total, largest_mean, largest_variance, largest_element = _gram_of_columns(
+                total, largest_mean, largest_variance, largest_element,
+                jacobian, mean_ptr, variance_ptr, begin, end, outputs, row, column, weighted,
+                DTYPE, False, ONE_PIECE, PIECE, ROWS, BLOCK_K,
+            )  # fmt: skip
+    inside_tile = tl.arange(0, ROWS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
+    tl.store(partial_ptr + number * (ROWS * ROWS) + inside_tile, total + tl.trans(total))
+    extremes_ptr += number * 3
+    tl.store(extremes_ptr, tl.max(largest_mean, 0))
+    tl.store(extremes_ptr + 1, tl.max(largest_variance, 0))
+    tl.store(extremes_ptr + 2, tl.max(tl.max(largest_element, 1), 0))
+
+
+@triton.jit(do_not_specialize=["outputs", "ranks"])
+def _split_kernel(
+    pieces_ptr,
+    whitener_ptr,
+    outputs,
+    ranks,
+    PIECE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    rank, row = at // ROWS, at % ROWS
+    inside = (rank < ranks) & (row < outputs)
+    x = tl.load(whitener_ptr + rank * outputs + row, mask=inside, other=0.0)
+    high, middle, low = pieces(x)
+    tl.store(pieces_ptr + at, high.to(PIECE))
+    tl.store(pieces_ptr + ROWS * ROWS + at, middle.to(PIECE))
+    tl.store(pieces_ptr + 2 * ROWS * ROWS + at, low.to(PIECE))
+
+
+@triton.jit
+def _whitened(h, root, weights, ROWS: tl.constexpr, ONE_PIECE: tl.constexpr, PIECE: tl.constexpr):
+    # h^T W^T of one block of rows of h, times the roots where h is not one piece. The smallest first.
+    SIZE: tl.constexpr = ROWS * ROWS
+    w_high = tl.load(weights)
+    w_middle = tl.load(weights + SIZE)
+    w_low = tl.load(weights + 2 * SIZE)
+    if ONE_PIECE:
+        left = tl.trans(h.to(PIECE))
+        total = tl.dot(left, w_low)
+        total = tl.dot(left, w_middle, total)
+        return tl.dot(left, w_high, total)
+    high, middle, low = pieces(h * root[None, :])
+    left, left_middle = tl.trans(high.to(PIECE)), tl.trans(middle.to(PIECE))
+    total = tl.dot(tl.trans(low.to(PIECE)), w_high)
+    total = tl.dot(left, w_low, total)
+    total = tl.dot(left_middle, w_middle, total)
+    total = tl.dot(left_middle, w_high, total)
+    total = tl.dot(left, w_middle, total)
+    return tl.dot(left, w_high, total)
+
+
+@triton.jit
+def _gain_of_columns(
+    jacobian, at, inside, root, outputs, row, column, pieces_ptr, direction_ptr,
+    DTYPE: tl.constexpr, ALIGNED: tl.constexpr, ONE_PIECE: tl.constexpr, PIECE: tl.constexpr,
+    TRIANGULAR: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # t and the step of the mean, before its last factor, the root.
+    t = tl.zeros((BLOCK_D,), tl.float32)
+    step = tl.zeros((BLOCK_D,), tl.float32)
+    for half in tl.static_range(ROWS // HALF):
+        ranks = half * HALF + tl.arange(0, HALF)[None, :]
+        # Beyond the diagonal a triangular whitener is zero.
+        LENGTH: tl.constexpr = (half + 1) * HALF if TRIANGULAR else ROWS
+        y = tl.zeros((BLOCK_D, HALF), tl.float32)
+        for k in range(0, LENGTH, BLOCK_K):
+            offs = k + tl.arange(0, BLOCK_K)[:, None]
+            h = _elements(
+                jacobian, offs, at[None, :], outputs, inside[None, :], row, column, DTYPE, ALIGNED
+            )
+            if half == ROWS // HALF - 1:
+                u = tl.load(direction_ptr + offs, mask=offs < outputs, other=0.0)
+                step += tl.sum(h * root[None, :] * u, 0)
+            weights = pieces_ptr + ranks * ROWS + offs
+            y = tl.fma(_whitened(h, root, weights, ROWS, ONE_PIECE, PIECE), 1.0, y)
+        if ONE_PIECE:
+            # Where nothing is uncertain a product may have become infinite.
+            y = tl.where(root[:, None] > 0, y * root[:, None], 0.0)
+        t += tl.sum(y * y, 1)
+    return t, step
+
+
+@triton.jit(do_not_specialize=["starts_at", "outputs"])
+def _apply_wide_kernel(
+    table_ptr,
+    starts_at,
+    pieces_ptr,
+    direction_ptr,
+    info_ptr,
+    outputs,
+    forgetting,
+    process_noise,
+    DTYPE: tl.constexpr,
+    VARIATIONAL: tl.constexpr,
+    TRIANGULAR: tl.constexpr,
+    ONE_PIECE: tl.constexpr,
+    PIECE: tl.constexpr,
+    ROWS: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    share = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
+    first, begin_column, last, end_column = share_bounds(table_ptr + starts_at, share)
+    # Nothing is written where the stage between the passes found a fault.
+    blocks = tl.where(tl.load(info_ptr) == 0, last - first + 1, 0)
+    for after in range(0, blocks):
+        block = last - after
+        jacobian, mean_ptr, variance_ptr, row, column, aligned = block_of(table_ptr, block, DTYPE)
+        begin, end = columns_of(table_ptr, block, first, begin_column, last, end_column)
+        steps = tl.cdiv(end - begin, BLOCK_D)
+        for back in range(0, steps):
+            start = begin + (steps - 1 - back) * BLOCK_D
+            columns = tl.arange(0, BLOCK_D).to(tl.int64)
+            at = start + columns
+            inside = at < end
+            p = tl.load(variance_ptr + at, mask=inside, other=0.0)
+            root = tl.sqrt_rn(p)
+            if aligned != 0:
+                EACH: tl.constexpr = 128 // DTYPE.primitive_bitwidth
+                at_aligned = tl.multiple_of(start, 16) + columns
+                t, step = _gain_of_columns(
+                    jacobian, at_aligned, at_aligned < tl.multiple_of(end, EACH), root, outputs,
+                    row, column, pieces_ptr, direction_ptr,
+                    DTYPE, True, ONE_PIECE, PIECE, TRIANGULAR, ROWS, HALF, BLOCK_D, BLOCK_K,
+                )  # fmt: skip
+            else:
+                t, step = _gain_of_columns(
+                    jacobian, at, inside, root, outputs, row, column, pieces_ptr, direction_ptr,
+                    DTYPE, False, ONE_PIECE, PIECE, TRIANGULAR, ROWS, HALF, BLOCK_D, BLOCK_K,
+                )  # fmt: skip
+            write_state(
+                mean_ptr, variance_ptr, at, inside, p, t, root * step, forgetting, process_noise,
+                VARIATIONAL,
+            )  # fmt: skip
