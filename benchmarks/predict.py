@@ -11,11 +11,28 @@ import argparse
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from harness.files import write_text
+from prediction.kalman import kalman_apply, kalman_gram, kalman_lines, kalman_triton
+from prediction.model import (
+    BF16,
+    EAGER_US,
+    FP32,
+    GATHER,
+    GPUS,
+    L2_BYTES,
+    L2_TB_S,
+    LATENCY_US,
+    LAUNCH_US,
+    MULTIPROCESSORS,
+    NODE_US,
+    REACH,
+    TF32X3,
+    Gpu,
+    Work,
+)
 
 from grng_kernels.damped_inverse import triton_direct as direct
 from grng_kernels.damped_inverse import triton_newton_schulz as newton_schulz
@@ -34,17 +51,6 @@ from grng_kernels.precondition import triton_kernel as two_sided
 from grng_kernels.rank_one import triton_kernel as rank_one_kernel
 
 TARGET = Path(__file__).resolve().parent / "results" / "GPU_DEBT.md"
-MULTIPROCESSORS = 132
-# Planning values, not measured: TFLOP/s of bf16 tensor cores, of three TF32 products for one fp32
-# product, of plain fp32; TB/s of the L2 and of all L1 together; us from request to data.
-BF16, TF32X3, FP32 = 790.0, 133.0, 60.0
-L2_TB_S, L1_TB_S, L2_BYTES, LATENCY_US = 5.5, 28.0, 40e6, 0.7
-# A kernel on an otherwise full queue; the same in a CUDA graph.
-LAUNCH_US, NODE_US, EAGER_US = 2.0, 0.6, 6.0
-# Share of the peak that a tile can reach: public symmetric Triton kernels stay at about half.
-REACH = {16: 0.10, 32: 0.20, 64: 0.35, 128: 0.50}
-# The same for tiles whose elements are loaded one by one.
-GATHER = 0.4
 # What cuBLAS reaches on a product of order 768, which fills a quarter of the machine, and the moving average
 # after it.
 CUBLAS_768, AVERAGE_US = 250.0, 5.0
@@ -63,74 +69,6 @@ COLUMNS = (
     "least us, H100",
     "look at first",
 )
-
-
-class Gpu(NamedTuple):
-    """Name and copy bandwidth; the arithmetic of the two is the same."""
-
-    name: str
-    tb_s: float
-
-
-GPUS = (Gpu("H100", 3.0), Gpu("H200", 4.3))
-
-
-@dataclass(frozen=True)
-class Work:
-    """One launch.
-
-    Attributes:
-        kernel: Function.
-        variant: Which of its variants, and the shape.
-        blocks: Programs or thread blocks.
-        flops: Executed, masked lanes included.
-        rate: TFLOP/s that these could reach.
-        hbm: Bytes from and to memory.
-        l2: Bytes through the L2.
-        l1: Bytes through the L1.
-        serial_us: Time that no parallelism hides.
-        least_bytes: Memory traffic that the problem needs.
-        least_flops: Arithmetic that the problem needs.
-        peak: TFLOP/s of the least arithmetic.
-        first: What to look at first.
-    """
-
-    kernel: str
-    variant: str
-    blocks: int
-    flops: float
-    rate: float
-    hbm: float
-    l2: float
-    l1: float
-    serial_us: float
-    least_bytes: float
-    least_flops: float
-    peak: float
-    first: str
-
-    def terms(self, gpu: Gpu) -> dict[str, float]:
-        """Return what could bound it, in us."""
-        return {
-            "arithmetic": self.flops / self.rate / 1e6,
-            "memory": self.hbm / gpu.tb_s / 1e6,
-            "L2": self.l2 / L2_TB_S / 1e6,
-            "L1": self.l1 / L1_TB_S / 1e6,
-            "latency": self.serial_us,
-        }
-
-    def predicted_us(self, gpu: Gpu) -> float:
-        """Return the predicted time."""
-        return LAUNCH_US + max(self.terms(gpu).values())
-
-    def bound(self, gpu: Gpu) -> str:
-        """Return what bounds it; the launch, where that is most of the time."""
-        terms = self.terms(gpu)
-        return "launch" if max(terms.values()) < LAUNCH_US else max(terms, key=lambda k: terms[k])
-
-    def least_us(self, gpu: Gpu) -> float:
-        """Return the roofline of the problem."""
-        return max(self.least_flops / self.peak / 1e6, self.least_bytes / gpu.tb_s / 1e6)
 
 
 class Factors(NamedTuple):
@@ -278,58 +216,6 @@ def kron_factor_conv2d(
 VIT_B_LORA = (Factors(36, 768, 12608), Factors(48, 16, 12608))
 
 
-def kalman_gram(outputs: int, d: int) -> list[Work]:
-    """Return the two launches of the first pass."""
-    tile, shares = 8, 264
-    side = math.ceil(outputs / tile)
-    tiles = side * (side + 1) // 2
-    jacobian = 4.0 * outputs * d
-    # Each tile reads its own 8 rows and those of its column; the tiles of one block column run far apart.
-    reread = (
-        4.0
-        * d
-        * sum(
-            min(tile, outputs - tile * r) + (min(tile, outputs - tile * c) if c != r else 0) + 1
-            for r in range(side)
-            for c in range(r + 1)
-        )
-    )
-    fits = jacobian <= L2_BYTES
-    partial = Work(
-        kernel="gram_partial_kernel (CUDA)",
-        variant=f"C={outputs}, d={d:.0e}",
-        blocks=shares * tiles,
-        flops=2.0 * tiles * (tile * tile + tile) * d,
-        rate=FP32 * 0.5,
-        hbm=jacobian if fits else max(jacobian, reread),
-        l2=reread,
-        l1=0.0,
-        serial_us=math.ceil(d / (shares * 256)) * LATENCY_US / 2,
-        least_bytes=jacobian + 4.0 * d,
-        least_flops=float(outputs) * (outputs + 1) * d,
-        peak=FP32,
-        first="H is read again for every pair of row tiles"
-        if side > 1
-        else "loads in flight per thread",
-    )
-    reduce = Work(
-        kernel="gram_reduce_kernel (CUDA)",
-        variant=f"C={outputs}",
-        blocks=tiles,
-        flops=float(tiles * shares * tile * tile),
-        rate=FP32 * 0.01,
-        hbm=4.0 * tiles * shares * tile * tile,
-        l2=4.0 * tiles * shares * tile * tile,
-        l1=0.0,
-        serial_us=shares * LATENCY_US / 8,
-        least_bytes=8.0 * outputs * outputs,
-        least_flops=0.0,
-        peak=FP32,
-        first=f"one thread adds {shares} partial sums one after another: unroll or use a tree",
-    )
-    return [partial, reduce]
-
-
 def rank_one(d: int) -> list[Work]:
     """Return the three launches of ``rank1_precondition`` on one fp32 vector."""
     chunks = math.ceil(d / rank_one_kernel.CHUNK)
@@ -355,38 +241,6 @@ def rank_one(d: int) -> list[Work]:
         least_bytes=16.0 * chunks, least_flops=0.0, peak=FP32, first="one program adds all",
     )  # fmt: skip
     return [passes[0], total, passes[1]]
-
-
-def kalman_apply(outputs: int, d: int) -> Work:
-    """Return the launch of the second pass."""
-    in_registers = outputs <= 16
-    jacobian, vectors = 4.0 * outputs * d, 20.0 * d
-    if in_registers:
-        products, l1 = outputs * 16.0, 8.0 * outputs * 16 * d
-    else:
-        # Per element of the whitener one load of it and one of H.
-        products, l1 = float(outputs) ** 2, 8.0 * outputs**2 * d
-    # 256 columns of H per block and 8 blocks: more than an L1 holds, from 128 outputs of one block on.
-    spills = not in_registers and 4.0 * outputs * 256 * 8 > 200e3
-    return Work(
-        kernel=f"apply_kernel<{str(in_registers).lower()}> (CUDA)",
-        variant=f"C={outputs}, d={d:.0e}",
-        blocks=min(math.ceil(d / 256), 4096),
-        flops=2.0 * products * d,
-        rate=FP32 * 0.5,
-        hbm=jacobian + vectors,
-        l2=4.0 * outputs**2 * d if spills else jacobian + vectors,
-        l1=l1,
-        serial_us=outputs * LATENCY_US / 8,
-        least_bytes=jacobian + vectors,
-        least_flops=(float(outputs) * (outputs + 1) + 4 * outputs) * d,
-        peak=FP32,
-        first=(
-            "whitener loads: keep it in shared memory or constant cache"
-            if in_registers
-            else "H is read C times per element: tile it in shared memory, or use tensor cores"
-        ),
-    )
 
 
 # Cycles of one matrix of order n in damped_inverse_small_kernel, which nothing hides: counted in the machine
@@ -786,11 +640,18 @@ def works() -> Iterator[Work]:
             yield work
 
 
+# Outputs and parameters.
+KALMAN_SETS = ((2, 300_000), (10, 300_000), (10, 3_000_000), (100, 300_000))
+
+
 def vector_works() -> Iterator[Work]:
     """Yield the kernels that walk over all parameters as one vector."""
-    for outputs, d in ((2, 300_000), (10, 300_000), (10, 3_000_000), (100, 300_000)):
+    for outputs, d in KALMAN_SETS:
         yield from kalman_gram(outputs, d)
         yield kalman_apply(outputs, d)
+    for one_piece in (False, True):
+        for outputs, d in KALMAN_SETS:
+            yield from kalman_triton(outputs, d, bf16=one_piece)
     for d in (100_000, 10_000_000):
         yield from rank_one(d)
 
@@ -901,6 +762,8 @@ def report() -> str:
         "4 us for each small factor.",
         "",
         *vit_b(),
+        "",
+        *kalman_lines(KALMAN_SETS),
         "",
         *large_inverse_lines(),
     ]

@@ -263,6 +263,7 @@ def _apply_wide_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    EACH: tl.constexpr = 128 // DTYPE.primitive_bitwidth
     share = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
     first, begin_column, last, end_column = share_bounds(table_ptr + starts_at, share)
     # Nothing is written where the stage between the passes found a fault.
@@ -280,7 +281,6 @@ def _apply_wide_kernel(
             p = tl.load(variance_ptr + at, mask=inside, other=0.0)
             root = tl.sqrt_rn(p)
             if aligned != 0:
-                EACH: tl.constexpr = 128 // DTYPE.primitive_bitwidth
                 at_aligned = tl.multiple_of(start, 16) + columns
                 t, step = _gain_of_columns(
                     jacobian, at_aligned, at_aligned < tl.multiple_of(end, EACH), root, outputs,

@@ -531,8 +531,8 @@ def test_correctness_sweep_runs_in_the_interpreter():
         "g._factor_checks = lambda *a: iter(())\n"
         "g.DTYPES, g.CONVOLUTIONS = g.DTYPES[::2], g.CONVOLUTIONS[:2]\n"
         "v, out = g.sweep(torch.device('cpu'), math.inf, together=[(3, 0), (5, 9)], "
-        "images=[(1, 1, 4, 4), (1, 2, 3, 3)], weights=[(3, 5), (5, 3)], inverses=[], outputs=[])\n"
-        "assert len(v) == 4 + 6 + 4 + 3, (len(v), out)\n"
+        "images=[(1, 1, 4, 4), (1, 2, 3, 3)], weights=[(3, 5), (5, 3)], inverses=[], outputs=[2])\n"
+        "assert len(v) == 4 + 6 + 4 + 3 + 6 + 2 * 6, (len(v), out)\n"
         "assert all(x.passed for x in v), [x for x in v if not x.passed]"
     )
     done = subprocess.run(
@@ -561,6 +561,10 @@ def test_prediction_is_reproduced_exactly():
         "apply_kernel<false>",
         "damped_inverse_small_kernel<false>",
         "damped_inverse_small_kernel<true>",
+        "_gram_narrow_kernel",
+        "_gram_wide_kernel",
+        "_apply_narrow_kernel",
+        "_apply_wide_kernel",
     ):
         assert kernel in text
     assert text.count("never run on a GPU |") == len(list(predict.works()))
