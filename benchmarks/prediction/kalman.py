@@ -17,6 +17,7 @@ from prediction.model import (
     REACH,
     Gpu,
     Work,
+    microseconds,
 )
 
 from grng_kernels.kalman_update import triton_kernel as kernel
@@ -120,16 +121,8 @@ def _shares(outputs: int, d: int) -> int:
     return len(cut([d], most, unit)) - 1
 
 
-def _tile(outputs: int) -> tuple[int, int]:
-    """Return the order of a tile of the gram, and how many tiles there are."""
-    if outputs > narrow.MAX_OUTPUTS:
-        return wide.padded(outputs), 1
-    tile = min(narrow.TILE, 1 << (outputs - 1).bit_length())
-    return tile, 1 if outputs <= tile else 3
-
-
 def _sum(outputs: int, d: int, bf16: bool) -> Work:
-    (tile, pairs), shares = _tile(outputs), _shares(outputs, d)
+    (tile, pairs), shares = kernel.tiles_of(outputs), _shares(outputs, d)
     read = 4.0 * shares * pairs * tile**2
     programs = math.ceil(outputs**2 / kernel.SUM_BLOCK)
     return Work(
@@ -141,7 +134,7 @@ def _sum(outputs: int, d: int, bf16: bool) -> Work:
 
 
 def _narrow_passes(outputs: int, d: int, bf16: bool) -> list[Work]:
-    (tile, pairs), shares = _tile(outputs), _shares(outputs, d)
+    (tile, pairs), shares = kernel.tiles_of(outputs), _shares(outputs, d)
     jacobian = (2.0 if bf16 else 4.0) * outputs * d
     # Of three tiles each reads the rows of both its sides; those of one side are in the L1.
     reread = jacobian * (2 if pairs > 1 else 1) + 8.0 * d * pairs
@@ -174,19 +167,23 @@ def _narrow_passes(outputs: int, d: int, bf16: bool) -> list[Work]:
 
 
 def _wide_passes(outputs: int, d: int, bf16: bool) -> list[Work]:
-    (rows, _), shares = _tile(outputs), _shares(outputs, d)
-    config, half = wide.CONFIGS[rows], min(rows, wide.HALF)
+    (half, pairs), shares = kernel.tiles_of(outputs), _shares(outputs, d)
+    rows = wide.padded(outputs)
+    config = wide.CONFIGS[rows]
     jacobian = (2.0 if bf16 else 4.0) * outputs * d
-    partial = 4.0 * shares * rows**2
+    partial = 4.0 * shares * pairs * half**2
     least = float(outputs) * (outputs + 1) * d
     together = MULTIPROCESSORS * max(1, 8 // config.gram_warps)
-    waves = math.ceil(shares / together)
-    used = shares / (waves * together)
+    waves = math.ceil(shares * pairs / together)
+    used = shares * pairs / (waves * together)
     steps = math.ceil(d / shares / config.gram_k)
+    # Each tile reads the rows of both its sides, on the diagonal the same ones: those are in the L1.
+    reread = jacobian * (2 if pairs > 1 else 1)
     gram = Work(
-        kernel="_gram_wide_kernel (Triton)", variant=_case(outputs, d, bf16), blocks=shares,
-        flops=2.0 * (3 if bf16 else 4) * rows**2 * d, rate=BF16 * REACH[rows] * used,
-        hbm=jacobian + 8.0 * d + max(partial - L2_BYTES, 0.0), l2=jacobian + 8.0 * d + partial,
+        kernel="_gram_wide_kernel (Triton)", variant=_case(outputs, d, bf16), blocks=shares * pairs,
+        flops=2.0 * (3 if bf16 else 6) * pairs * half**2 * d, rate=BF16 * REACH[half] * used,
+        hbm=jacobian + 8.0 * d + max(partial - L2_BYTES, 0.0),
+        l2=reread + 8.0 * pairs * d + partial,
         l1=0.0, serial_us=waves * steps * LATENCY_US / (config.gram_stages - 1),
         least_bytes=jacobian + 4.0 * d, least_flops=least, peak=BF16 / (3 if bf16 else 6),
         first="the pieces of H on their way from registers to the tensor cores",
@@ -200,6 +197,9 @@ def _wide_passes(outputs: int, d: int, bf16: bool) -> list[Work]:
     # Beyond the diagonal of the whitener no product is taken.
     terms = sum(range(half, rows + 1, half)) * half
     tiles = math.ceil(d / config.apply_d)
+    together = MULTIPROCESSORS * max(1, 8 // config.apply_warps)
+    waves = math.ceil(shares / together)
+    used = shares / (waves * together)
     steps = math.ceil(tiles / shares) * terms // half // config.apply_k
     apply = Work(
         kernel="_apply_wide_kernel (Triton)", variant=_case(outputs, d, bf16), blocks=shares,
@@ -242,6 +242,6 @@ def kalman_lines(sets: tuple[tuple[int, int], ...]) -> list[str]:
         chosen = [
             next(iter(unsupported(None, [torch.empty(0, dtype=dtype)], outputs))) for dtype in (torch.float32, torch.bfloat16)
         ]
-        cells = [f"{us:.0f}" if us >= 100 else f"{us:.1f}" for us in (cuda, triton[0], copied, triton[1])]
+        cells = [microseconds(us) for us in (cuda, triton[0], copied, triton[1])]
         lines.append(f"| {outputs} | {d:.0e} | {' | '.join(cells)} | {', '.join(chosen)} |")
     return lines

@@ -85,3 +85,8 @@ class Work:
     def least_us(self, gpu: Gpu) -> float:
         """Return the roofline of the problem."""
         return max(self.least_flops / self.peak / 1e6, self.least_bytes / gpu.tb_s / 1e6)
+
+
+def microseconds(value: float) -> str:
+    """Return a time as text, with one decimal where it is short."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"

@@ -89,6 +89,15 @@ def _sum_kernel(
         tl.store(sums_ptr + 1, of_variance.to(tl.float32, bitcast=True).to(tl.float64))
 
 
+def tiles_of(outputs: int) -> tuple[int, int]:
+    """Return the order of a tile of the gram, and how many its lower triangle has: one or three."""
+    if outputs <= narrow.MAX_OUTPUTS:
+        tile = min(narrow.TILE, triton.next_power_of_2(outputs))
+    else:
+        tile = min(wide.HALF, wide.padded(outputs))
+    return tile, 1 if outputs <= tile else 3
+
+
 class Passes:
     """Both passes of one update; the arguments are those of :func:`~grng_kernels.kalman_update_`, as lists.
 
@@ -118,11 +127,7 @@ class Passes:
         """Run the first pass, with ``H Hᵀ`` beside ``H diag(p) Hᵀ`` where ``plain``: two launches."""
         shares, outputs = self._shares, self._outputs
         grams, device = 1 + plain, self._device
-        if self._narrow:
-            tile = min(narrow.TILE, triton.next_power_of_2(outputs))
-            pairs = 1 if outputs <= tile else 3
-        else:
-            tile, pairs = wide.padded(outputs), 1
+        tile, pairs = tiles_of(outputs)
         numbers = shares.count * grams * pairs
         partial = torch.empty(numbers * tile**2, dtype=torch.float32, device=device)
         extremes = torch.empty(3 * numbers, dtype=torch.int32, device=device)
@@ -134,10 +139,10 @@ class Passes:
                 LANES=narrow.gram_lanes(tile), num_warps=narrow.GRAM_WARPS,
             )  # fmt: skip
         else:
-            config = wide.CONFIGS[tile]
+            config = wide.CONFIGS[wide.padded(outputs)]
             wide._gram_wide_kernel[grid](
                 *given, DTYPE=DTYPES[self._dtype], ONE_PIECE=wide.is_one_piece(self._dtype),
-                PIECE=_piece()[1], ROWS=tile, BLOCK_K=config.gram_k,
+                PIECE=_piece()[1], TILE=tile, PAIRS=pairs, BLOCK_K=config.gram_k,
                 num_warps=config.gram_warps, num_stages=config.gram_stages,
             )  # fmt: skip
         size = outputs**2

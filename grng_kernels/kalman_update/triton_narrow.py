@@ -27,8 +27,11 @@ def gram_lanes(tile: int) -> int:
 
 
 @triton.jit
-def _columns(ptr, rows, at, outputs, inside, row_stride, column_stride):
+def _columns(
+    address, rows, at, outputs, inside, row_stride, column_stride, DTYPE: tl.constexpr
+):  # fmt: skip
     # Products of indices and strides are int64: they pass 2^31 long before memory ends.
+    ptr = address.to(tl.pointer_type(DTYPE))
     pointers = ptr + rows.to(tl.int64) * row_stride + at * column_stride
     return tl.load(pointers, mask=inside & (rows < outputs), other=0.0).to(tl.float32)
 
@@ -60,7 +63,7 @@ def _gram_narrow_kernel(
     largest_element = tl.zeros((TILE, 1, LANES), tl.int32)
     first, begin_column, last, end_column = share_bounds(table_ptr + starts_at, share)
     for block in range(first, last + 1):
-        jacobian, mean_ptr, variance_ptr, row, column, _ = block_of(table_ptr, block, DTYPE)
+        jacobian, mean_ptr, variance_ptr, row, column, _ = block_of(table_ptr, block)
         begin, end = columns_of(table_ptr, block, first, begin_column, last, end_column)
         for start in range(begin, end, LANES):
             at = (start + lanes)[None, None, :]
@@ -68,10 +71,10 @@ def _gram_narrow_kernel(
             p = tl.load(variance_ptr + at, mask=inside, other=0.0)
             mean = tl.load(mean_ptr + at, mask=inside, other=0.0)
             left = _columns(
-                jacobian, left_rows[:, None, None], at, outputs, inside, row, column
+                jacobian, left_rows[:, None, None], at, outputs, inside, row, column, DTYPE
             )
             right = _columns(
-                jacobian, right_rows[None, :, None], at, outputs, inside, row, column
+                jacobian, right_rows[None, :, None], at, outputs, inside, row, column, DTYPE
             )
             largest_mean = tl.maximum(largest_mean, magnitude(mean))
             largest_variance = tl.maximum(largest_variance, variance_magnitude(p))
@@ -110,7 +113,7 @@ def _apply_narrow_kernel(
     blocks = tl.where(tl.load(info_ptr) == 0, last - first + 1, 0)
     for after in range(0, blocks):
         block = last - after
-        jacobian, mean_ptr, variance_ptr, row, column, _ = block_of(table_ptr, block, DTYPE)
+        jacobian, mean_ptr, variance_ptr, row, column, _ = block_of(table_ptr, block)
         begin, end = columns_of(table_ptr, block, first, begin_column, last, end_column)
         steps = tl.cdiv(end - begin, LANES)
         for back in range(0, steps):
@@ -120,7 +123,7 @@ def _apply_narrow_kernel(
             root = tl.sqrt_rn(p)
             # Squares of this are below the trace of S: nothing leaves the range that S itself has not left.
             scaled = root[None, :] * _columns(
-                jacobian, rows[:, None], at[None, :], outputs, inside[None, :], row, column
+                jacobian, rows[:, None], at[None, :], outputs, inside[None, :], row, column, DTYPE
             )
             step = root * tl.sum(scaled * direction, 0)
             t = tl.zeros((LANES,), tl.float32)

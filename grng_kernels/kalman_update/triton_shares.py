@@ -123,11 +123,11 @@ def share_bounds(starts_ptr, share):
 
 
 @triton.jit
-def block_of(table_ptr, block, DTYPE: tl.constexpr):
-    """Return the addresses of a block: ``H``, mean, variance, and whether ``H`` is aligned; and its strides."""
+def block_of(table_ptr, block):
+    """Return where a block lies: the address of ``H`` as a number, mean, variance; strides; if it is aligned."""
     row = table_ptr + block * _FIELDS
     return (
-        tl.load(row + _JACOBIAN).to(tl.pointer_type(DTYPE)),
+        tl.load(row + _JACOBIAN),
         tl.load(row + _MEAN).to(tl.pointer_type(tl.float32)),
         tl.load(row + _VARIANCE).to(tl.pointer_type(tl.float32)),
         tl.load(row + _ROW),
@@ -169,7 +169,8 @@ def write_state(
     else:
         # 1 - t > 0 in exact arithmetic; rounding must not make it zero or negative.
         posterior = p * tl.maximum(1.0 - t, 1.1920929e-7)
-    new = tl.minimum(tl.div_rn(posterior, forgetting) + process_noise, 3.4028235e38)
+    # All digits: what rounds up to the largest fp32 number would make this fp64.
+    new = tl.minimum(tl.div_rn(posterior, forgetting) + process_noise, 3.4028234663852886e38)
     tl.store(variance_ptr + at, new, mask=inside)
     mean = tl.load(mean_ptr + at, mask=inside, other=0.0)
     tl.store(mean_ptr + at, mean + step, mask=inside)

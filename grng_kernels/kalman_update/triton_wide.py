@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The passes of the Kalman update in Triton for 17 to 128 outputs: on tensor cores, to fp32 accuracy.
 
-A number in fp32 is three in bf16. Of the nine products of two such numbers six reach fp32 accuracy; in a
-symmetric product two of the six are the transposes of others. A Jacobian in bf16 is one piece as it is,
-and three products are exact.
+A number in fp32 is three in bf16. Of the nine products of two such numbers six reach fp32 accuracy. A
+Jacobian in bf16 is one piece as it is, and three products do. Tiles are at most 64 x 64 in the first pass: the
+products of a larger one do not fit in the tensor memory of sm_100.
 """
 
 from typing import NamedTuple
@@ -23,9 +23,9 @@ from grng_kernels.kalman_update.triton_shares import (
 )
 
 MAX_OUTPUTS = 128
-# Two programs per multiprocessor of the largest current GPUs; each writes a whole gram.
+# Two programs per multiprocessor of the largest current GPUs for each tile of the gram.
 SHARES, UNIT = 264, 128
-# Rows of the whitener whose products are held at once.
+# Outputs of a tile of the gram, and rows of the whitener whose products are held at once.
 HALF = 64
 SPLIT_BLOCK = 1024
 
@@ -45,9 +45,9 @@ class Config(NamedTuple):
 # By the padded number of outputs. Chosen by reasoning, not yet by measurement: no spills for sm_80, sm_90 and
 # sm_100 (tests/aot/test_kalman_update_aot.py).
 CONFIGS = {
-    32: Config(64, 4, 3, 64, 32, 4, 3),
-    64: Config(64, 4, 3, 64, 32, 4, 3),
-    128: Config(32, 8, 3, 128, 32, 8, 3),
+    32: Config(32, 4, 3, 64, 32, 4, 3),
+    64: Config(32, 4, 3, 64, 32, 4, 3),
+    128: Config(32, 4, 3, 128, 16, 8, 2),
 }
 
 
@@ -63,63 +63,70 @@ def is_one_piece(dtype: torch.dtype) -> bool:
 
 @triton.jit
 def _elements(
-    ptr, rows, at, outputs, inside, row_stride, column_stride,
+    address, rows, at, outputs, inside, row_stride, column_stride,
     DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     # Products of indices and strides are int64: they pass 2^31 long before memory ends.
+    ptr = address.to(tl.pointer_type(DTYPE))
     if ALIGNED:
-        # The compiler knows nothing of numbers that were loaded, and would read one by one.
+        # The compiler knows nothing of numbers that were loaded, and would read one by one. Hints do not
+        # outlive a call, but it sees what a number is multiplied with.
         EACH: tl.constexpr = 128 // DTYPE.primitive_bitwidth
         ptr = tl.multiple_of(ptr, 16)
-        row_stride = tl.multiple_of(row_stride, EACH)
-        pointers = ptr + rows.to(tl.int64) * row_stride + at
+        pointers = ptr + rows.to(tl.int64) * (row_stride // EACH * EACH) + at
     else:
         pointers = ptr + rows.to(tl.int64) * row_stride + at * column_stride
     return tl.load(pointers, mask=inside & (rows < outputs), other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _half_of_gram(h, p, weighted, ONE_PIECE: tl.constexpr, PIECE: tl.constexpr):
-    # A with A + A^T = h diag(p) h^T, or h h^T where it is not weighted. The smallest products first.
+def _weighted_product(left, right, ONE_PIECE: tl.constexpr, PIECE: tl.constexpr):
+    # left right^T, the smallest products first.
+    high, middle, low = pieces(left)
     if ONE_PIECE:
-        high, middle, low = pieces(h * tl.where(weighted, 0.5 * p, 0.5)[None, :])
-        right = tl.trans(h.to(PIECE))
-        total = tl.dot(low.to(PIECE), right)
-        total = tl.dot(middle.to(PIECE), right, total)
-        return tl.dot(high.to(PIECE), right, total)
-    high, middle, low = pieces(h * tl.where(weighted, tl.sqrt_rn(p), 1.0)[None, :])
-    left = high.to(PIECE)
-    total = tl.dot(left, tl.trans(low.to(PIECE)))
-    total = tl.dot((0.5 * middle).to(PIECE), tl.trans(middle.to(PIECE)), total)
-    total = tl.dot(left, tl.trans(middle.to(PIECE)), total)
-    return tl.dot(left, tl.trans((0.5 * high).to(PIECE)), total)
+        other = tl.trans(right.to(PIECE))
+        total = tl.dot(low.to(PIECE), other)
+        total = tl.dot(middle.to(PIECE), other, total)
+        return tl.dot(high.to(PIECE), other, total)
+    high, middle = high.to(PIECE), middle.to(PIECE)
+    other_high, other_middle, other_low = pieces(right)
+    other_high, other_middle = tl.trans(other_high.to(PIECE)), tl.trans(other_middle.to(PIECE))
+    total = tl.dot(low.to(PIECE), other_high)
+    total = tl.dot(high, tl.trans(other_low.to(PIECE)), total)
+    total = tl.dot(middle, other_middle, total)
+    total = tl.dot(middle, other_high, total)
+    total = tl.dot(high, other_middle, total)
+    return tl.dot(high, other_high, total)
 
 
 @triton.jit
 def _gram_of_columns(
-    total, largest_mean, largest_variance, largest_element,
+    total, largest_mean, largest_variance, largest_element, left_rows, right_rows,
     jacobian, mean_ptr, variance_ptr, begin, end, outputs, row, column, weighted,
     DTYPE: tl.constexpr, ALIGNED: tl.constexpr, ONE_PIECE: tl.constexpr, PIECE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.arange(0, ROWS)[:, None]
+    EACH: tl.constexpr = 128 // DTYPE.primitive_bitwidth
     if ALIGNED:
-        begin = tl.multiple_of(begin, 16)
-        end = tl.multiple_of(end, 128 // DTYPE.primitive_bitwidth)
+        begin, end = begin // 16 * 16, end // EACH * EACH
     for start in range(begin, end, BLOCK_K):
         at = start + tl.arange(0, BLOCK_K).to(tl.int64)
         inside = at < end
         p = tl.load(variance_ptr + at, mask=inside, other=0.0)
         mean = tl.load(mean_ptr + at, mask=inside, other=0.0)
-        h = _elements(
-            jacobian, rows, at[None, :], outputs, inside[None, :], row, column, DTYPE, ALIGNED
+        left = _elements(
+            jacobian, left_rows, at[None, :], outputs, inside[None, :], row, column, DTYPE, ALIGNED
+        )
+        right = _elements(
+            jacobian, right_rows, at[None, :], outputs, inside[None, :], row, column, DTYPE, ALIGNED
         )
         largest_mean = tl.maximum(largest_mean, magnitude(mean))
         largest_variance = tl.maximum(largest_variance, variance_magnitude(p))
-        largest_element = tl.maximum(largest_element, magnitude(h))
+        largest_element = tl.maximum(largest_element, tl.max(magnitude(left), 1))
+        left *= tl.where(weighted, p, 1.0)[None, :]
         # Tensor cores cut off what they add to: sums of many terms are made beside them. As a sum of two the
         # compiler would give it back to them.
-        total = tl.fma(_half_of_gram(h, p, weighted, ONE_PIECE, PIECE), 1.0, total)
+        total = tl.fma(_weighted_product(left, right, ONE_PIECE, PIECE), 1.0, total)
     return total, largest_mean, largest_variance, largest_element
 
 
@@ -133,40 +140,44 @@ def _gram_wide_kernel(
     DTYPE: tl.constexpr,
     ONE_PIECE: tl.constexpr,
     PIECE: tl.constexpr,
-    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    PAIRS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # First H diag(p) H^T, then H H^T; neighbours read the same columns.
+    # First the tiles of H diag(p) H^T, then those of H H^T; neighbours read the same columns.
     local = tl.program_id(0)
     share = tl.program_id(1).to(tl.int64)
     number = share * tl.num_programs(0) + local
-    weighted = local == 0
-    total = tl.zeros((ROWS, ROWS), tl.float32)
+    weighted = local < PAIRS
+    pair = local % PAIRS
+    left_rows = ((pair + 1) // 2 * TILE + tl.arange(0, TILE))[:, None]
+    right_rows = (pair // 2 * TILE + tl.arange(0, TILE))[:, None]
+    total = tl.zeros((TILE, TILE), tl.float32)
     largest_mean = tl.zeros((BLOCK_K,), tl.int32)
     largest_variance = tl.zeros((BLOCK_K,), tl.int32)
-    largest_element = tl.zeros((ROWS, BLOCK_K), tl.int32)
+    largest_element = tl.zeros((TILE,), tl.int32)
     first, begin_column, last, end_column = share_bounds(table_ptr + starts_at, share)
     for block in range(first, last + 1):
-        jacobian, mean_ptr, variance_ptr, row, column, aligned = block_of(table_ptr, block, DTYPE)
+        jacobian, mean_ptr, variance_ptr, row, column, aligned = block_of(table_ptr, block)
         begin, end = columns_of(table_ptr, block, first, begin_column, last, end_column)
         if aligned != 0:
             total, largest_mean, largest_variance, largest_element = _gram_of_columns(
-                total, largest_mean, largest_variance, largest_element,
+                total, largest_mean, largest_variance, largest_element, left_rows, right_rows,
                 jacobian, mean_ptr, variance_ptr, begin, end, outputs, row, column, weighted,
-                DTYPE, True, ONE_PIECE, PIECE, ROWS, BLOCK_K,
+                DTYPE, True, ONE_PIECE, PIECE, BLOCK_K,
             )  # fmt: skip
         else:
             total, largest_mean, largest_variance, largest_element = _gram_of_columns(
-                total, largest_mean, largest_variance, largest_element,
+                total, largest_mean, largest_variance, largest_element, left_rows, right_rows,
                 jacobian, mean_ptr, variance_ptr, begin, end, outputs, row, column, weighted,
-                DTYPE, False, ONE_PIECE, PIECE, ROWS, BLOCK_K,
+                DTYPE, False, ONE_PIECE, PIECE, BLOCK_K,
             )  # fmt: skip
-    inside_tile = tl.arange(0, ROWS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
-    tl.store(partial_ptr + number * (ROWS * ROWS) + inside_tile, total + tl.trans(total))
+    inside_tile = tl.arange(0, TILE)[:, None] * TILE + tl.arange(0, TILE)[None, :]
+    tl.store(partial_ptr + number * (TILE * TILE) + inside_tile, total)
     extremes_ptr += number * 3
     tl.store(extremes_ptr, tl.max(largest_mean, 0))
     tl.store(extremes_ptr + 1, tl.max(largest_variance, 0))
-    tl.store(extremes_ptr + 2, tl.max(tl.max(largest_element, 1), 0))
+    tl.store(extremes_ptr + 2, tl.max(largest_element, 0))
 
 
 @triton.jit(do_not_specialize=["outputs", "ranks"])
@@ -223,10 +234,9 @@ def _gain_of_columns(
     step = tl.zeros((BLOCK_D,), tl.float32)
     for half in tl.static_range(ROWS // HALF):
         ranks = half * HALF + tl.arange(0, HALF)[None, :]
-        # Beyond the diagonal a triangular whitener is zero.
-        LENGTH: tl.constexpr = (half + 1) * HALF if TRIANGULAR else ROWS
         y = tl.zeros((BLOCK_D, HALF), tl.float32)
-        for k in range(0, LENGTH, BLOCK_K):
+        # Beyond the diagonal a triangular whitener is zero.
+        for k in range(0, (half + 1) * HALF if TRIANGULAR else ROWS, BLOCK_K):
             offs = k + tl.arange(0, BLOCK_K)[:, None]
             h = _elements(
                 jacobian, offs, at[None, :], outputs, inside[None, :], row, column, DTYPE, ALIGNED
@@ -270,7 +280,7 @@ def _apply_wide_kernel(
     blocks = tl.where(tl.load(info_ptr) == 0, last - first + 1, 0)
     for after in range(0, blocks):
         block = last - after
-        jacobian, mean_ptr, variance_ptr, row, column, aligned = block_of(table_ptr, block, DTYPE)
+        jacobian, mean_ptr, variance_ptr, row, column, aligned = block_of(table_ptr, block)
         begin, end = columns_of(table_ptr, block, first, begin_column, last, end_column)
         steps = tl.cdiv(end - begin, BLOCK_D)
         for back in range(0, steps):
@@ -281,9 +291,9 @@ def _apply_wide_kernel(
             p = tl.load(variance_ptr + at, mask=inside, other=0.0)
             root = tl.sqrt_rn(p)
             if aligned != 0:
-                at_aligned = tl.multiple_of(start, 16) + columns
+                at_aligned = start // 16 * 16 + columns
                 t, step = _gain_of_columns(
-                    jacobian, at_aligned, at_aligned < tl.multiple_of(end, EACH), root, outputs,
+                    jacobian, at_aligned, at_aligned < end // EACH * EACH, root, outputs,
                     row, column, pieces_ptr, direction_ptr,
                     DTYPE, True, ONE_PIECE, PIECE, TRIANGULAR, ROWS, HALF, BLOCK_D, BLOCK_K,
                 )  # fmt: skip

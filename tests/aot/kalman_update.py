@@ -32,12 +32,13 @@ class Variant(NamedTuple):
 
 def variants():
     """Yield every variant: three tiles of a narrow gram, a variational and a triangular form by the flag."""
-    from grng_kernels.kalman_update.triton_wide import CONFIGS
+    from grng_kernels.kalman_update.triton_wide import CONFIGS, HALF
 
     for rows in CONFIGS:
         for dtype in DTYPES:
             yield Variant("_gram_wide_kernel", dtype, rows)
-            for triangular in (False, True):
+            # Of one half all is read in any case.
+            for triangular in (False, True) if rows > HALF else (True,):
                 yield Variant("_apply_wide_kernel", dtype, rows, triangular)
         yield Variant("_split_kernel", "fp32", rows)
         yield Variant("_sum_kernel", "fp32", rows, True)
@@ -63,8 +64,8 @@ def _constants(variant):
     constants = {
         "DTYPE": triton_shares.DTYPES[dtype],
         "ROWS": rows,
-        "TILE": rows,
-        "PAIRS": 3 if flag and rows == 8 else 1,
+        "TILE": min(rows, triton_wide.HALF),
+        "PAIRS": 3 if rows == 128 or (flag and rows == 8) else 1,
         "GRAMS": 1 + (kernel == "_sum_kernel" and flag),
         "VARIATIONAL": flag,
         "ONE_PIECE": dtype == torch.bfloat16,

@@ -43,7 +43,8 @@ def test_it_fits(variant, arch):
     assert (report.tensor > 0) == variant.uses_tensor_cores, report
     if variant.uses_tensor_cores and arch == 90 and variant.rows >= 64:
         assert report.hopper == report.tensor, report
-    if variant.uses_tensor_cores and arch != 100:
+    # A whitener of 32 is one step of the loop, which has nothing to read ahead.
+    if variant.uses_tensor_cores and (variant.rows > 32 or "gram" in variant.kernel):
         assert report.copies > 0, f"tiles are not read 16 bytes at a time: {report}"
 
 

@@ -573,7 +573,7 @@ def test_prediction_is_reproduced_exactly():
 def test_method_table_of_damped_inverse_follows_the_model():
     """Wherever the table says Newton-Schulz the model says so too, and not for eight times as many."""
     pytest.importorskip("triton")
-    import predict
+    from prediction.damped_inverse_large import large_inverse_us
 
     from grng_kernels.damped_inverse.method_table import COUNTS, SMALLEST_RHO, faster
 
@@ -582,7 +582,7 @@ def test_method_table_of_damped_inverse_follows_the_model():
             assert faster(n, count, rho) == "newton_schulz"
             for many, sign in ((count, 1), (8 * count, -1)):
                 times = [
-                    predict.large_inverse_us(method, many, n, rho, graph=True)
+                    large_inverse_us(method, many, n, rho, graph=True)
                     for method in ("direct", "newton_schulz")
                 ]
                 assert sign * (times[0] - times[1]) > 0, (n, many, rho, times)
