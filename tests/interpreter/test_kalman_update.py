@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from grng_kernels import Info, kalman_update_, use_backend
-from grng_kernels.kalman_update import triton_narrow, triton_wide
+from grng_kernels.kalman_update import triton_kernel, triton_narrow, triton_wide
 from grng_kernels.kalman_update.reference import kalman_update as reference
 from grng_kernels.kalman_update.triton_shares import UNIT, cut
 from tests.cases import MATRIX_LAYOUTS, assert_within_budget, dtype_id, guarded, offset_by_one, spd
@@ -21,7 +21,10 @@ kinds = pytest.mark.parametrize("outputs", KINDS)
 
 
 @pytest.fixture(autouse=True)
-def triton_backend():
+def triton_backend(monkeypatch):
+    # Few large programs: the interpreter takes as long for a small one.
+    monkeypatch.setattr(triton_kernel, "SUM_BLOCK", 1024)
+    monkeypatch.setattr(triton_kernel, "SUM_SHARES", 16)
     with use_backend("triton"):
         yield
 
@@ -104,10 +107,27 @@ def test_regularised_with_a_jacobian_in_bf16(outputs):
 @kinds
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
 @pytest.mark.parametrize(
-    "sizes", [[1], [UNIT - 1, 0, 1, UNIT + 1, 16], [0, 5, 0], [3, 300, 8, 129]], ids=str
+    "sizes", [[UNIT - 1, 0, 1, UNIT + 1, 16], [0, 75, 0], [3, 300, 8, 129]], ids=str
 )
 def test_blocks_are_one_state(outputs, sizes, dtype):
     Case(outputs, sizes, dtype=dtype).check()
+
+
+@kinds
+def test_one_parameter(outputs):
+    """Fewer parameters than outputs: the step is a small difference of large sums, in any arithmetic."""
+    case = Case(outputs, [1])
+    *got, info = case.update()
+    assert info.item() == Info.OK
+    for result, wanted in zip(got, case.wanted(torch.float64), strict=True):
+        torch.testing.assert_close(result.double(), wanted, rtol=1e-3, atol=1e-6)
+
+
+def test_sums_as_a_launch_cuts_them(monkeypatch):
+    monkeypatch.undo()
+    with use_backend("triton"):
+        Case(3, [600, 700]).check(rho=0.3)
+        Case(20).check()
 
 
 @kinds
