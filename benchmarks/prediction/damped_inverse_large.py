@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import math
 
+from grng_kernels.damped_inverse import triton_direct as direct
+from grng_kernels.damped_inverse import triton_newton_schulz as newton_schulz
+from grng_kernels.damped_inverse import triton_prologue as large_inverse
 from prediction.model import (
     BF16,
     FP32,
@@ -20,11 +23,6 @@ from prediction.model import (
     Work,
     microseconds,
 )
-
-from grng_kernels.damped_inverse import triton_direct as direct
-from grng_kernels.damped_inverse import triton_newton_schulz as newton_schulz
-from grng_kernels.damped_inverse import triton_prologue as large_inverse
-
 
 # Rates of the products of the two methods: what the tensor cores do of each kind, in TFLOP/s of the product.
 PRODUCT_PEAKS = {"bf16": BF16, "bf16x3": BF16 / 3, "tf32": 3 * TF32X3, "tf32x3": TF32X3}
@@ -216,7 +214,7 @@ def large_inverse_lines() -> list[str]:
                 f"{count} x {n}", method, f"{sum(times for times, _ in launches)}",
                 f"{direct.padded_order(n) // direct.TILE if method == 'direct' else '-'}",
                 ", ".join(f"{value:.1f} {key}" for key, value in flops.items()), microseconds(frame),
-                microseconds(large_inverse_us(method, count, n)), microseconds(large_inverse_us(method, count, n, graph=True)),
+                *(microseconds(large_inverse_us(method, count, n, graph=graph)) for graph in (False, True)),
             )  # fmt: skip
             lines.append(f"| {' | '.join(cells)} |")
     best = min(large_inverse_us(m, 36, 768, graph=True) for m in ("newton_schulz", "direct"))

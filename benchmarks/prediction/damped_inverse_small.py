@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from grng_kernels.damped_inverse import triton_small
 from prediction.model import (
     FP32,
     MULTIPROCESSORS,
@@ -13,9 +14,6 @@ from prediction.model import (
     TF32X3,
     Work,
 )
-
-from grng_kernels.damped_inverse import triton_small
-
 
 # Cycles of one matrix of order n in damped_inverse_small_kernel, which nothing hides: counted in the machine
 # code for sm_90 of the four-warp path. Two pivots take 165 instructions of each scheduler, a barrier and two

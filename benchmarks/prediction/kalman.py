@@ -6,6 +6,12 @@ from __future__ import annotations
 import math
 
 import torch
+
+from grng_kernels.kalman_update import triton_kernel as kernel
+from grng_kernels.kalman_update import triton_narrow as narrow
+from grng_kernels.kalman_update import triton_wide as wide
+from grng_kernels.kalman_update.gpu import unsupported
+from grng_kernels.kalman_update.triton_shares import cut
 from prediction.model import (
     BF16,
     FP32,
@@ -19,12 +25,6 @@ from prediction.model import (
     Work,
     microseconds,
 )
-
-from grng_kernels.kalman_update import triton_kernel as kernel
-from grng_kernels.kalman_update import triton_narrow as narrow
-from grng_kernels.kalman_update import triton_wide as wide
-from grng_kernels.kalman_update.gpu import unsupported
-from grng_kernels.kalman_update.triton_shares import cut
 
 
 def kalman_gram(outputs: int, d: int) -> list[Work]:
@@ -169,7 +169,7 @@ def _narrow_passes(outputs: int, d: int, bf16: bool) -> list[Work]:
 def _wide_passes(outputs: int, d: int, bf16: bool) -> list[Work]:
     (half, pairs), shares = kernel.tiles_of(outputs), _shares(outputs, d)
     rows = wide.padded(outputs)
-    config = wide.CONFIGS[rows]
+    config = wide.config_of(outputs, torch.bfloat16 if bf16 else torch.float32)
     jacobian = (2.0 if bf16 else 4.0) * outputs * d
     partial = 4.0 * shares * pairs * half**2
     least = float(outputs) * (outputs + 1) * d
@@ -240,7 +240,8 @@ def kalman_lines(sets: tuple[tuple[int, int], ...]) -> list[str]:
         copied = cuda + LAUNCH_US + 6.0 * outputs * d / gpu.tb_s / 1e6
         triton = [total(kalman_triton(outputs, d, bf16=bf16), gpu) for bf16 in (False, True)]
         chosen = [
-            next(iter(unsupported(None, [torch.empty(0, dtype=dtype)], outputs))) for dtype in (torch.float32, torch.bfloat16)
+            next(iter(unsupported(None, [torch.empty(0, dtype=dtype)], outputs)))
+            for dtype in (torch.float32, torch.bfloat16)
         ]
         cells = [microseconds(us) for us in (cuda, triton[0], copied, triton[1])]
         lines.append(f"| {outputs} | {d:.0e} | {' | '.join(cells)} | {', '.join(chosen)} |")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from grng_kernels.precondition import triton_kernel as two_sided
 from prediction.model import (
     BF16,
     L2_BYTES,
@@ -14,9 +15,6 @@ from prediction.model import (
     REACH,
     Work,
 )
-
-from grng_kernels.precondition import triton_kernel as two_sided
-
 
 # Warp instructions of one step of the loop over a tile of the large inverse, and how many a multiprocessor
 # starts in a second: counted in the machine code for sm_90 of the aligned fp32 variant.

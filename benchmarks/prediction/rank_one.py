@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import math
 
+from grng_kernels.rank_one import triton_kernel as rank_one_kernel
 from prediction.model import (
     FP32,
     L2_BYTES,
     LATENCY_US,
     Work,
 )
-
-from grng_kernels.rank_one import triton_kernel as rank_one_kernel
 
 
 def rank_one(d: int) -> list[Work]:

@@ -23,7 +23,8 @@ def unsupported(
     """Return why each of the GPU backends cannot serve a call, or None, the one to prefer first.
 
     Triton comes first for more than 16 outputs, and for a Jacobian in 16 bits, of which the CUDA kernel
-    makes a copy in fp32. By prediction, not yet by measurement (``benchmarks/predict.py``).
+    makes a copy in fp32. By prediction, not by measurement (``benchmarks/predict.py``). For few outputs in
+    fp32 the two are within a factor of two in the model, on terms that it knows least about: to be measured.
     """
 
     def at_most(limit: int) -> str | None:

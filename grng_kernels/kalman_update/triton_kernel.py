@@ -65,7 +65,9 @@ def _sum_kernel(
     for start in range(0, shares, AT_ONCE):
         share = (start + tl.arange(0, AT_ONCE))[:, None].to(tl.int64)
         pointers = partial_ptr + share * step + offset[None, :].to(tl.int64)
-        total += tl.load(pointers, mask=(share < shares) & inside[None, :], other=0.0).to(tl.float64)
+        total += tl.load(pointers, mask=(share < shares) & inside[None, :], other=0.0).to(
+            tl.float64
+        )
     sums = tl.sum(total, 0)
     # Whether the input is finite is seen in the extremes: what is NaN here has overflowed.
     sums = tl.where(sums == sums, sums, float("inf"))
@@ -128,18 +130,18 @@ class Passes:
         shares, outputs = self._shares, self._outputs
         grams, device = 1 + plain, self._device
         tile, pairs = tiles_of(outputs)
-        numbers = shares.count * grams * pairs
+        numbers = shares.number * grams * pairs
         partial = torch.empty(numbers * tile**2, dtype=torch.float32, device=device)
         extremes = torch.empty(3 * numbers, dtype=torch.int32, device=device)
         given = (partial, extremes, shares.table, shares.starts_at, outputs)
-        grid = (grams * pairs, shares.count)
+        grid = (grams * pairs, shares.number)
         if self._narrow:
             narrow._gram_narrow_kernel[grid](
                 *given, DTYPE=DTYPES[self._dtype], TILE=tile, PAIRS=pairs,
                 LANES=narrow.gram_lanes(tile), num_warps=narrow.GRAM_WARPS,
             )  # fmt: skip
         else:
-            config = wide.CONFIGS[wide.padded(outputs)]
+            config = wide.config_of(outputs, self._dtype)
             wide._gram_wide_kernel[grid](
                 *given, DTYPE=DTYPES[self._dtype], ONE_PIECE=wide.is_one_piece(self._dtype),
                 PIECE=_piece()[1], TILE=tile, PAIRS=pairs, BLOCK_K=config.gram_k,
@@ -148,7 +150,7 @@ class Passes:
         size = outputs**2
         sums = torch.empty(grams * size + 2, dtype=torch.float64, device=device)
         _sum_kernel[(triton.cdiv(grams * size, SUM_BLOCK),)](
-            sums, partial, extremes, outputs, shares.count, GRAMS=grams, TILE=tile, PAIRS=pairs,
+            sums, partial, extremes, outputs, shares.number, GRAMS=grams, TILE=tile, PAIRS=pairs,
             BLOCK=SUM_BLOCK, AT_ONCE=SUM_SHARES, num_warps=SUM_WARPS,
         )  # fmt: skip
         both = sums[: grams * size].view(grams, outputs, outputs)
@@ -179,7 +181,7 @@ class Passes:
         shares, outputs, ranks = self._shares, self._outputs, whitener.shape[0]
         numbers = (forgetting, process_noise)
         if self._narrow:
-            narrow._apply_narrow_kernel[(shares.count,)](
+            narrow._apply_narrow_kernel[(shares.number,)](
                 shares.table, shares.starts_at, whitener, direction, info, outputs, ranks, *numbers,
                 DTYPE=DTYPES[self._dtype], VARIATIONAL=variational,
                 ROWS=triton.next_power_of_2(outputs), LANES=narrow.APPLY_LANES,
@@ -187,12 +189,12 @@ class Passes:
             )  # fmt: skip
             return
         rows = wide.padded(outputs)
-        config, (kind, piece) = wide.CONFIGS[rows], _piece()
+        config, (kind, piece) = wide.config_of(outputs, self._dtype), _piece()
         parts = torch.empty(3 * rows**2, dtype=kind, device=self._device)
         wide._split_kernel[(rows**2 // wide.SPLIT_BLOCK,)](
             parts, whitener, outputs, ranks, PIECE=piece, ROWS=rows, BLOCK=wide.SPLIT_BLOCK
         )
-        wide._apply_wide_kernel[(shares.count,)](
+        wide._apply_wide_kernel[(shares.number,)](
             shares.table, shares.starts_at, parts, direction, info, outputs, *numbers,
             DTYPE=DTYPES[self._dtype], VARIATIONAL=variational, TRIANGULAR=triangular,
             ONE_PIECE=wide.is_one_piece(self._dtype), PIECE=piece, ROWS=rows,

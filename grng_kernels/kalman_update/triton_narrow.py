@@ -60,7 +60,7 @@ def _gram_narrow_kernel(
     total = tl.zeros((TILE, TILE, LANES), tl.float32)
     largest_mean = tl.zeros((1, 1, LANES), tl.int32)
     largest_variance = tl.zeros((1, 1, LANES), tl.int32)
-    largest_element = tl.zeros((TILE, 1, LANES), tl.int32)
+    largest_element = tl.zeros((1, LANES), tl.int32)
     first, begin_column, last, end_column = share_bounds(table_ptr + starts_at, share)
     for block in range(first, last + 1):
         jacobian, mean_ptr, variance_ptr, row, column, _ = block_of(table_ptr, block)
@@ -78,14 +78,14 @@ def _gram_narrow_kernel(
             )
             largest_mean = tl.maximum(largest_mean, magnitude(mean))
             largest_variance = tl.maximum(largest_variance, variance_magnitude(p))
-            largest_element = tl.maximum(largest_element, magnitude(left))
+            largest_element = tl.maximum(largest_element, tl.max(magnitude(left), 0))
             total += (left * tl.where(weighted, p, 1.0)) * right
     inside_tile = tl.arange(0, TILE)[:, None] * TILE + tl.arange(0, TILE)[None, :]
     tl.store(partial_ptr + number * (TILE * TILE) + inside_tile, tl.sum(total, 2))
     extremes_ptr += number * 3
     tl.store(extremes_ptr, tl.max(tl.max(tl.max(largest_mean, 2), 1), 0))
     tl.store(extremes_ptr + 1, tl.max(tl.max(tl.max(largest_variance, 2), 1), 0))
-    tl.store(extremes_ptr + 2, tl.max(tl.max(tl.max(largest_element, 2), 1), 0))
+    tl.store(extremes_ptr + 2, tl.max(tl.max(largest_element, 1), 0))
 
 
 @triton.jit(do_not_specialize=["starts_at", "outputs", "ranks"])

@@ -31,7 +31,7 @@ class Shares(NamedTuple):
 
     table: Tensor
     starts_at: int
-    count: int
+    number: int
 
 
 def cut(lengths: Sequence[int], most: int, unit: int) -> list[tuple[int, int]]:
@@ -124,7 +124,7 @@ def share_bounds(starts_ptr, share):
 
 @triton.jit
 def block_of(table_ptr, block):
-    """Return where a block lies: the address of ``H`` as a number, mean, variance; strides; if it is aligned."""
+    """Return the address of ``H`` as a number, mean, variance, the strides of ``H``, and if it is aligned."""
     row = table_ptr + block * _FIELDS
     return (
         tl.load(row + _JACOBIAN),

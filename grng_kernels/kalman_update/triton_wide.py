@@ -2,8 +2,8 @@
 """The passes of the Kalman update in Triton for 17 to 128 outputs: on tensor cores, to fp32 accuracy.
 
 A number in fp32 is three in bf16. Of the nine products of two such numbers six reach fp32 accuracy. A
-Jacobian in bf16 is one piece as it is, and three products do. Tiles are at most 64 x 64 in the first pass: the
-products of a larger one do not fit in the tensor memory of sm_100.
+Jacobian in bf16 is one piece as it is, and three products do. Tiles are at most 64 x 64 in the first pass:
+the products of a larger one do not fit in the tensor memory of sm_100.
 """
 
 from typing import NamedTuple
@@ -49,6 +49,8 @@ CONFIGS = {
     64: Config(32, 4, 3, 64, 32, 4, 3),
     128: Config(32, 4, 3, 128, 16, 8, 2),
 }
+# One piece takes fewer registers than three.
+CONFIGS_ONE_PIECE = {**CONFIGS, 128: Config(32, 4, 3, 128, 16, 8, 3)}
 
 
 def padded(outputs: int) -> int:
@@ -59,6 +61,11 @@ def padded(outputs: int) -> int:
 def is_one_piece(dtype: torch.dtype) -> bool:
     """Return whether an element of the Jacobian is one bf16 number."""
     return dtype == torch.bfloat16
+
+
+def config_of(outputs: int, dtype: torch.dtype) -> Config:
+    """Return the config for so many outputs and a Jacobian of this type."""
+    return (CONFIGS_ONE_PIECE if is_one_piece(dtype) else CONFIGS)[padded(outputs)]
 
 
 @triton.jit

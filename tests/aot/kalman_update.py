@@ -10,7 +10,7 @@ TILES = (1, 2, 4, 8)
 
 
 class Variant(NamedTuple):
-    """One kernel; ``rows`` are the padded outputs, and ``flag`` is what it is compiled for beside the dtype."""
+    """One kernel; ``rows`` are the padded outputs, ``flag`` what it is compiled for beside the dtype."""
 
     kernel: str
     dtype: str
@@ -79,7 +79,7 @@ def _constants(variant):
         warps = triton_narrow.GRAM_WARPS if gram else triton_narrow.APPLY_WARPS
         lanes = triton_narrow.gram_lanes(rows) if gram else triton_narrow.APPLY_LANES
         return constants | {"LANES": lanes}, getattr(triton_narrow, kernel), warps, 3
-    config = triton_wide.CONFIGS[rows]
+    config = triton_wide.config_of(rows, dtype)
     function = getattr(triton_wide, kernel)
     if kernel == "_split_kernel":
         return constants | {"BLOCK": triton_wide.SPLIT_BLOCK}, function, 4, 3
