@@ -138,8 +138,8 @@ def _narrow_passes(outputs: int, d: int, bf16: bool) -> list[Work]:
     jacobian = (2.0 if bf16 else 4.0) * outputs * d
     # Of three tiles each reads the rows of both its sides; those of one side are in the L1.
     reread = jacobian * (2 if pairs > 1 else 1) + 8.0 * d * pairs
-    # Four programs of 128 registers share a multiprocessor.
-    waves = math.ceil(shares * pairs / (4 * MULTIPROCESSORS))
+    # Six programs of two warps and 168 registers share a multiprocessor.
+    waves = math.ceil(shares * pairs / (6 * MULTIPROCESSORS))
     steps = math.ceil(d / shares / narrow.gram_lanes(tile))
     gram = Work(
         kernel="_gram_narrow_kernel (Triton)", variant=_case(outputs, d, bf16),

@@ -377,7 +377,11 @@ def _run_by_parts(
         mean_max=largest_magnitude(means),
         variance_max=largest_magnitude(variances),
     )
-    if not innovation.is_cuda and info == int(Info.OVERFLOW) and not reference.all_finite(list(given)):
+    if (
+        not innovation.is_cuda
+        and info == int(Info.OVERFLOW)
+        and not reference.all_finite(list(given))
+    ):
         info.fill_(int(Info.NONFINITE_INPUT))
     if whitener.shape[0] < outputs:
         whitener = torch.nn.functional.pad(whitener, (0, 0, 0, outputs - whitener.shape[0]))

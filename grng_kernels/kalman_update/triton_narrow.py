@@ -18,12 +18,12 @@ MAX_OUTPUTS = 16
 TILE = 8
 # Eight programs per multiprocessor of the largest current GPUs.
 SHARES, UNIT = 1056, 1024
-GRAM_WARPS, APPLY_WARPS, APPLY_LANES = 4, 4, 256
+GRAM_WARPS, APPLY_WARPS, APPLY_LANES = 2, 4, 256
 
 
 def gram_lanes(tile: int) -> int:
-    """Return how many columns a program of the first pass takes at once: at most 64 sums of a thread."""
-    return min(1024, 64 * 32 * GRAM_WARPS // tile**2)
+    """Return the columns of a program of the first pass at once: 64 sums of a thread, 8 loads of a row."""
+    return 32 * GRAM_WARPS * min(8, 64 // tile**2)
 
 
 @triton.jit

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from grng_kernels import Info, kalman_update_, use_backend
+from grng_kernels import Info, KroneckerJacobian, kalman_update_, use_backend
 from grng_kernels.kalman_update import triton_kernel, triton_narrow, triton_wide
 from grng_kernels.kalman_update.reference import kalman_update as reference
 from grng_kernels.kalman_update.triton_shares import UNIT, cut
@@ -143,6 +143,15 @@ def test_mixed_types_of_the_jacobian(outputs):
     case = Case(outputs, [40, 60])
     case.blocks[0] = case.blocks[0].bfloat16()
     case.jacobian[:, :40] = case.blocks[0]
+    case.check()
+
+
+@kinds
+def test_factored_jacobian_is_expanded(outputs):
+    case = Case(outputs, [150, 20])
+    factored = KroneckerJacobian(torch.randn(outputs, 15) / 12, torch.randn(10))
+    case.jacobian[:, :150] = factored.expanded()
+    case.blocks[0] = factored
     case.check()
 
 
