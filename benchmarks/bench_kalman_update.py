@@ -13,7 +13,8 @@ from harness.case import Bench, Case, Contender, Plan, Role, compiled, our_backe
 from shapes import KALMAN_SIZES, MODELS
 from torch import Tensor
 
-from grng_kernels import KroneckerJacobian, kalman_update_, use_backend
+from grng_kernels import KroneckerJacobian, backends, kalman_update_, use_backend
+from grng_kernels.kalman_update.gpu import unsupported
 from grng_kernels.kalman_update.reference import kalman_update as reference
 
 NOISE = 0.1
@@ -35,6 +36,16 @@ def _ours(
     rho: float = 0.0,
 ) -> object:
     return kalman_update_(mean, variance, jacobian, innovation, noise, rho=rho)
+
+
+def _through(backend: str, rho: float) -> Update:
+    """The same through one of our kernels, chosen or not."""
+
+    def update(*arguments: State) -> object:
+        with use_backend(backend):
+            return kalman_update_(*arguments, rho=rho)
+
+    return update
 
 
 def _naive(
@@ -203,7 +214,10 @@ def _case(
     del wide
     jacobian: State = [h.contiguous() for h in full.split(list(blocks), 1)] if blocks else full
     small = (innovation, noise)
-    backend, remarks = our_backend({"cpu": "cpu", "cuda": "cuda"}, plan.device)
+    gpu = [name for name, reason in unsupported(None, [full], outputs).items() if reason is None]
+    # The first that is there, as in the operator.
+    usable = [name for name in gpu if backends()[name].available] or gpu
+    backend, remarks = our_backend({"cpu": "cpu", "cuda": usable[0]}, plan.device)
     lean: Callable[..., object] = _lean
     if blocks:
         lean = _lean_blocks
@@ -218,6 +232,12 @@ def _case(
         _contender("lean", "torch", "rival", lean, jacobian, small),
         _contender("naive with gain", "reference", "yardstick", naive, jacobian, small),
     ]
+    if plan.device.type == "cuda":
+        contenders[1:1] = [
+            _contender(f"grng, {name}", name, "variant", _through(name, rho), jacobian, small)
+            for name in usable
+            if name != backend and backends()[name].available
+        ]
     if lean is _lean:
         contenders.insert(
             2,

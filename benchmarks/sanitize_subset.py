@@ -18,8 +18,10 @@ from grng_kernels import kalman_update_, kron_factor_update_, precondition, use_
 # One order per tile size of the Triton kernel, none a multiple of it; the last takes several tiles. Those of
 # the second row are aligned.
 ORDERS = (23, 61, 131, 8, 48, 136)
-# Around the tile of 8 outputs, and on both sides of the 16 that are held in registers.
+# Around the tile of 8 outputs, and on both sides of the 16 that are held in registers; then each tile of the
+# Triton kernels.
 OUTPUTS = (3, 11, 19)
+TRITON_OUTPUTS = (1, 2, 3, 8, 11, 19, 37, 101)
 ROWS, PARAMETERS = 37, 1003
 # Both tiles of the small side, aligned and not, several splits, and two tiles of each.
 WEIGHTS = (
@@ -88,6 +90,22 @@ def kalman_update() -> int:
     return calls
 
 
+def kalman_update_triton() -> int:
+    """The same in Triton, for every type of the Jacobian, aligned and not; return how many calls."""
+    calls = 0
+    for outputs in TRITON_OUTPUTS:
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            for form, rho in (("fdekf", 0.0), ("vdekf", 0.1)):
+                sizes = (PARAMETERS, 1, 1024)
+                mean = [torch.zeros(d, device="cuda") for d in sizes]
+                variance = [torch.ones(d, device="cuda") for d in sizes]
+                jacobian = [torch.ones(outputs, d, device="cuda", dtype=dtype) for d in sizes]
+                innovation = torch.ones(outputs, device="cuda")
+                kalman_update_(mean, variance, jacobian, innovation, 0.5, form=form, rho=rho)
+                calls += 1
+    return calls
+
+
 def two_sided() -> int:
     """Launch every variant of the two-sided product, with bias and inner products; return how many items."""
     from grng_kernels.precondition.triton_kernel import launch
@@ -146,6 +164,7 @@ def main() -> int:
         ("triton", two_sided),
         ("triton", kron_factor_conv2d),
         ("cuda", kalman_update),
+        ("triton", kalman_update_triton),
         ("cuda", damped_inverse_small),
     ):
         status = grng_kernels.backends()[backend]

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``kalman_update_``: the public function, its checks, and the choice of a backend."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from grng_kernels import _checks, _dispatch
 from grng_kernels._register import operator
 from grng_kernels.info import Info
-from grng_kernels.kalman_update import cpu, kronecker, reference
+from grng_kernels.kalman_update import cpu, gpu, kronecker, reference
 from grng_kernels.kalman_update.innovation import gain_from_gram, largest_magnitude
 from grng_kernels.kalman_update.kronecker import Jacobian, KroneckerJacobian
 from grng_kernels.kalman_update.regularization import REGULARIZATIONS
@@ -20,8 +21,6 @@ LIKELIHOODS = ("gaussian", "categorical", "fisher")
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 FAST_DTYPES = (torch.float32, *HALF_DTYPES)
 LARGEST = torch.finfo(torch.float32).max
-# The largest grid of the CUDA kernel: 65535 tiles of 8 x 8 outputs.
-MAX_CUDA_OUTPUTS = 2880
 
 
 def kalman_update_(
@@ -72,8 +71,8 @@ def kalman_update_(
 
     Returns:
         :class:`Info`, int32, 0-d, on the device. Where it is not 0, mean and variance are unchanged:
-        ``NONFINITE_INPUT`` (NaN, infinity or a negative variance; on CUDA an infinite Jacobian is reported
-        as ``OVERFLOW``), ``NOT_CONVERGED`` (``S`` or ``R`` not positive definite), ``OVERFLOW``.
+        ``NONFINITE_INPUT`` (NaN, infinity or a negative variance; the CUDA C++ kernel reports an infinite
+        Jacobian as ``OVERFLOW``), ``NOT_CONVERGED`` (``S`` or ``R`` not positive definite), ``OVERFLOW``.
 
     Raises:
         TypeError: A dtype or layout that is not accepted.
@@ -301,32 +300,63 @@ def _kalman_update_op(
     if outputs == 0 or all(m.numel() == 0 for m in means):
         return torch.zeros((), dtype=torch.int32, device=innovation.device)
     problem = cpu.unsupported(means, variances, innovation)
-    too_wide = (
-        f"it serves at most {MAX_CUDA_OUTPUTS} outputs" if outputs > MAX_CUDA_OUTPUTS else None
+    backend = _dispatch.select(
+        OP,
+        innovation.device,
+        cpu=problem,
+        **gpu.unsupported(
+            problem, [h for i, h in enumerate(jacobians) if i not in factored], outputs
+        ),
     )
-    backend = _dispatch.select(OP, innovation.device, cpu=problem, cuda=problem or too_wide)
     fused = backend == "cpu" and outputs <= cpu.MAX_OUTPUTS
     given = [*jacobians, *inputs]
     if factored and not fused:
         jacobians = kronecker.expand(jacobians, inputs, factored, innovation.dtype)
-        inputs, factored = [], []
-    if backend == "reference" or fused:
-        run = _run_reference if backend == "reference" else cpu.call
-        return run(
-            means,
-            variances,
-            jacobians,
-            innovation,
-            noise,
-            form=form,
-            likelihood=likelihood,
-            forgetting=forgetting,
-            process_noise=process_noise,
-            rho=rho,
-            regularization=regularization,
-            **({"inputs": inputs, "factored": factored} if fused else {}),
-        )
-    if backend == "cuda":
+    run: Callable[..., Tensor]
+    if backend == "reference":
+        run = _run_reference
+    elif fused:
+        run = functools.partial(cpu.call, inputs=inputs, factored=factored)
+    elif backend == "triton":
+        run = gpu.run_triton
+    else:
+        run = functools.partial(_run_by_parts, given=given)
+    return run(
+        means,
+        variances,
+        jacobians,
+        innovation,
+        noise,
+        form=form,
+        likelihood=likelihood,
+        forgetting=forgetting,
+        process_noise=process_noise,
+        rho=rho,
+        regularization=regularization,
+    )
+
+
+def _run_by_parts(
+    means: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    jacobians: Sequence[Tensor],
+    innovation: Tensor,
+    noise: Tensor,
+    *,
+    form: str,
+    likelihood: str,
+    forgetting: float,
+    process_noise: float,
+    rho: float,
+    regularization: str,
+    given: Sequence[Tensor],
+) -> Tensor:
+    """The two passes of the CUDA kernel, or of the C++ kernel for many outputs, and torch between them.
+
+    ``given`` is what the user gave for the Jacobian; in ``jacobians`` every block is dense.
+    """
+    outputs = innovation.shape[0]
+    if innovation.is_cuda:
         jacobians = [h.to(innovation.dtype) for h in jacobians]
         jacobians = [h if h.stride(1) == 1 else h.contiguous() for h in jacobians]
     gram = torch.zeros(outputs, outputs, dtype=torch.float64, device=innovation.device)
@@ -347,7 +377,11 @@ def _kalman_update_op(
         mean_max=largest_magnitude(means),
         variance_max=largest_magnitude(variances),
     )
-    if backend == "cpu" and info == int(Info.OVERFLOW) and not reference.all_finite(given):
+    if (
+        not innovation.is_cuda
+        and info == int(Info.OVERFLOW)
+        and not reference.all_finite(list(given))
+    ):
         info.fill_(int(Info.NONFINITE_INPUT))
     if whitener.shape[0] < outputs:
         whitener = torch.nn.functional.pad(whitener, (0, 0, 0, outputs - whitener.shape[0]))

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from grng_kernels import _table
 from grng_kernels._dispatch import interpreting_triton
+from grng_kernels._triton_pieces import pieces
 
 # Larger sides are no longer a matter of reading one inverse: there a library product does as well.
 SKINNY = 128
@@ -131,19 +132,12 @@ def _gradient(
 
 
 @triton.jit
-def _rounded(x):
-    # To eight significant bits, in integer arithmetic: converting there and back takes longer.
-    return ((x.to(tl.int32, bitcast=True) + 0x8000) & -0x10000).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def _product(x, y, PIECE: tl.constexpr):
     # Three bf16 pieces hold all 24 bits of an fp32 number. Of their nine products six reach fp32 precision;
     # with an identity the result is exact, which it is not from three products in TF32.
-    x_high, y_high = _rounded(x), _rounded(y)
-    x_rest, y_rest = x - x_high, y - y_high
-    x_middle, y_middle = _rounded(x_rest), _rounded(y_rest)
-    x_low, y_low = (x_rest - x_middle).to(PIECE), (y_rest - y_middle).to(PIECE)
+    x_high, x_middle, x_low = pieces(x)
+    y_high, y_middle, y_low = pieces(y)
+    x_low, y_low = x_low.to(PIECE), y_low.to(PIECE)
     x_high, y_high = x_high.to(PIECE), y_high.to(PIECE)
     x_middle, y_middle = x_middle.to(PIECE), y_middle.to(PIECE)
     # The smallest first.

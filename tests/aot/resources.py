@@ -401,6 +401,9 @@ def all_reports():
         for arch in TRITON_ARCHS:
             compiled = compile_rank_one("fp32", arch, kernel)
             yield report_triton(compiled, f"rank_one{kernel.removesuffix('_kernel')}", arch)
+    from tests.aot import kalman_update
+
+    yield from kalman_update.reports()
     if find_nvcc():
         with tempfile.TemporaryDirectory() as folder:
             for source in CUDA_SOURCES:

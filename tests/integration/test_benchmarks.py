@@ -531,8 +531,8 @@ def test_correctness_sweep_runs_in_the_interpreter():
         "g._factor_checks = lambda *a: iter(())\n"
         "g.DTYPES, g.CONVOLUTIONS = g.DTYPES[::2], g.CONVOLUTIONS[:2]\n"
         "v, out = g.sweep(torch.device('cpu'), math.inf, together=[(3, 0), (5, 9)], "
-        "images=[(1, 1, 4, 4), (1, 2, 3, 3)], weights=[(3, 5), (5, 3)], inverses=[], outputs=[])\n"
-        "assert len(v) == 4 + 6 + 4 + 3, (len(v), out)\n"
+        "images=[(1, 1, 4, 4), (1, 2, 3, 3)], weights=[(3, 5), (5, 3)], inverses=[], outputs=[2])\n"
+        "assert len(v) == 4 + 6 + 4 + 3 + 6 + 2 * 6, (len(v), out)\n"
         "assert all(x.passed for x in v), [x for x in v if not x.passed]"
     )
     done = subprocess.run(
@@ -561,6 +561,10 @@ def test_prediction_is_reproduced_exactly():
         "apply_kernel<false>",
         "damped_inverse_small_kernel<false>",
         "damped_inverse_small_kernel<true>",
+        "_gram_narrow_kernel",
+        "_gram_wide_kernel",
+        "_apply_narrow_kernel",
+        "_apply_wide_kernel",
     ):
         assert kernel in text
     assert text.count("never run on a GPU |") == len(list(predict.works()))
@@ -569,7 +573,7 @@ def test_prediction_is_reproduced_exactly():
 def test_method_table_of_damped_inverse_follows_the_model():
     """Wherever the table says Newton-Schulz the model says so too, and not for eight times as many."""
     pytest.importorskip("triton")
-    import predict
+    from prediction.damped_inverse_large import large_inverse_us
 
     from grng_kernels.damped_inverse.method_table import COUNTS, SMALLEST_RHO, faster
 
@@ -578,7 +582,7 @@ def test_method_table_of_damped_inverse_follows_the_model():
             assert faster(n, count, rho) == "newton_schulz"
             for many, sign in ((count, 1), (8 * count, -1)):
                 times = [
-                    predict.large_inverse_us(method, many, n, rho, graph=True)
+                    large_inverse_us(method, many, n, rho, graph=True)
                     for method in ("direct", "newton_schulz")
                 ]
                 assert sign * (times[0] - times[1]) > 0, (n, many, rho, times)

@@ -65,14 +65,14 @@ def _kalman(likelihood, form):
     return run
 
 
-def _kalman_inputs():
+def _kalman_inputs(outputs=10):
     return {
         "mean": torch.randn(700),
         "variance": torch.rand(700) + 0.1,
-        "jacobian": torch.randn(10, 700),
-        "innovation": torch.randn(10),
-        "noise": spd(10) + torch.eye(10),
-        "probabilities": torch.randn(10).softmax(0),
+        "jacobian": torch.randn(outputs, 700),
+        "innovation": torch.randn(outputs),
+        "noise": spd(outputs) + torch.eye(outputs),
+        "probabilities": torch.randn(outputs).softmax(0),
     }
 
 
@@ -123,6 +123,10 @@ OPS = {
     for likelihood in ("gaussian", "categorical")
     for form in ("fdekf", "vdekf")
 }
+# More outputs than the CUDA kernel is chosen for.
+OPS["kalman_update_-gaussian-wide"] = Op(
+    ("reference", "cpu"), lambda: _kalman_inputs(40), _kalman("gaussian", "fdekf")
+)
 
 # (op, backend), for parametrisation.
 OP_BACKENDS = [(name, backend) for name, op in OPS.items() for backend in op.backends]

@@ -166,7 +166,7 @@ KERNELS = {
     "kron_factor_update_": {"cpu", "triton"},
     "kron_factor_conv2d_update_": {"cpu", "triton"},
     "damped_inverse": {"cpu", "cuda", "triton"},
-    "kalman_update_": {"cpu", "cuda"},
+    "kalman_update_": {"cpu", "cuda", "triton"},
     "precondition": {"cpu", "triton"},
     "rank1_precondition": {"cpu", "triton"},
 }
@@ -190,6 +190,7 @@ def test_named_backend_without_a_kernel_says_so(op, backend):
         ("kron_factor_update_", "triton"),
         ("kron_factor_conv2d_update_", "triton"),
         ("kalman_update_", "cuda"),
+        ("kalman_update_", "triton"),
         ("precondition", "triton"),
         ("rank1_precondition", "triton"),
     ],

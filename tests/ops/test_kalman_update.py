@@ -11,7 +11,7 @@ import torch
 
 import grng_kernels as gk
 from grng_kernels import Info, kalman_update_
-from grng_kernels.kalman_update.op import MAX_CUDA_OUTPUTS
+from grng_kernels.kalman_update.gpu import MAX_CUDA_OUTPUTS
 from tests.cases import (
     MATRIX_LAYOUTS,
     STATE_DTYPES,
