@@ -262,10 +262,11 @@ class KalmanOptimizer(Optimizer):
         state = self._first_state()
         for name in ("skipped", "skipped_in_a_row"):
             state[name] = state.get(name, 0) + 1
-        if state["skipped_in_a_row"] > self._max_failures:
+        count = state["skipped_in_a_row"]
+        if count > self._max_failures:
             raise PreconditionerError(
-                f"{type(self).__name__}: {state['skipped_in_a_row']} observations in a row could not be used, "
-                f"the last for {what}; the parameters are unchanged since"
+                f"{type(self).__name__}: {count} observations in a row could not be used, the last for "
+                f"{what}; the parameters are unchanged since"
             )
 
     def _start_variances(
