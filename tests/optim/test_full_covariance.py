@@ -216,3 +216,53 @@ def test_too_many_weights_and_unknown_covariance() -> None:
         RKalman(nn.Linear(64, 64), covariance="full")
     with pytest.raises(ValueError, match="covariance must be one of diagonal, full"):
         RKalman(nn.Linear(4, 4), covariance="dense")
+
+
+def test_weights_that_are_frozen_leave_and_may_come_back() -> None:
+    x, y = _regression(30)
+    model, optimizer = _linear("full")
+    _feed(optimizer, model, x[:10], y[:10])
+    model.bias.requires_grad_(False)
+    fixed = model.bias.detach().clone()
+    _feed(optimizer, model, x[10:20], y[10:20])
+    assert optimizer.state[model.weight]["covariance"].shape == (5, 5)
+    assert torch.equal(model.bias, fixed)
+    model.bias.requires_grad_(True)
+    _feed(optimizer, model, x[20:], y[20:])
+    assert optimizer.state[model.weight]["covariance"].shape == (6, 6)
+    assert not torch.equal(model.bias, fixed) and optimizer.diagnostics()["skipped"] == 0
+
+
+def test_variances_of_another_filter_are_taken_over() -> None:
+    x, y = _regression(30)
+    model, optimizer = _linear("full")
+    _feed(optimizer, model, x[:10], y[:10])
+    for covariance in ("diagonal", "full"):
+        saved = optimizer.state_dict()
+        before = optimizer.state[model.weight]["variance"].clone()
+        _, optimizer = _linear(covariance)
+        optimizer = type(optimizer)(
+            model, covariance=covariance, likelihood="gaussian", noise=0.01, rho=0.0,
+            correct_coherence=False,
+        )  # fmt: skip
+        optimizer.load_state_dict(saved)
+        _feed(optimizer, model, x[10:15], y[10:15])
+        # Information only grows.
+        assert bool((optimizer.state[model.weight]["variance"] <= before * (1 + 1e-5)).all())
+
+
+def test_zero_variance_and_forgetting_stay_finite() -> None:
+    x, y = _regression(10)
+    model, optimizer = _linear("full", forgetting=0.9, process_noise=1e-4)
+    _feed(optimizer, model, x[:2], y[:2])
+    optimizer.state[model.bias]["variance"].zero_()
+    _feed(optimizer, model, x[2:], y[2:])
+    covariance = optimizer.state[model.weight]["covariance"]
+    assert bool(torch.isfinite(covariance).all()) and optimizer.diagnostics()["skipped"] == 0
+
+
+def test_a_group_that_makes_too_many_is_refused_whole() -> None:
+    optimizer = RKalman(nn.Linear(40, 40), covariance="full")
+    with pytest.raises(ValueError, match="at most 4096 weights to train, got 4241"):
+        optimizer.add_param_group({"params": [*nn.Linear(50, 51).parameters()]})
+    assert len(optimizer.param_groups) == 1

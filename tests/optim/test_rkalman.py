@@ -505,7 +505,7 @@ def test_state_of_another_shape_is_refused():
     x, y, _ = data(2)
     optimizer = RKalman(model)
     feed(optimizer, model, x, y)
-    with pytest.raises(ValueError, match=r"variance of 2.weight must have 60 elements"):
+    with pytest.raises(ValueError, match=r"variance of 2.weight must have shape"):
         RKalman(other).load_state_dict(optimizer.state_dict())
 
 
@@ -704,3 +704,27 @@ def test_count_of_skipped_observations_is_in_the_checkpoint():
     feed(optimizer, model, x[3:], y[3:])
     assert optimizer.diagnostics()["skipped"] == 2
     assert optimizer.diagnostics()["skipped_in_a_row"] == 0
+
+
+def test_zero_biases_behind_a_zero_head_start_late_and_learn():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    for p in (model[0].bias, model[2].weight, model[2].bias):
+        nn.init.zeros_(p)
+    x, y, _ = data(20)
+    x = x[:, :4]
+    optimizer = RKalman(model)
+    feed(optimizer, model, x, y)
+    for p in model.parameters():
+        assert optimizer.state[p]["prior"] > 0 and float(p.detach().abs().max()) > 0
+
+
+def test_checkpoint_of_a_transposed_weight_is_refused():
+    x, y, _ = data(4)
+    model = nn.Linear(x.shape[1], 3)
+    optimizer = RKalman(model)
+    feed(optimizer, model, x, y)
+    other = RKalman([nn.Parameter(torch.zeros(x.shape[1], 3)), nn.Parameter(torch.zeros(3))])
+    with pytest.raises(ValueError, match="variance of a parameter must have shape"):
+        other.load_state_dict(optimizer.state_dict())
+    assert not other.state

@@ -19,9 +19,10 @@ MAX_PARAMETERS = 4096
 
 
 class FullCovariance:
-    """The covariance of all weights of an optimizer, kept in a state dict, with that of a part of them.
+    """The covariance of the weights of an optimizer that are trained, kept in a state dict.
 
-    Weights without a variance yet have no rows in it; they join with the next observation.
+    Weights without a variance yet have no rows in it and join later. Those that are frozen leave it, and when
+    they are trained again begin with their variance and without correlations.
     """
 
     KEYS = ("covariance", "covariance_of")
@@ -34,26 +35,25 @@ class FullCovariance:
         """Return the covariance ``[d, d]`` (fp64) of these parameters, the tensor that is kept.
 
         Args:
-            places: Numbers of the parameters that have a variance, rising; none ever leaves.
-            variances: Of each, what a new one starts with.
+            places: Numbers of the parameters, rising.
+            variances: Of each. Where another filter changed them, the correlations are kept.
         """
+        sizes = [[place, v.numel()] for place, v in zip(places, variances, strict=True)]
         known = self._state.get("covariance_of", [])
-        if list(places) == known:
+        if sizes == known:
             found: Tensor = self._state["covariance"]
+            diagonal = torch.cat([v.reshape(-1) for v in variances])
+            if not torch.equal(found.diagonal().to(diagonal.dtype), diagonal):
+                self.rescale_(variances)
             return found
-        sizes = [v.numel() for v in variances]
-        diagonal = torch.cat([v.reshape(-1).double() for v in variances])
-        grown = torch.diag(diagonal)
-        if known:
-            old = torch.cat(
-                [
-                    torch.full((n,), place in known, dtype=torch.bool, device=grown.device)
-                    for n, place in zip(sizes, places, strict=True)
-                ]
-            )
-            index = old.nonzero().squeeze(-1)
-            grown[index.unsqueeze(-1), index] = self._state["covariance"]
-        self._state["covariance"], self._state["covariance_of"] = grown, list(places)
+        grown = torch.diag(torch.cat([v.reshape(-1).double() for v in variances]))
+        new, old = _offsets(sizes), _offsets(known)
+        kept = [place for place in new if place in old]
+        if kept:
+            to = torch.cat([new[place] for place in kept]).to(grown.device)
+            of = torch.cat([old[place] for place in kept]).to(grown.device)
+            grown[to.unsqueeze(-1), to] = self._state["covariance"][of.unsqueeze(-1), of]
+        self._state["covariance"], self._state["covariance_of"] = grown, sizes
         return grown
 
     def restore(self, before: dict[str, Any]) -> None:
@@ -66,8 +66,19 @@ class FullCovariance:
         """Give the covariance these variances and keep its correlations."""
         covariance = self._state["covariance"]
         wanted = torch.cat([v.reshape(-1).double() for v in variances])
-        ratio = (wanted / covariance.diagonal()).sqrt()
+        before = covariance.diagonal()
+        ratio = torch.where(before > 0, (wanted / before).sqrt(), 0.0)
         covariance.mul_(torch.outer(ratio, ratio))
+        covariance.diagonal().copy_(wanted)
+
+
+def _offsets(sizes: Sequence[Sequence[int]]) -> dict[int, Tensor]:
+    """Where the weights of each parameter lie: indices by its number."""
+    offsets, begin = {}, 0
+    for place, size in sizes:
+        offsets[place] = torch.arange(begin, begin + size)
+        begin += size
+    return offsets
 
 
 def full_kalman_update_(

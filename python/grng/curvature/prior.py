@@ -76,7 +76,9 @@ def initial_variances(
             assert scale is not None
             value = scale * (p.numel() / square) ** 0.5
             if started:
-                value = min(value, (usual * float(p.detach().square().mean())) ** 0.5)
+                size = float(p.detach().square().mean()) if p.dim() > 1 else 0.0
+                # Biases, and matrices that are zero themselves, say nothing of their own scale.
+                value = min(value, (usual * size) ** 0.5 if size > 0 else usual)
             result.append(value)
         else:
             result.append(None)

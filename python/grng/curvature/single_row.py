@@ -4,9 +4,7 @@
 Row ``c`` of the Jacobian by such a weight is ``kron(g_c, x)``, of the gradient ``g_c`` of the layer's output
 and its input ``x``: the backward pass need not go further than the output. The graph says more than hooks on
 modules could (a weight that is also used without its module, outputs of another forward pass), and nothing is
-kept between steps. It does not say whether a hook on the output of a layer changes its gradient: where there
-is a trainable bias, its gradient is taken as that of the output, after all hooks; without one such a hook is
-not seen.
+kept between steps.
 """
 
 from typing import Any, NamedTuple
@@ -56,7 +54,8 @@ def find(outputs: Tensor, parameters: list[nn.Parameter]) -> dict[nn.Parameter, 
                 biases[user] = p
     for weight, (by, x) in list(found.items()):
         bias = biases.get(by.node) if isinstance(by, GradientEdge) else None
-        if bias is not None:
+        # A bias of one element is spread over the outputs: its gradient is not theirs.
+        if bias is not None and len(bias) == len(weight):
             found[weight], found[bias] = LayerOutput(bias, x), LayerOutput(bias, None)
     return found
 

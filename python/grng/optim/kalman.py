@@ -104,12 +104,26 @@ class KalmanOptimizer(Optimizer):
         self._squares: Tensor | None = None
         self._engine: Jacobian | None = None
         self._rows = "none yet"
-        super().__init__(params, {"step": 0, **defaults})
         self._is_full = covariance == "full"
-        size = sum(p.numel() for g in self.param_groups for p in g["params"])
+        super().__init__(params, {"step": 0, **defaults})
+        self._check_size(0)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group, as for any torch optimizer; variances start with the first gradient."""
+        # While the base class is made there is nothing yet to compare with.
+        if self.param_groups:
+            given = param_group["params"]
+            self._check_size(
+                sum(p.numel() for p in ([given] if isinstance(given, Tensor) else list(given)))
+            )
+        super().add_param_group(param_group)
+
+    def _check_size(self, more: int) -> None:
+        size = more + sum(p.numel() for g in self.param_groups for p in g["params"])
         if self._is_full and size > MAX_PARAMETERS:
             raise ValueError(
-                f'{owner}: covariance="full" must have at most {MAX_PARAMETERS} weights to train, got {size}'
+                f'{type(self).__name__}: covariance="full" must have at most {MAX_PARAMETERS} weights to '
+                f"train, got {size}"
             )
 
     # ---- observation ----
@@ -386,6 +400,8 @@ class KalmanOptimizer(Optimizer):
             rho=rho,
             regularization=self._regularization,
         )
+        if int(info) != 0:
+            return info
         begin = 0
         for m, v in zip(means, variances, strict=True):
             part = slice(begin, begin + m.numel())
@@ -462,12 +478,20 @@ class KalmanOptimizer(Optimizer):
         ids = [i for g in state_dict["param_groups"] for i in g["params"]]
         mine = [p for g in self.param_groups for p in g["params"]]
         for i, p in zip(ids, mine, strict=False):
-            for key in ("variance", "score", "weights"):
+            shapes = {
+                "variance": p.shape,
+                "weights": p.shape,
+                "score": (p.numel(),),
+                "score_outputs": p.shape[:1],
+                # A bias has no inputs; it has none of the two.
+                "score_inputs": p.shape[1:],
+            }
+            for key, shape in shapes.items():
                 value = saved.get(i, {}).get(key)
-                if isinstance(value, Tensor) and value.numel() != p.numel():
+                if isinstance(value, Tensor) and value.shape != torch.Size(shape):
                     raise ValueError(
-                        f"{type(self).__name__}: {key} of {self._name_of(p)} must have {p.numel()} elements, "
-                        f"the state dict has {value.numel()}"
+                        f"{type(self).__name__}: {key} of {self._name_of(p)} must have shape {list(shape)}, "
+                        f"the state dict has {list(value.shape)}"
                     )
         super().load_state_dict(state_dict)
         mine = [p for g in self.param_groups for p in g["params"]]
