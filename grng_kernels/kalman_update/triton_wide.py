@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from grng_kernels._triton_pieces import pieces
+from grng_kernels.triton_pieces import pieces
 from grng_kernels.kalman_update.triton_shares import (
     block_of,
     columns_of,

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from grng_kernels import _table
 from grng_kernels._dispatch import interpreting_triton
-from grng_kernels._triton_pieces import pieces
+from grng_kernels.triton_pieces import pieces
 
 # Larger sides are no longer a matter of reading one inverse: there a library product does as well.
 SKINNY = 128
