@@ -12,7 +12,6 @@ import torch
 import triton
 import triton.language as tl
 
-from grng_kernels.triton_pieces import pieces
 from grng_kernels.kalman_update.triton_shares import (
     block_of,
     columns_of,
@@ -21,6 +20,7 @@ from grng_kernels.kalman_update.triton_shares import (
     variance_magnitude,
     write_state,
 )
+from grng_kernels.triton_pieces import pieces
 
 MAX_OUTPUTS = 128
 # Two programs per multiprocessor of the largest current GPUs for each tile of the gram.
