@@ -11,7 +11,7 @@ from torch import nn
 import grng_kernels
 from grng import RING, PreconditionerError
 from grng.curvature.fisher import sampled_loss
-from grng.optim.ring import _corrected_decay
+from grng.optim.factors import corrected_decay
 
 
 def make_net(dtype=torch.float64, *, inplace=False):
@@ -64,7 +64,8 @@ def damped(factor, rho):
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_first_step_follows_the_equations(inplace):
+@pytest.mark.parametrize("step_length", ["graft", "kl_clip"])
+def test_first_step_follows_the_equations(inplace, step_length):
     net = make_net(inplace=inplace)
     x, y = batch()
     before = [p.detach().clone() for p in net.parameters()]
@@ -76,7 +77,12 @@ def test_first_step_follows_the_equations(inplace):
         for (out, inp), g in zip(factors, grads, strict=True)
     ]
     net.zero_grad()
-    opt = RING(net, lr=0.1, rho=0.02, kl_clip=None, weight_decay=0.5)
+    if step_length == "graft":
+        directions = [
+            d * (g / (g.abs() + 1e-8)).norm() / d.norm()
+            for d, g in zip(directions, grads, strict=True)
+        ]
+    opt = RING(net, lr=0.1, rho=0.02, step_length=step_length, kl_clip=None, weight_decay=0.5)
     train_step(net, opt, x, y)
     expected = [
         before[0] * 0.95 - 0.1 * directions[0][:, :6],
@@ -96,7 +102,7 @@ def make_copy(net):
 
 def test_kl_clip_bounds_the_quadratic_form():
     net, (x, y) = make_net(), batch()
-    opt = RING(net, lr=3.0, momentum=0.0, kl_clip=1e-3, weight_decay=0.0)
+    opt = RING(net, lr=3.0, step_length="kl_clip", betas=(0.0, 0.999), kl_clip=1e-3, weight_decay=0.0)
     logits = net(x)
     opt.observe(logits)
     F.cross_entropy(logits, y).backward()
@@ -110,7 +116,9 @@ def test_kl_clip_bounds_the_quadratic_form():
     with torch.no_grad():
         for p, b in zip(unclipped.parameters(), before, strict=True):
             p.copy_(b)
-    free = RING(unclipped, lr=3.0, momentum=0.0, kl_clip=None, weight_decay=0.0)
+    free = RING(
+        unclipped, lr=3.0, step_length="kl_clip", betas=(0.0, 0.999), kl_clip=None, weight_decay=0.0
+    )
     train_step(unclipped, free, x, y)
     full = [b - p.detach() for b, p in zip(before, unclipped.parameters(), strict=True)]
     form = 3.0 * sum((s * g).sum() for s, g in zip(full, grads, strict=True))  # lr² ⟨D, G⟩
@@ -125,7 +133,7 @@ def test_scaling_the_loss_divides_the_direction():
         torch.manual_seed(0)
         net, (x, y) = make_net(), batch()
         before = net[2].weight.detach().clone()
-        opt = RING(net, kl_clip=None, weight_decay=0.0)
+        opt = RING(net, step_length="kl_clip", kl_clip=None, weight_decay=0.0)
         (F.cross_entropy(net(x), y) * scale).backward()
         opt.step()
         moves.append(before - net[2].weight.detach())
@@ -135,11 +143,11 @@ def test_scaling_the_loss_divides_the_direction():
 def test_corrected_decay_weighs_batches_like_a_bias_corrected_average():
     decay, weights = 0.9, []
     for k in range(6):
-        d = _corrected_decay(k, decay)
+        d = corrected_decay(k, decay)
         weights = [w * d for w in weights] + [1 - d]
     exact = [decay ** (5 - i) * (1 - decay) / (1 - decay**6) for i in range(6)]
     assert weights == pytest.approx(exact, rel=1e-12)
-    assert _corrected_decay(0, decay) == 0.0
+    assert corrected_decay(0, decay) == 0.0
 
 
 @pytest.mark.parametrize("observe", [True, False])
@@ -147,14 +155,14 @@ def test_micro_batches_equal_one_large_batch(observe):
     torch.manual_seed(0)
     net, (x, y) = make_net(), batch(rows=32)
     twin = make_copy(net)
-    opt, other = RING(net, kl_clip=None), RING(twin, kl_clip=None)
+    opt, other = RING(net), RING(twin)
     if observe:
         # Sampled labels differ between one draw of 32 and two of 16: use outputs whose noise is fixed.
         logits, halves = net(x), [twin(x[:16]), twin(x[16:])]
         noise = torch.randn(32, 3, dtype=torch.float64)
-        opt._capture.observe((logits * noise).sum())
+        opt._capture.observe([(logits * noise).sum()], 32)
         for half, n in zip(halves, (noise[:16], noise[16:]), strict=True):
-            other._capture.observe((half * n).sum())
+            other._capture.observe([(half * n).sum()], 16)
         F.cross_entropy(logits, y).backward()
         for half, labels in zip(halves, (y[:16], y[16:]), strict=True):
             (F.cross_entropy(half, labels) / 2).backward()
@@ -347,7 +355,7 @@ def test_scheduler_closure_and_frozen_layers():
 def test_warm_up_does_not_undo_the_kl_clip():
     # The step of a tiny learning rate is tiny, and stays so in the momentum when the rate rises.
     net, (x, y) = make_net(), batch()
-    opt = RING(net, lr=1e-6, kl_clip=1e-3, refresh_every=1, weight_decay=0.0)
+    opt = RING(net, lr=1e-6, step_length="kl_clip", refresh_every=1, weight_decay=0.0)
     for _ in range(3):
         train_step(net, opt, x, y)
     stored = opt.state[net[2].weight]["momentum_buffer"].norm().item()
@@ -386,7 +394,7 @@ def test_shared_weights_and_other_layers_are_explained():
     text = RING(net, max_factor_dim=20).explain()
     assert "shared: embed.weight, head.weight" in text or "Embedding has no" in text
     assert "LayerNorm has no Kronecker factors" in text
-    assert "a factor of order 40 exceeds max_factor_dim=20" in text
+    assert "40 (diagonal), 4x4" in text
 
 
 def test_observe_errors():
@@ -418,7 +426,11 @@ def test_observe_errors():
         ("rho", 0.0),
         ("refresh_every", 0),
         ("factor_decay", 1.0),
-        ("momentum", 1.5),
+        ("betas", (0.9, 1.0)),
+        ("betas", 0.9),
+        ("step_length", "long"),
+        ("fisher", "none"),
+        ("sharing", "mean"),
         ("weight_decay", -1.0),
         ("kl_clip", 0.0),
         ("adamw_lr", float("inf")),
@@ -426,7 +438,7 @@ def test_observe_errors():
     ],
 )
 def test_bad_hyperparameters_are_named(name, value):
-    with pytest.raises(ValueError, match=rf"{name} must be a number in .*got {value!r}"):
+    with pytest.raises(ValueError, match=rf"RING: {name}.* must be .*got "):
         RING(make_net(), **{name: value})
 
 

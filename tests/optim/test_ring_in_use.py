@@ -216,7 +216,7 @@ def test_micro_batches_draw_different_samples():
 @pytest.mark.parametrize("first", [True, False])
 def test_an_empty_batch_changes_nothing_but_decay(first):
     model = nn.Linear(4, 3)
-    opt = RING(model, weight_decay=0.0, momentum=0.0)
+    opt = RING(model, weight_decay=0.0, betas=(0.0, 0.999))
     if not first:
         step(model, opt)
     before = model.weight.detach().clone()
@@ -233,7 +233,7 @@ def test_an_empty_batch_changes_nothing_but_decay(first):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("momentum", torch.tensor(0.5)),
+        ("rho", torch.tensor(0.5)),
         ("lr", torch.tensor(float("nan"))),
         ("lr", torch.ones(2)),
         ("refresh_every", 2.5),

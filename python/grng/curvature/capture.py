@@ -5,37 +5,33 @@ The only place with hooks. A record belongs to one forward pass of one layer: a 
 or several micro-batches before one step, give several records.
 """
 
+import contextlib
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from grng.curvature.layers import KroneckerLayer
-
-
-@dataclass
-class Record:
-    """Input and output gradient of one forward pass of one layer."""
-
-    layer_input: Tensor  # [rows, d_in]
-    edge: (
-        GradientEdge | None
-    )  # where the gradient of the output can be asked for, until the backward
-    output_grad: Tensor | None = None  # [rows, d_out]
-    sampled: bool = False  # gradient of a sampled label (per term) or of the loss (of the mean)
+from grng.curvature.layers import KroneckerLayer, Record
 
 
 class Capture:
-    """Records of all layers since the last :meth:`clear`."""
+    """Records of all layers since the last :meth:`clear`.
+
+    Activation checkpointing that is not reentrant runs a forward pass twice: both make a record, and only
+    that of the first, whose graph the backward pass walks, ever gets a gradient. The reentrant kind runs the
+    first without a graph, so that only the second counts; what :meth:`observe` would differentiate is then
+    not there, and the gradient of the loss serves instead.
+    """
 
     def __init__(
         self, layers: list[KroneckerLayer], wanted: Callable[[KroneckerLayer], bool]
     ) -> None:
         self.records: dict[KroneckerLayer, list[Record]] = {layer: [] for layer in layers}
+        # Where the gradient of a record's output can be asked for, until it has come.
+        self._edges: dict[int, GradientEdge] = {}
         self._wanted = wanted
         self._observing = False
         # The hooks live as long as the model, but must not keep a discarded optimizer alive.
@@ -47,28 +43,35 @@ class Capture:
         """Record one forward pass, if this step needs it and a gradient can come."""
         if not (torch.is_grad_enabled() and output.requires_grad and self._wanted(layer)):
             return
-        # The edge, not the tensor: an in-place activation may overwrite the output.
-        record = Record(layer.input_rows(layer_input), get_gradient_edge(output))
+        record = Record(layer_input.detach())
         self.records[layer].append(record)
+        # The edge, not the tensor: an in-place activation may overwrite the output.
+        self._edges[id(record)] = get_gradient_edge(output)
 
         def on_grad(grad: Tensor) -> None:
             # The gradient of the loss: used where no labels were sampled (empirical Fisher).
             if not self._observing and record.output_grad is None:
-                record.output_grad = layer.output_rows(grad)
+                record.output_grad = grad.detach()
 
         output.register_hook(on_grad)
 
-    def waiting(self) -> list[tuple[KroneckerLayer, Record]]:
+    def waiting(self) -> list[Record]:
         """Return the records whose output gradient has not come yet."""
         return [
-            (layer, record)
-            for layer, records in self.records.items()
+            record
+            for records in self.records.values()
             for record in records
-            if record.edge is not None and record.output_grad is None
+            if record.output_grad is None and id(record) in self._edges
         ]
 
-    def observe(self, loss: Tensor) -> None:
-        """Take the output gradients of ``loss``; no parameter's ``.grad`` is touched.
+    def announce(self, terms: int) -> None:
+        """Tell the forward passes that wait how many terms of the loss they lead to."""
+        for record in self.waiting():
+            if record.terms is None:
+                record.terms = terms
+
+    def observe(self, losses: list[Tensor], terms: int) -> None:
+        """Take the output gradients of each of ``losses``, sums of ``terms``; no ``.grad`` is touched.
 
         Raises:
             RuntimeError: The graph is gone: the loss was already differentiated.
@@ -76,14 +79,13 @@ class Capture:
         waiting = self.waiting()
         if not waiting:
             return
+        edges = [self._edges[id(record)] for record in waiting]
         self._observing = True
         try:
-            grads = torch.autograd.grad(
-                loss,
-                [record.edge for _, record in waiting if record.edge is not None],
-                retain_graph=True,
-                allow_unused=True,
-            )
+            grads = [
+                torch.autograd.grad(loss, edges, retain_graph=True, allow_unused=True)
+                for loss in losses
+            ]
         except RuntimeError as error:
             if "second time" in str(error):
                 raise RuntimeError(
@@ -92,27 +94,37 @@ class Capture:
             raise
         finally:
             self._observing = False
-        for (layer, record), grad in zip(waiting, grads, strict=True):
+        for record, found in zip(waiting, zip(*grads, strict=True), strict=True):
             # None: a forward pass that these outputs do not depend on (another micro-batch).
-            if grad is not None:
-                record.output_grad, record.sampled = layer.output_rows(grad), True
-                record.edge = None
+            if found[0] is not None:
+                record.output_grad, *record.further_grads = [g.detach() for g in found]
+                record.sampled, record.terms = True, terms
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Record no forward pass inside."""
+        before, self._wanted = self._wanted, lambda layer: False
+        try:
+            yield
+        finally:
+            self._wanted = before
 
     def complete(self, layer: KroneckerLayer) -> list[Record]:
         """Return the records of a layer that have both parts and any rows."""
         return [
-            r for r in self.records[layer] if r.output_grad is not None and len(r.layer_input) > 0
+            r for r in self.records[layer] if r.output_grad is not None and r.layer_input.numel() > 0
         ]
 
     def only_empty(self, layer: KroneckerLayer) -> bool:
         """Return whether a layer was used, but only with empty batches."""
         records = self.records[layer]
-        return bool(records) and all(len(r.layer_input) == 0 for r in records)
+        return bool(records) and all(r.layer_input.numel() == 0 for r in records)
 
     def clear(self) -> None:
         """Forget everything recorded."""
         for records in self.records.values():
             records.clear()
+        self._edges.clear()
 
 
 class _ForwardHook:

@@ -6,6 +6,36 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LIKELIHOODS = ("categorical", "gaussian")
+FISHERS = ("sampled", "exact", "empirical")
+# The exact Fisher takes a backward pass for each class.
+MOST_CLASSES = 100
+
+
+def check_outputs(outputs: Tensor, likelihood: str) -> None:
+    """Check what a model is said to have returned.
+
+    Raises:
+        TypeError: Not a tensor, or not of floating point.
+        ValueError: Unknown likelihood; a scalar, or fewer than two classes.
+    """
+    if likelihood not in LIKELIHOODS:
+        raise ValueError(
+            f"observe: likelihood must be one of {', '.join(LIKELIHOODS)}, got {likelihood!r}"
+        )
+    if not isinstance(outputs, Tensor):
+        raise TypeError(f"observe: outputs must be a tensor, got {type(outputs).__name__}")
+    if not outputs.is_floating_point():
+        raise TypeError(f"observe: outputs must be of a floating-point dtype, got {outputs.dtype}")
+    least = 2 if likelihood == "categorical" else 1
+    if outputs.dim() == 0 or outputs.shape[-1] < least:
+        raise ValueError(
+            f"observe: outputs must have shape [..., C] with C >= {least}, got {list(outputs.shape)}"
+        )
+
+
+def loss_terms(outputs: Tensor) -> int:
+    """Return the number of terms that a mean loss of these outputs ``[..., C]`` averages."""
+    return outputs.shape[:-1].numel() if outputs.dim() > 1 else 1
 
 
 def sampled_loss(outputs: Tensor, likelihood: str, generator: torch.Generator) -> Tensor:
@@ -20,12 +50,10 @@ def sampled_loss(outputs: Tensor, likelihood: str, generator: torch.Generator) -
         generator: Source of the samples, on the device of ``outputs``.
 
     Raises:
-        ValueError: Unknown likelihood.
+        TypeError: See :func:`check_outputs`.
+        ValueError: See :func:`check_outputs`.
     """
-    if likelihood not in LIKELIHOODS:
-        raise ValueError(
-            f"observe: likelihood must be one of {', '.join(LIKELIHOODS)}, got {likelihood!r}"
-        )
+    check_outputs(outputs, likelihood)
     if outputs.dtype != torch.float64:
         outputs = outputs.float()
     if likelihood == "gaussian":
@@ -41,3 +69,33 @@ def sampled_loss(outputs: Tensor, likelihood: str, generator: torch.Generator) -
     probabilities = torch.where(finite, probabilities, 1 / outputs.shape[-1])
     labels = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
     return F.cross_entropy(logits, labels, reduction="sum")
+
+
+def exact_losses(outputs: Tensor, likelihood: str) -> list[Tensor]:
+    """Return one loss for each class, whose output gradients together have the Fisher as second moment.
+
+    That of class ``c`` has the gradient ``√p_c (p − e_c)`` by the logits of a term, the ``c``-th column of a
+    root of ``diag(p) − p pᵀ``; by means, the ``c``-th unit vector.
+
+    Args:
+        outputs: As for :func:`sampled_loss`.
+        likelihood: One of LIKELIHOODS.
+
+    Raises:
+        TypeError: See :func:`check_outputs`.
+        ValueError: See :func:`check_outputs`; or more than 100 classes.
+    """
+    check_outputs(outputs, likelihood)
+    classes = outputs.shape[-1]
+    if classes > MOST_CLASSES:
+        raise ValueError(
+            f'observe: fisher="exact" takes a backward pass for each of at most {MOST_CLASSES} classes, '
+            f"got {classes}"
+        )
+    if outputs.dtype != torch.float64:
+        outputs = outputs.float()
+    if likelihood == "gaussian":
+        return [outputs[..., c].sum() for c in range(classes)]
+    log_p = outputs.log_softmax(-1)
+    roots = log_p.detach().mul(0.5).exp()
+    return [-(roots[..., c] * log_p[..., c]).sum() for c in range(classes)]

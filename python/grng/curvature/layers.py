@@ -1,24 +1,52 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which layers have Kronecker factors, of what size, and why the rest is left to AdamW."""
+"""What a layer's two Kronecker factors are made of: the interface, and the layers that are one matrix."""
 
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+import grng_kernels as kernels
+from grng.curvature.diagonal import diagonal_factor_update_
+
+SHARINGS = ("auto", "expand", "reduce")
+
+
+@dataclass
+class Record:
+    """Input and output gradient of one forward pass of one layer, as the module saw them."""
+
+    layer_input: Tensor
+    output_grad: Tensor | None = None
+    # With the exact Fisher one for each class, of which the first is output_grad.
+    further_grads: list[Tensor] = field(default_factory=list)
+    # Gradient of a sampled label (summed over the terms) or of the loss (their mean).
+    sampled: bool = False
+    # Terms of the loss that this pass contributed to; None where nobody said.
+    terms: int | None = None
+
+    def grads(self) -> list[Tensor]:
+        """Return all gradients of the output."""
+        return [] if self.output_grad is None else [self.output_grad, *self.further_grads]
+
 
 @dataclass(eq=False)
 class KroneckerLayer:
-    """One layer ``y = W x + b`` whose Fisher block is approximated by two factors.
+    """One layer whose Fisher information is approximated by two factors per block.
 
-    The bias is the last column of the weight: gradients are handled as ``[d_out, d_in + 1]``.
+    Its weight is seen as ``blocks`` matrices ``[out, in]``; a bias is the last column of theirs. A side that
+    is ``diagonal`` keeps only the diagonal of its factor.
     """
 
     name: str
-    module: nn.Linear
+    module: nn.Module
     weight: nn.Parameter
     bias: nn.Parameter | None
+    # (output side, input side)
+    diagonal: tuple[bool, bool] = field(default=(False, False), kw_only=True)
+
+    kind = "matrix"
+    blocks = 1
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -27,84 +55,113 @@ class KroneckerLayer:
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """Orders of the output-side and of the input-side factor."""
-        return self.weight.shape[0], self.weight.shape[1] + (self.bias is not None)
+        """Orders of the output-side and of the input-side factor of a block."""
+        out, inp = self.weight_matrix(self.weight).shape
+        return out // self.blocks, inp + (self.bias is not None)
 
-    def input_rows(self, layer_input: Tensor) -> Tensor:
-        """Return the layer's input as ``[rows, d_in]``, without the column of ones."""
-        return layer_input.detach().reshape(-1, self.weight.shape[1])
+    def factor_shape(self, side: int) -> tuple[int, ...]:
+        """Shape of a factor, 0 being the output side: ``[n]``, ``[n, n]``, or ``[blocks, n, n]``."""
+        n = self.sizes[side]
+        if self.diagonal[side]:
+            return (n,)
+        return (n, n) if self.blocks == 1 else (self.blocks, n, n)
 
-    def output_rows(self, output_grad: Tensor) -> Tensor:
-        """Return the gradient of the layer's output as ``[rows, d_out]``."""
-        return output_grad.detach().reshape(-1, self.weight.shape[0])
+    def weight_matrix(self, weight: Tensor) -> Tensor:
+        """Return the weight, or its gradient, as ``[blocks * out, in]``; a view where possible."""
+        return weight
 
-    def grads(self) -> tuple[Tensor, Tensor | None]:
-        """Return the gradients of the weight ``[d_out, d_in]`` and of the bias, None without a bias.
+    def examples(self, layer_input: Tensor) -> int:
+        """Return the number of examples in an input: its leading dimension."""
+        return layer_input.shape[0] if layer_input.dim() > 1 else 1
+
+    def positions(self, layer_input: Tensor) -> int:
+        """Return how often the weight was used per example."""
+        return layer_input.shape[1:-1].numel()
+
+    def update_input_factor(
+        self, factor: Tensor, layer_input: Tensor, *, decay: float, scale: float, reduce: bool
+    ) -> Tensor:
+        """``factor <- decay·factor + scale·Σ a aᵀ`` over the rows ``a``; return ``Info``.
+
+        ``reduce`` means one row per example, the mean over its positions.
+        """
+        rows = layer_input.detach()
+        if reduce:
+            rows = rows.flatten(1, -2).mean(1)
+        rows = rows.reshape(-1, rows.shape[-1])
+        return self._update(1, factor, rows, decay, scale, self.bias is not None)
+
+    def update_output_factor(
+        self, factor: Tensor, output_grad: Tensor, *, decay: float, scale: float, reduce: bool
+    ) -> Tensor:
+        """``factor <- decay·factor + scale·Σ g gᵀ`` over the rows ``g``; return ``Info``.
+
+        ``reduce`` means one row per example, the sum over its positions.
+        """
+        rows = output_grad.detach()
+        if reduce:
+            rows = rows.flatten(1, -2).sum(1)
+        return self._update(0, factor, rows.reshape(-1, rows.shape[-1]), decay, scale, False)
+
+    def _update(
+        self, side: int, factor: Tensor, rows: Tensor, decay: float, scale: float, bias: bool
+    ) -> Tensor:
+        if self.diagonal[side]:
+            return diagonal_factor_update_(factor, rows, decay=decay, scale=scale, bias=bias)
+        return kernels.kron_factor_update_(factor, rows, decay=decay, scale=scale, bias=bias)
+
+    def grads(self) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Return the gradients of the blocks ``[out, in]`` and of their biases, None without a bias.
 
         Both have one dtype, the wider of the two.
         """
-        grad = self.weight.grad
-        assert grad is not None, "asked only for layers that have a gradient"
-        if self.bias is None:
-            return grad, None
-        column = self.bias.grad if self.bias.grad is not None else torch.zeros_like(self.bias)
-        dtype = torch.promote_types(grad.dtype, column.dtype)
-        return grad.to(dtype), column.to(dtype)
+        assert self.weight.grad is not None, "asked only for layers that have a gradient"
+        column = None
+        if self.bias is not None:
+            column = self.bias.grad if self.bias.grad is not None else torch.zeros_like(self.bias)
+        return self.split(self.weight.grad, column)
 
-    def apply_step(self, step: Tensor, *, decay: float | Tensor) -> None:
-        """Shrink the parameters by ``1 − decay`` and subtract ``step [d_out, d_in (+ 1)]``, in place."""
-        d_in = self.weight.shape[1]
-        parts = (step[:, :d_in], step[:, -1])[: len(self.parameters)]
-        for parameter, part in zip(self.parameters, parts, strict=True):
-            if parameter.grad is None:  # frozen after the optimizer was made
-                continue
-            if isinstance(decay, Tensor) or decay != 0:
-                parameter.mul_(1 - decay)
-            parameter.sub_(part.to(parameter.dtype))
+    def split(
+        self, weight: Tensor, bias: Tensor | None
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Return what is shaped like the parameters as blocks ``[out, in]`` and their last columns."""
+        grad = self.weight_matrix(weight)
+        columns: list[Tensor | None] = [None] * self.blocks
+        if bias is not None:
+            dtype = torch.promote_types(grad.dtype, bias.dtype)
+            grad = grad.to(dtype)
+            columns = list(bias.to(dtype).view(self.blocks, -1))
+        return list(grad.unflatten(0, (self.blocks, -1))), columns
 
+    def join(self, blocks: list[Tensor]) -> list[Tensor]:
+        """Return blocks ``[out, in (+ 1)]`` as tensors shaped like the parameters: weight, bias."""
+        whole = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+        d_in = self.weight_matrix(self.weight).shape[1]
+        parts = [self.matrix_weight(whole[:, :d_in])]
+        if self.bias is not None:
+            parts.append(whole[:, -1])
+        return parts
 
-def find_layers(
-    model: nn.Module, *, max_factor_dim: int
-) -> tuple[list[KroneckerLayer], dict[nn.Parameter, str]]:
-    """Return the layers with Kronecker factors, and for all other trainable parameters why not."""
-    owners: dict[nn.Parameter, list[str]] = {}
-    for module_name, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            owners.setdefault(parameter, []).append(f"{module_name}.{name}".lstrip("."))
-    layers: list[KroneckerLayer] = []
-    reasons: dict[nn.Parameter, str] = {}
-    for name, module in model.named_modules():
-        mine = [p for p in module.parameters(recurse=False) if p.requires_grad]
-        if not mine:
-            continue
-        reason = _why_not(module, owners, max_factor_dim)
-        if reason is None and isinstance(module, nn.Linear):
-            bias = module.bias if module.bias is not None and module.bias.requires_grad else None
-            weight = cast(nn.Parameter, module.weight)
-            layers.append(KroneckerLayer(name or "model", module, weight, bias))
-        else:
-            reasons.update({p: reason or "" for p in mine})
-    taken = {p for layer in layers for p in layer.parameters}
-    return layers, {p: why for p, why in reasons.items() if p not in taken}
+    def matrix_weight(self, matrix: Tensor) -> Tensor:
+        """Return ``[blocks * out, in]`` in the shape of the weight."""
+        return matrix.reshape(self.weight.shape)
 
 
-def _why_not(
-    module: nn.Module, owners: dict[nn.Parameter, list[str]], max_factor_dim: int
-) -> str | None:
-    if not isinstance(module, nn.Linear):
-        return f"{type(module).__name__} has no Kronecker factors here"
-    if not isinstance(getattr(module, "weight", None), nn.Parameter) or module.weight.is_meta:
-        return "the weight is parametrised or not materialised"
-    if not module.weight.requires_grad:
-        return "the weight is frozen and only the bias is trained"
-    if not module.weight.dtype.is_floating_point:
-        return f"dtype {module.weight.dtype}"
-    for parameter in module.parameters(recurse=False):
-        if len(owners[parameter]) > 1:
-            return "shared: " + ", ".join(owners[parameter])
-    largest = max(module.weight.shape[0], module.weight.shape[1] + (module.bias is not None))
-    if largest > max_factor_dim:
-        return f"a factor of order {largest} exceeds max_factor_dim={max_factor_dim}"
-    if min(module.weight.shape) == 0:
-        return "the weight is empty"
-    return None
+class LinearLayer(KroneckerLayer):
+    """``nn.Linear``: any leading dimensions of the input."""
+
+    kind = "Linear"
+
+
+class TransposedLinearLayer(KroneckerLayer):
+    """``transformers.pytorch_utils.Conv1D``: a linear layer whose weight is ``[d_in, d_out]``."""
+
+    kind = "Conv1D (transposed linear)"
+
+    def weight_matrix(self, weight: Tensor) -> Tensor:
+        """Return the transposed weight."""
+        return weight.mT
+
+    def matrix_weight(self, matrix: Tensor) -> Tensor:
+        """Return the transposed matrix."""
+        return matrix.mT

@@ -12,8 +12,9 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from grng.curvature.capture import Capture
-from grng.curvature.fisher import sampled_loss
-from grng.curvature.layers import KroneckerLayer, find_layers
+from grng.curvature.find import find_layers
+from grng.curvature.fisher import check_outputs, exact_losses, loss_terms, sampled_loss
+from grng.curvature.layers import KroneckerLayer
 
 KRONECKER, ADAMW = "kronecker", "adamw"
 COUNTS = ("refresh_every", "max_factor_dim", "max_rows", "max_failures")
@@ -47,6 +48,18 @@ def check_hyperparameter(
         )
 
 
+def check_betas(owner: str, betas: Any) -> None:
+    """Check AdamW's pair of decays.
+
+    Raises:
+        ValueError: Not two numbers in ``[0, 1)``.
+    """
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"{owner}: betas must be two numbers in [0, 1), got {betas!r}")
+    for i, value in enumerate(betas):
+        check_hyperparameter(owner, f"betas[{i}]", value, high=1 - 1e-9)
+
+
 class KroneckerOptimizer(Optimizer):
     """Base of the optimizers that precondition with Kronecker factors.
 
@@ -67,6 +80,7 @@ class KroneckerOptimizer(Optimizer):
         adamw_lr: float,
         max_factor_dim: int,
         max_failures: int = 3,
+        fisher: str = "sampled",
     ) -> None:
         owner = type(self).__name__
         check_hyperparameter(owner, "adamw_lr", adamw_lr)
@@ -76,7 +90,7 @@ class KroneckerOptimizer(Optimizer):
         self._adamw_lr = adamw_lr
         self._observations = 0
         self._failures, self._max_failures = 0, max_failures
-        self._fisher = "not yet"
+        self._fisher_kind, self._fisher = fisher, "not yet"
         self._names: dict[nn.Parameter, str] = {}
         adamw_defaults = {"kind": ADAMW, "lr": adamw_lr}
         if isinstance(model, nn.Module):
@@ -117,29 +131,43 @@ class KroneckerOptimizer(Optimizer):
     # ---- statistics ----
 
     def observe(self, outputs: Tensor, *, likelihood: str = "categorical") -> None:
-        """Sample labels from the model and take the statistics of their gradients (the true Fisher).
+        """Take the statistics of the Fisher information under the model's own predictions.
 
         Call it between the forward pass and ``loss.backward()``. It does nothing, at no cost, on steps
-        that need no statistics, and never touches ``.grad`` or the global random state.
+        that need no statistics, and never touches ``.grad`` or the global random state. With
+        ``fisher="empirical"`` it only tells how many terms the loss has.
 
         Args:
-            outputs: The model's outputs: logits ``[..., C]``, or means for ``likelihood="gaussian"``.
+            outputs: The model's outputs, one loss term for each leading index: logits ``[..., C]``, or means
+                for ``likelihood="gaussian"``.
             likelihood: ``"categorical"`` or ``"gaussian"`` (unit variance).
 
         Raises:
-            ValueError: Unknown likelihood, or ``outputs`` without a graph on a step that needs it.
+            TypeError: ``outputs`` is no tensor of a floating-point dtype.
+            ValueError: Unknown likelihood, a wrong shape, or ``outputs`` without a graph, on a step that
+                needs it.
         """
         if not self._capture.waiting():
             return
+        check_outputs(outputs, likelihood)
         if not outputs.requires_grad:
             raise ValueError("observe: outputs must be attached to the graph of the forward pass")
+        if self._fisher_kind == "empirical":
+            self._capture.announce(loss_terms(outputs))
+            return
+        if self._fisher_kind == "exact":
+            with torch.enable_grad():
+                self._capture.observe(exact_losses(outputs, likelihood), loss_terms(outputs))
+            return
         generator = torch.Generator(device=outputs.device)
         # The step decides the labels: a resumed run draws what the uninterrupted one would. Micro-batches
         # of one step draw different ones: far apart, and in the low 32 bits, all that a CPU generator takes.
         generator.manual_seed(self.param_groups[0]["step"] + self._observations * 0x9E3779B9)
         self._observations += 1
         with torch.enable_grad():
-            self._capture.observe(sampled_loss(outputs, likelihood, generator))
+            self._capture.observe(
+                [sampled_loss(outputs, likelihood, generator)], loss_terms(outputs)
+            )
 
     def _statistics_wanted(self, layer: KroneckerLayer) -> bool:
         """Return whether the next step refreshes the curvature, or this layer has none yet."""
@@ -214,9 +242,12 @@ class KroneckerOptimizer(Optimizer):
     def _note_fisher(self, layers: list[KroneckerLayer]) -> None:
         sampled = {r.sampled for x in layers for r in self._capture.complete(x)}
         if sampled:
-            self._fisher = (
-                "sampled labels" if all(sampled) else "empirical: observe() was not called"
-            )
+            if self._fisher_kind == "empirical":
+                self._fisher = "empirical, as asked for"
+            elif all(sampled):
+                self._fisher = "exact" if self._fisher_kind == "exact" else "sampled labels"
+            else:
+                self._fisher = "empirical: observe() was not called, or could not reach all layers"
 
     def _gradients_are_finite(self) -> bool:
         """Check all gradients, with one wait for the device; a bad step changes nothing and is counted.
@@ -321,15 +352,19 @@ class KroneckerOptimizer(Optimizer):
                     self.state[p][key] = value.to(device=device, copy=True)
         # What AdamW has trained so far stays with it, and what has curvature keeps it.
         self._layers = list(self._all_layers)
-        self._demote([x for x in self._layers if "exp_avg" in self.state.get(x.weight, {})])
+        states = {x: self.state.get(x.weight, {}) for x in self._layers}
+        self._demote(
+            [x for x, s in states.items() if "exp_avg" in s and "input_factor" not in s]
+        )
 
     def _check_sizes(self, states: dict[nn.Parameter, dict[str, Any]]) -> None:
         for layer in self._all_layers:
-            state, (out, inp) = states.get(layer.weight, {}), layer.sizes
-            for key, size in (("output_factor", out), ("input_factor", inp)):
-                if key in state and list(state[key].shape) != [size, size]:
+            state = states.get(layer.weight, {})
+            for i, key in enumerate(("output_factor", "input_factor")):
+                shape = layer.factor_shape(i)
+                if key in state and state[key].shape != shape:
                     raise ValueError(
-                        f"{type(self).__name__}: {key} of {layer.name} must have shape [{size}, {size}], "
+                        f"{type(self).__name__}: {key} of {layer.name} must have shape {list(shape)}, "
                         f"the state dict has {list(state[key].shape)}"
                     )
 
@@ -357,10 +392,9 @@ class KroneckerOptimizer(Optimizer):
             for p in group["params"]:
                 shape = "x".join(map(str, p.shape)) or "scalar"
                 if p in layers:  # demoted layers are not among them
-                    out, inp = layers[p].sizes
-                    rows.append(
-                        (self._name_of(p), shape, KRONECKER, f"{out}x{out}, {inp}x{inp}", "Linear")
-                    )
+                    layer = layers[p]
+                    factors = ", ".join(_factor_text(layer, side) for side in (0, 1))
+                    rows.append((self._name_of(p), shape, KRONECKER, factors, layer.kind))
                 elif p in biases:
                     rows.append(
                         (self._name_of(p), shape, KRONECKER, "", "last column of its weight")
@@ -373,6 +407,12 @@ class KroneckerOptimizer(Optimizer):
             "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows
         ]
         return "\n".join([*lines, f"Fisher: {self._fisher}"])
+
+
+def _factor_text(layer: KroneckerLayer, side: int) -> str:
+    n = layer.sizes[side]
+    text = f"{n} (diagonal)" if layer.diagonal[side] else f"{n}x{n}"
+    return text if layer.blocks == 1 else f"{layer.blocks} of {text}"
 
 
 def _merge_tensors(params: Iterable[Any]) -> list[Any]:

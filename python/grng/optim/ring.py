@@ -7,157 +7,206 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import grng_kernels as kernels
-from grng.curvature.layers import KroneckerLayer
-from grng.optim.base import KroneckerOptimizer, check_hyperparameter
+from grng.curvature.fisher import FISHERS
+from grng.curvature.layers import SHARINGS, KroneckerLayer
+from grng.optim.base import ADAMW_EPS, KroneckerOptimizer, check_betas, check_hyperparameter
+from grng.optim.factors import new_factors, preconditioned, refresh_inverses, update_factors
+from grng.optim.grafting import adam_moments, grafted
+
+STEP_LENGTHS = ("graft", "kl_clip")
 
 
 class RING(KroneckerOptimizer):
-    """Natural gradient with spectral damping and lazily refreshed Kronecker factors.
+    """Natural gradient with spectral damping, lazily refreshed Kronecker factors and AdamW's step length.
 
-    For each Linear layer with gradient ``G [d_out, d_in + 1]``, ``Γ = E[x xᵀ]`` of its inputs and
-    ``Λ = E[g gᵀ]`` of its output gradients under labels sampled from the model::
+    For each layer with gradient ``G [d_out, d_in + 1]``, ``Γ = E[x xᵀ]`` of its inputs and ``Λ = E[g gᵀ]`` of
+    its output gradients under labels sampled from the model::
 
         every refresh_every steps:  Λ, Γ <- bias-corrected EMA
                                     P_Λ = (Λ + √rho·‖Λ‖₂ I)⁻¹,  P_Γ = (Γ + √rho·‖Γ‖₂ I)⁻¹
-        every step:                 D = P_Λ G P_Γ
-                                    D <- D · min(1, √(kl_clip / (lr² Σ_layers ⟨D, G⟩)))
-                                    m <- momentum·m + lr·D
-                                    W <- (1 − lr·weight_decay) W − m
+        every step:                 m <- EMA of G;  u = AdamW's update of the layer
+                                    D = P_Λ m̂ P_Γ
+                                    W <- (1 − lr·weight_decay) W − lr·(‖u‖/‖D‖)·D
 
-    Everything that is not a Linear layer is trained by AdamW in the same object; :meth:`explain` says
-    what and why. One device-to-host wait per step checks that the gradients are finite.
+    so that curvature decides where to go and AdamW how far: a learning rate of AdamW carries over. Linear
+    layers (any leading dimensions), 1-d and 2-d convolutions (grouped too) and transformers' ``Conv1D`` have
+    curvature; everything else is trained by AdamW in the same object, and :meth:`explain` says what and why.
+    One device-to-host wait per step checks that the gradients are finite.
 
     Args:
         model: The model, or parameters as for any torch optimizer (which are then trained by AdamW: only
             modules have curvature).
-        lr: Learning rate η of the layers with curvature.
-        rho: Relative damping ρ, > 0; sensible from 0.01 to 0.1. The condition number of each damped factor
-            is at most ``1 + 1/√rho``. Below 1e-3 training was seen to be unstable.
+        lr: Learning rate, of AdamW's kind for ``step_length="graft"``; ``"kl_clip"`` wants about 0.03.
+        rho: Relative damping ρ, > 0. The condition number of each damped factor is at most ``1 + 1/√rho``.
         refresh_every: S of Lazy Fisher: steps between refreshes (more often in the first S steps).
         factor_decay: EMA decay of the factors per refresh.
-        momentum: Decay of the momentum, applied after preconditioning.
-        weight_decay: Decoupled, multiplied by the learning rate; not zero by default, as in torch's AdamW.
-        kl_clip: Bound of the predicted KL change of one step, on the device; None switches it off.
-        adamw_lr: Learning rate of the parameters trained by AdamW.
-        max_factor_dim: Layers with a larger factor are trained by AdamW.
+        betas: Decays of the averages of the gradient, which is preconditioned, and of its square.
+        weight_decay: Decoupled, multiplied by the learning rate; also that of the parameters trained by AdamW.
+        step_length: ``"graft"``, as above; or ``"kl_clip"``, without AdamW's moments:
+            ``m <- betas[0]·m + lr·ν·P_Λ G P_Γ`` with ``ν = min(1, √(kl_clip / (lr² Σ_layers ⟨D, G⟩)))``.
+        kl_clip: Bound of the KL change of one step, as the factors predict it; None switches it off. Only
+            for ``step_length="kl_clip"``.
+        fisher: ``"sampled"`` labels where :meth:`observe` is called, else the gradients of the loss;
+            ``"exact"``, with a backward pass for each class, at most 100; or ``"empirical"``: always the
+            gradients of the loss, where :meth:`observe` only tells how many terms it has.
+        sharing: What a row of a factor is where a weight is used at several positions of an example:
+            ``"expand"``, each position; ``"reduce"``, each example; ``"auto"``, each example where
+            :meth:`observe` saw one term of the loss for each, and each position else.
+        stagger: Spread the inversions of a refresh over the ``refresh_every`` steps after it, for a flat
+            step time. The statistics are still taken together.
+        adamw_lr: Learning rate of the parameters trained by AdamW; None: ``lr`` for ``"graft"``, else 1e-3.
+        max_factor_dim: Largest order of a dense factor of a linear layer; of a longer side, as of the long
+            side of LoRA's weights, only the diagonal is kept. Larger convolutions are trained by AdamW.
+        max_failures: Steps in a row with non-finite gradients, which change nothing, before
+            :class:`PreconditionerError`.
 
     Raises:
         ValueError: A hyperparameter is out of range, or the model has no trainable parameter.
 
-    Source: Dash et al. 2026, "Gradient Regularized Natural Gradients" (RING, Lazy Fisher). Momentum, KL clip
-    (as in kfac-pytorch) and weight decay are additions; momentum=0, kl_clip=None gives the bare method.
+    Source: Dash et al. 2026, "Gradient Regularized Natural Gradients" (RING, Lazy Fisher), for the direction;
+    Eschenhagen et al. 2023 for shared weights; Agarwal et al. 2020 for grafting. ``step_length="kl_clip"``
+    with ``betas=(0, 0.999)``, ``kl_clip=None`` and ``weight_decay=0`` is the bare method.
     """
 
     def __init__(
         self,
         model: nn.Module | Iterable[Any],
-        lr: float | Tensor = 0.03,
+        lr: float | Tensor = 3e-3,
         *,
         rho: float = 1e-2,
         refresh_every: int = 10,
         factor_decay: float = 0.95,
-        momentum: float = 0.9,
-        weight_decay: float = 0.03,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 1e-2,
+        step_length: str = "graft",
         kl_clip: float | None = 1e-3,
-        adamw_lr: float = 1e-3,
+        fisher: str = "sampled",
+        sharing: str = "auto",
+        stagger: bool = False,
+        adamw_lr: float | None = None,
         max_factor_dim: int = 8192,
+        max_failures: int = 3,
     ) -> None:
-        check_hyperparameter("RING", "lr", lr)
-        check_hyperparameter("RING", "rho", rho, low=1e-8)
-        check_hyperparameter("RING", "refresh_every", refresh_every, low=1)
-        check_hyperparameter("RING", "factor_decay", factor_decay, high=1 - 1e-6)
-        check_hyperparameter("RING", "momentum", momentum, high=1 - 1e-6)
-        check_hyperparameter("RING", "weight_decay", weight_decay)
+        owner = type(self).__name__
+        check_hyperparameter(owner, "lr", lr)
+        check_hyperparameter(owner, "rho", rho, low=1e-8)
+        check_hyperparameter(owner, "refresh_every", refresh_every, low=1)
+        check_hyperparameter(owner, "factor_decay", factor_decay, high=1 - 1e-6)
+        check_betas(owner, betas)
+        check_hyperparameter(owner, "weight_decay", weight_decay)
+        check_hyperparameter(owner, "max_failures", max_failures)
         if kl_clip is not None:
-            check_hyperparameter("RING", "kl_clip", kl_clip, low=1e-30)
+            check_hyperparameter(owner, "kl_clip", kl_clip, low=1e-30)
+        for name, value, choices in (
+            ("step_length", step_length, STEP_LENGTHS),
+            ("fisher", fisher, FISHERS),
+            ("sharing", sharing, SHARINGS),
+        ):
+            if value not in choices:
+                raise ValueError(
+                    f"{owner}: {name} must be one of {', '.join(choices)}, got {value!r}"
+                )
+        self._step_length, self._sharing, self._stagger = step_length, sharing, stagger
         defaults = dict(
             lr=lr,
             rho=rho,
             refresh_every=refresh_every,
             factor_decay=factor_decay,
-            momentum=momentum,
+            betas=tuple(betas),
             weight_decay=weight_decay,
             kl_clip=kl_clip,
         )
-        super().__init__(model, defaults, adamw_lr=adamw_lr, max_factor_dim=max_factor_dim)
+        if adamw_lr is None:
+            adamw_lr = float(lr) if step_length == "graft" else 1e-3
+        super().__init__(
+            model,
+            defaults,
+            adamw_lr=adamw_lr,
+            max_factor_dim=max_factor_dim,
+            max_failures=max_failures,
+            fisher=fisher,
+        )
 
     def _update_layers(self, group: dict[str, Any], layers: list[KroneckerLayer]) -> None:
-        due = self._refresh_due(group["step"], group["refresh_every"])
-        observed = [
-            x for x in layers if self._capture.complete(x) and (due or not self._has_curvature(x))
-        ]
-        if observed:
-            self._update_factors(group, observed)
-            self._refresh_inverses(group, observed)
+        self._refresh(group, layers)
         layers = [x for x in layers if self._has_curvature(x)]
         if not layers:
             return
+        if self._step_length == "graft":
+            self._grafted_step(group, layers)
+        else:
+            self._clipped_step(group, layers)
+
+    def _refresh(self, group: dict[str, Any], layers: list[KroneckerLayer]) -> None:
+        """Average the statistics that came with this step into the factors, and invert what is due."""
+        step, every = group["step"], group["refresh_every"]
+        due = self._refresh_due(step, every)
+        stale = []
+        for place, layer in enumerate(layers):
+            state = self.state[layer.weight]
+            records = self._capture.complete(layer)
+            is_new = "input_factor" not in state
+            if records and (due or is_new):
+                if is_new:
+                    state.update(new_factors(layer))
+                update_factors(layer, state, records, group["factor_decay"], self._sharing)
+                state["stale"] = 1
+            if is_new or not self._stagger or step < every or place % every == step % every:
+                stale += [layer] if state.get("stale") else []
+        if stale:
+            states = [self.state[x.weight] for x in stale]
+            refresh_inverses(stale, states, group["rho"])
+            for state in states:
+                state["stale"] = 0
+
+    def _grafted_step(self, group: dict[str, Any], layers: list[KroneckerLayer]) -> None:
+        used = [[p for p in x.parameters if p.grad is not None] for x in layers]
+        states = [self.state[p] for ps in used for p in ps]
+        grads = [_in_state_dtype(p) for ps in used for p in ps]
+        means, updates = adam_moments(states, grads, group["betas"], ADAMW_EPS)
+        given, steps, done = [], [], 0
+        for layer, ps in zip(layers, used, strict=True):
+            mean, step = means[done : done + len(ps)], updates[done : done + len(ps)]
+            done += len(ps)
+            bias = None
+            if layer.bias is not None:
+                # A bias that was frozen later has no part in the step.
+                bias = mean[1] if len(ps) > 1 else torch.zeros_like(layer.bias, dtype=mean[0].dtype)
+            given.append((mean[0], bias))
+            steps.append(step)
+        directions, _ = preconditioned(layers, [self.state[x.weight] for x in layers], given)
+        cut = [d[: len(ps)] for d, ps in zip(directions, used, strict=True)]
+        final, serves = grafted(cut, steps)
+        for layer, flag in zip(layers, serves.unbind(), strict=True):
+            self.state[layer.weight]["direction_failures"] += ~flag
+        self._apply(group, [p for ps in used for p in ps], final)
+
+    def _apply(self, group: dict[str, Any], params: list[nn.Parameter], steps: list[Tensor]) -> None:
+        lr = group["lr"]
+        if isinstance(lr, Tensor) or lr * group["weight_decay"] != 0:
+            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+        torch._foreach_mul_(steps, lr)
+        torch._foreach_sub_(params, [s.to(p.dtype) for s, p in zip(steps, params, strict=True)])
+
+    def _clipped_step(self, group: dict[str, Any], layers: list[KroneckerLayer]) -> None:
         states = [self.state[x.weight] for x in layers]
-        weight_grads, bias_grads = zip(*(x.grads() for x in layers), strict=True)
-        directions, products = kernels.precondition(
-            list(weight_grads),
-            [s["output_inverse"] for s in states],
-            [s["input_inverse"] for s in states],
-            bias_grad=list(bias_grads),
-            return_dot=True,
-        )
+        directions, products = preconditioned(layers, states, [_grads(x) for x in layers])
         form = products.sum()
         length = group["lr"] * _kl_clip(form, group["lr"], group["kl_clip"])
         # A layer whose factors vanished can have an inverse that overflows: such a step is left out.
         in_range = torch.isfinite(form)
-        for layer, state, direction in zip(layers, states, directions, strict=True):
+        for layer, direction in zip(layers, directions, strict=True):
             # Steps, not directions: clipping bounds lr·D, so a direction that was clipped for one learning
             # rate must not be scaled by a later, larger one (a warm-up would undo the clip).
-            step = state["momentum_buffer"].mul_(group["momentum"])
-            step.add_(torch.where(in_range, direction * length, 0.0))
-            layer.apply_step(step, decay=group["lr"] * group["weight_decay"])
-
-    def _update_factors(self, group: dict[str, Any], layers: list[KroneckerLayer]) -> None:
-        for layer in layers:
-            state = self.state[layer.weight]
-            if "input_factor" not in state:
-                state.update(_new_state(layer))
-            records = self._capture.complete(layer)
-            decay = _corrected_decay(state["updates"], group["factor_decay"])
-            rows = sum(r.layer_input.shape[0] for r in records)
-            for i, record in enumerate(records):
-                # The first record ages the factor, the others add to it: together one batch.
-                weight = decay if i == 0 else 1.0
-                assert record.output_grad is not None, "complete() returns no other records"
-                # Sampled labels: rows are per term. A mean loss: each row was divided by their number.
-                terms = 1 if record.sampled else record.layer_input.shape[0] ** 2
-                info = kernels.kron_factor_update_(
-                    state["input_factor"],
-                    record.layer_input,
-                    decay=weight,
-                    scale=(1 - decay) / rows,
-                    bias=layer.bias is not None,
-                )
-                info = info + kernels.kron_factor_update_(
-                    state["output_factor"],
-                    record.output_grad,
-                    decay=weight,
-                    scale=(1 - decay) / rows * terms,
-                )
-                state["factor_failures"] += info != 0
-            state["updates"] += 1
-
-    def _refresh_inverses(self, group: dict[str, Any], layers: list[KroneckerLayer]) -> None:
-        states = [(self.state[x.weight], side) for x in layers for side in ("output", "input")]
-        result = kernels.damped_inverse(
-            [s[f"{side}_factor"] for s, side in states],
-            rho=group["rho"],
-            spectral_vector=[s[f"{side}_vector"] for s, side in states],
-        )
-        for (state, side), inverse, info, residual in zip(
-            states, result.inverse, result.info, result.residual, strict=True
-        ):
-            # A failed inverse is not used: the previous one stays, without waiting for the device.
-            kept = torch.where(info == 0, inverse, state[f"{side}_inverse"])
-            state[f"{side}_inverse"].copy_(kept)
-            state[f"{side}_residual"].copy_(residual)
-            state["inverse_failures"] += info != 0
+            for p, d in zip(layer.parameters, direction, strict=True):
+                if p.grad is None:  # frozen after the optimizer was made
+                    continue
+                state = self.state[p]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(d)
+                step = state["momentum_buffer"].mul_(group["betas"][0])
+                step.add_(torch.where(in_range, d * length, 0.0))
+                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(step.to(p.dtype))
 
     def diagnostics(self) -> dict[str, float]:
         """Return scalars for a logger: counters, and per layer the residual of its last inverses.
@@ -173,33 +222,29 @@ class RING(KroneckerOptimizer):
             state = self.state[layer.weight]
             if "input_factor" in state:
                 for key in (
-                    "input_residual", "output_residual", "inverse_failures", "factor_failures",
-                ):  # fmt: skip
+                    "input_residual",
+                    "output_residual",
+                    "inverse_failures",
+                    "factor_failures",
+                    "direction_failures",
+                ):
                     report[f"{layer.name}/{key}"] = float(state[key])
         return report
 
 
-def _new_state(layer: KroneckerLayer) -> dict[str, Any]:
-    dtype = torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
-
-    def zeros(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=dtype, device=layer.weight.device)
-
-    out, inp = layer.sizes
-    state: dict[str, Any] = {"updates": 0, "momentum_buffer": zeros(out, inp)}
-    for side, n in (("output", out), ("input", inp)):
-        state[f"{side}_factor"] = zeros(n, n)
-        state[f"{side}_inverse"] = zeros(n, n)
-        state[f"{side}_vector"] = zeros(n)
-        state[f"{side}_residual"] = zeros()
-    for counter in ("inverse_failures", "factor_failures"):
-        state[counter] = torch.zeros((), dtype=torch.int32, device=layer.weight.device)
-    return state
+def _in_state_dtype(parameter: nn.Parameter) -> Tensor:
+    """The gradient of a parameter, in fp32 where it has fewer bits."""
+    grad = parameter.grad
+    assert grad is not None, "asked only for parameters that have a gradient"
+    return grad if grad.dtype in (torch.float32, torch.float64) else grad.float()
 
 
-def _corrected_decay(updates: int, decay: float) -> float:
-    """Return the decay that keeps an EMA free of its zero start: 0 for the first update."""
-    return decay * (1 - decay**updates) / (1 - decay ** (updates + 1))
+def _grads(layer: KroneckerLayer) -> tuple[Tensor, Tensor | None]:
+    if layer.bias is None:
+        return _in_state_dtype(layer.weight), None
+    if layer.bias.grad is None:
+        return _in_state_dtype(layer.weight), torch.zeros_like(layer.bias)
+    return _in_state_dtype(layer.weight), layer.bias.grad
 
 
 def _kl_clip(form: Tensor, lr: float | Tensor, bound: float | None) -> float | Tensor:

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kronecker factors of which only the diagonal is kept: the wide side of a low-rank weight."""
+
+import torch
+from torch import Tensor
+
+from grng_kernels import Info
+
+# Below this a factor is nothing but rounding: as in damped_inverse.
+SMALLEST_DAMPING = 1e-36
+
+
+def diagonal_factor_update_(
+    factor: Tensor, x: Tensor, *, decay: float, scale: float, bias: bool
+) -> Tensor:
+    """``factor <- decay·factor + scale·diag(xᵀx)``, in place, for all or nothing.
+
+    Args:
+        factor: State ``[N]``, fp32 or fp64. Mutated.
+        x: Rows ``[rows, N]``, or ``[rows, N - 1]`` with ``bias``, which adds a column of ones.
+        decay: EMA decay in [0, 1].
+        scale: Weight of the sum of squares.
+        bias: See ``x``.
+
+    Returns:
+        ``Info``, int32, 0-d: ``NONFINITE_INPUT`` where a square is NaN or infinite; the factor is then
+        unchanged.
+    """
+    if len(x) == 0:
+        return torch.zeros((), dtype=torch.int32, device=factor.device)
+    squares = x.to(factor.dtype).square().sum(0)
+    if bias:
+        squares = torch.cat([squares, squares.new_full((1,), len(x))])
+    # As in BLAS: what does not count may hold anything.
+    new = scale * squares if decay == 0 else decay * factor + scale * squares
+    finite = torch.isfinite(new).all()
+    factor.copy_(torch.where(finite, new, factor))
+    return torch.where(finite, Info.OK, Info.NONFINITE_INPUT).to(torch.int32)
+
+
+def diagonal_damped_inverse(factor: Tensor, rho: float) -> tuple[Tensor, Tensor]:
+    """``1 / (factor + √rho·max(factor))`` and ``Info``: spectral damping of a diagonal matrix.
+
+    Args:
+        factor: ``[N]``, not negative.
+        rho: Relative regulariser, > 0.
+
+    Returns:
+        The inverse ``[N]``, and ``Info``, int32, 0-d: not 0 where the factor is not finite.
+    """
+    damping = (rho**0.5 * factor.max()).clamp(min=SMALLEST_DAMPING)
+    inverse = 1 / (factor + damping)
+    finite = torch.isfinite(factor).all()
+    return inverse, torch.where(finite, Info.OK, Info.NONFINITE_INPUT).to(torch.int32)

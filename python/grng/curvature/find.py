@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which layers of a model have Kronecker factors, of what kind, and why the rest is left to AdamW."""
+
+from typing import cast
+
+from torch import nn
+
+from grng.curvature import convolution
+from grng.curvature.convolution import ConvolutionLayer
+from grng.curvature.layers import KroneckerLayer, LinearLayer, TransposedLinearLayer
+
+# A side that is this many times longer than the other keeps a diagonal factor: for the weights of LoRA the
+# dense one would be tens of times larger than the weight itself.
+WIDE_SIDE = 16
+_BIAS_ONLY = "the weight is frozen and only the bias is trained"
+
+
+def find_layers(
+    model: nn.Module, *, max_factor_dim: int
+) -> tuple[list[KroneckerLayer], dict[nn.Parameter, str]]:
+    """Return the layers with Kronecker factors, and for all other trainable parameters why not.
+
+    Args:
+        model: The model.
+        max_factor_dim: Largest order of a dense factor; beyond, the factor is diagonal.
+    """
+    owners: dict[nn.Parameter, list[str]] = {}
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(parameter, []).append(f"{module_name}.{name}".lstrip("."))
+    layers: list[KroneckerLayer] = []
+    reasons: dict[nn.Parameter, str] = {}
+    for name, module in model.named_modules():
+        mine = [p for p in module.parameters(recurse=False) if p.requires_grad]
+        if not mine:
+            continue
+        found = _layer_of(name, module, owners, max_factor_dim)
+        if isinstance(found, KroneckerLayer):
+            layers.append(found)
+        else:
+            reasons.update({p: found for p in mine})
+    taken = {p for layer in layers for p in layer.parameters}
+    return layers, {p: why for p, why in reasons.items() if p not in taken}
+
+
+def _layer_of(
+    name: str, module: nn.Module, owners: dict[nn.Parameter, list[str]], max_factor_dim: int
+) -> KroneckerLayer | str:
+    """Return the layer that a module is, or why it is none."""
+    cls = _class_for(module)
+    if cls is None:
+        return f"{type(module).__name__} has no Kronecker factors here"
+    if not isinstance(getattr(module, "weight", None), nn.Parameter):
+        return "the weight is parametrised or not materialised"
+    weight = cast(nn.Parameter, module.weight)
+    if weight.is_meta:
+        return "the weight is parametrised or not materialised"
+    if not weight.requires_grad:
+        return _BIAS_ONLY
+    if not weight.dtype.is_floating_point:
+        return f"dtype {weight.dtype}"
+    for parameter in module.parameters(recurse=False):
+        if len(owners[parameter]) > 1:
+            return "shared: " + ", ".join(owners[parameter])
+    if weight.numel() == 0:
+        return "the weight is empty"
+    if cls is ConvolutionLayer and (reason := convolution.why_not(module)) is not None:
+        return reason
+    bias = cast(nn.Parameter | None, getattr(module, "bias", None))
+    bias = bias if bias is not None and bias.requires_grad else None
+    layer = cls(name or "model", module, weight, bias)
+    if cls is not ConvolutionLayer:
+        layer.diagonal = _diagonal_sides(layer, max_factor_dim)
+    elif max(layer.sizes) > max_factor_dim:
+        return f"a factor of order {max(layer.sizes)} exceeds max_factor_dim={max_factor_dim}"
+    return layer
+
+
+def _diagonal_sides(layer: KroneckerLayer, max_factor_dim: int) -> tuple[bool, bool]:
+    out, inp = layer.sizes
+    is_low_rank = min(out, inp) * WIDE_SIDE <= max(out, inp) and ".lora_" in f".{layer.name}"
+    return (
+        out > max_factor_dim or (is_low_rank and out > inp),
+        inp > max_factor_dim or (is_low_rank and inp > out),
+    )
+
+
+def _class_for(module: nn.Module) -> type[KroneckerLayer] | None:
+    if isinstance(module, nn.Linear):
+        return LinearLayer
+    if convolution.is_convolution(module):
+        return ConvolutionLayer
+    kind = type(module)
+    if kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
+        return TransposedLinearLayer
+    return None
