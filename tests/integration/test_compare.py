@@ -215,7 +215,7 @@ def test_comparison_writes_table_json_and_plots(
     printed = capsys.readouterr().out
     assert printed.count("  epoch 2/2  loss ") == len(result["runs"])
     (header,) = (line for line in printed.splitlines() if line.startswith("| optimizer"))
-    assert re.search(r"test acc %.*to AdamW.*fwd bwd opt.*peak RSS MB", header)
+    assert re.search(r"test acc %.*to adamw.*train loss.*fwd bwd opt.*peak RSS MB", header)
     assert len([line for line in printed.splitlines() if line.startswith("| adamw ")]) == 1
     assert "\x1b" not in printed
 
@@ -436,7 +436,7 @@ def test_target_is_the_best_adamw_and_reached_by_the_mean_over_seeds() -> None:
         seeds=2,
     )
     assert found.target is not None
-    assert (found.target.optimizer, found.target.accuracy) == ("adamw:lr=2", 0.8)
+    assert (found.target.optimizer, found.target.value) == ("adamw:lr=2", 0.8)
     ring, _, baseline, sgd = found.rows
     assert (ring.epochs_to_target, ring.seconds_to_target) == (2, 4.0)
     assert ring.final_accuracy == pytest.approx(0.85)

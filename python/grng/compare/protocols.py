@@ -13,6 +13,10 @@ from torch.nn import functional as F
 Protocol = Literal["backward", "observe-backward", "observe-targets"]
 
 
+def _mean_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, -2), labels.flatten())
+
+
 def take_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -33,7 +37,7 @@ def take_step(
         optimizer: Updates ``model``.
         protocol: Which of the three.
         inputs: ``[n, ...]``.
-        labels: ``[n]``.
+        labels: ``[n]`` for logits ``[n, classes]``; ``[n, length]`` for ``[n, length, classes]``.
         mark: Called five times: at the start, after forward, observe, backward and step.
 
     Returns:
@@ -51,8 +55,8 @@ def take_step(
         optimizer.step()
         mark()
         logits = logits.detach()
-        return F.cross_entropy(logits, labels), logits
-    loss = F.cross_entropy(logits, labels)
+        return _mean_cross_entropy(logits, labels), logits
+    loss = _mean_cross_entropy(logits, labels)
     mark()
     if protocol == "observe-backward":
         observer.observe(logits)
