@@ -384,7 +384,7 @@ def test_missing_data_is_one_line_and_exit_code_1(
 def test_info_lists_optimizers_and_tasks(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info"]) == 0
     printed = capsys.readouterr().out
-    for word in (*optimizers.OPTIMIZERS, "fashion-mnist", torch.__version__):
+    for word in (*optimizers.OPTIMIZERS, "models: mlp, resnet, vit", torch.__version__):
         assert word in printed
 
 
@@ -443,6 +443,22 @@ def test_target_is_the_best_adamw_and_reached_by_the_mean_over_seeds() -> None:
     assert ring.final_accuracy_std == pytest.approx(0.05 * 2**0.5)
     assert baseline.epochs_to_target == 3
     assert (sgd.epochs_to_target, sgd.seeds_finished, sgd.final_accuracy_std) == (None, 1, None)
+
+
+@pytest.mark.usefixtures("without_figures")
+@pytest.mark.parametrize("model", ["resnet", "vit"])
+def test_model_and_steps_are_chosen(data_dir: Path, model: str) -> None:
+    out = data_dir.parent / "results"
+    options = ("--model", model, "--batch-size", "8", "--train-limit", "20", "--steps", "4")
+    places = ("--data-dir", str(data_dir), "--out", str(out), "--device", "cpu")
+    assert main(["compare", "--optimizers", "adamw,sgd:lr=1e-3", *options, *places]) == 0
+    (path,) = out.glob("*/result.json")
+    result = json.loads(path.read_text())
+    assert (result["config"]["model_name"], result["config"]["model_options"]) == (model, {})
+    assert result["config"]["model_parameters"] > 70_000
+    assert [len(run["step_loss"]) for run in result["runs"]] == [4, 4]
+    # The third step ends the first epoch with the last four samples.
+    assert [e["epoch"] for e in result["runs"][0]["epochs"]] == [1, 1, 1, 2]
 
 
 def test_model_weights_depend_on_the_seed_only(data_dir: Path) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from grng.compare.measures import ACCURACY, Measure
 from grng.compare.records import DIVERGED, FINISHED, INTERRUPTED, RunRecord, StepSplit
@@ -25,7 +25,7 @@ class Target:
     """
 
     optimizer: str
-    measure: str
+    measure: Literal["accuracy", "loss"]
     value: float
     # Of the whole run; parts of the steps are parts of these.
     steps: int

@@ -209,7 +209,7 @@ def _reached_in_words(row: Row, baseline: Row, target: Target, measure: Measure)
     if target.train_loss is None:
         return words
     part = row.part_of_steps_to_train_loss
-    when = "never" if part is None else f"after {part:.3f}"
+    when = "never" if part is None else f"after {part:.3f} of them"
     return f"{words}, its final training loss of {LOSS.text(target.train_loss)} {when}"
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from grng.tasks.transformer import EMBEDDING_STD, Block
+from grng.tasks.transformer import POSITION_STD, Block
 
 
 class CharTransformer(nn.Module):
@@ -18,8 +18,7 @@ class CharTransformer(nn.Module):
         """Args: alphabet: number of characters; context: most characters seen; depth: blocks."""
         super().__init__()
         self.characters = nn.Embedding(alphabet, width)
-        nn.init.normal_(self.characters.weight, std=EMBEDDING_STD)
-        self.positions = nn.Parameter(EMBEDDING_STD * torch.randn(context, width))
+        self.positions = nn.Parameter(POSITION_STD * torch.randn(context, width))
         self.blocks = nn.Sequential(
             *(Block(width, heads, mlp_ratio, is_causal=True) for _ in range(depth))
         )

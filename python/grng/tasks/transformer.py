@@ -6,8 +6,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Small at the start, as in GPT-2, so that no token or position drowns what the blocks add.
-EMBEDDING_STD = 0.02
+# Of the learned positions at the start, as in GPT-2 and ViT. All else starts as torch starts it.
+POSITION_STD = 0.02
 
 
 class Attention(nn.Module):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from grng.tasks.transformer import EMBEDDING_STD, Block
+from grng.tasks.transformer import POSITION_STD, Block
 
 
 class VisionTransformer(nn.Module):
@@ -26,7 +26,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.patch, self.patches_per_side = patch, side // patch
         self.embed = nn.Linear(patch * patch, width)
-        self.positions = nn.Parameter(EMBEDDING_STD * torch.randn(self.patches_per_side**2, width))
+        self.positions = nn.Parameter(POSITION_STD * torch.randn(self.patches_per_side**2, width))
         self.blocks = nn.Sequential(
             *(Block(width, heads, mlp_ratio, is_causal=False) for _ in range(depth))
         )
