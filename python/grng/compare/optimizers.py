@@ -104,6 +104,20 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
         protocol="observe-targets",
         defaults={},
     ),
+    "sophiag": OptimizerEntry(
+        description="Sophia, Gauss-Newton-Bartlett estimate, grng.SophiaG",
+        factory=_of_grng("SophiaG"),
+        takes_model=True,
+        protocol="observe-backward",
+        defaults={},
+    ),
+    "sophiah": OptimizerEntry(
+        description="Sophia, Hutchinson estimate by double backward, grng.SophiaH",
+        factory=_of_grng("SophiaH"),
+        takes_model=True,
+        protocol="observe-loss",
+        defaults={},
+    ),
 }
 
 
