@@ -299,6 +299,8 @@ def test_divergence_reports_the_exact_step(
 @pytest.mark.usefixtures("without_figures")
 def test_second_order_baselines_take_part(data_dir: Path) -> None:
     specs = [
+        "kfac:lr=0.01",
+        "kfac:convention=kfac-pytorch:fisher=empirical:refresh_every=5",
         "sophiag:lr=3e-3",
         "sophiah:lr=3e-3:betas=(0.9,0.99)",
     ]
