@@ -297,6 +297,23 @@ def test_divergence_reports_the_exact_step(
 
 
 @pytest.mark.usefixtures("without_figures")
+def test_second_order_baselines_take_part(data_dir: Path) -> None:
+    specs = [
+        "kfac:lr=0.01",
+        "kfac:convention=kfac-pytorch:fisher=empirical:refresh_every=5",
+        "sophiag:lr=3e-3",
+        "sophiah:lr=3e-3:betas=(0.9,0.99)",
+    ]
+    code, result, _ = compare(data_dir, "--optimizers", ",".join(specs))
+    assert code == 0
+    assert [run["optimizer"] for run in result["runs"]] == specs
+    for run in result["runs"]:
+        assert run["status"] == "finished"
+        assert run["epochs"][1]["train_loss"] < run["epochs"][0]["train_loss"]
+        assert run["ms_per_step"]["optimizer"] > 0
+
+
+@pytest.mark.usefixtures("without_figures")
 def test_numerical_error_of_an_optimizer_counts_as_divergence(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
