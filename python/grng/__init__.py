@@ -2,9 +2,20 @@
 """Natural-gradient optimizers that replace AdamW in one line, on the fused kernels of grng_kernels."""
 
 from grng.optim.base import PreconditionerError
+from grng.optim.kfac import KFAC
 from grng.optim.loko import LoKO
 from grng.optim.ring import RING
 from grng.optim.rkalman import RKalman
+from grng.optim.sophia import SophiaG, SophiaH
 from grng_kernels import __version__
 
-__all__ = ["RING", "LoKO", "PreconditionerError", "RKalman", "__version__"]
+__all__ = [
+    "KFAC",
+    "RING",
+    "LoKO",
+    "PreconditionerError",
+    "RKalman",
+    "SophiaG",
+    "SophiaH",
+    "__version__",
+]

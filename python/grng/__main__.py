@@ -43,9 +43,11 @@ def _add_compare(commands: argparse._SubParsersAction[_Parser]) -> None:
         formatter_class=_Formatter,
     )
     add = parser.add_argument
-    add("--task", default="fashion-mnist", help="data set and model")
+    add("--task", default="fashion-mnist", help="data set")
+    add("--model", help="mlp (the default), resnet or vit for fashion-mnist; other tasks have one")
     add("--optimizers", default="ring,adamw,sgd", metavar="SPECS", help="comma-separated")
     add("--epochs", type=int, help="passes over the training set (default: 10)")
+    add("--steps", type=int, metavar="N", help="train for N steps instead of whole epochs")
     add(
         "--stream",
         type=int,
@@ -57,7 +59,11 @@ def _add_compare(commands: argparse._SubParsersAction[_Parser]) -> None:
     seeds.add_argument("--seed", type=int, default=0, help="weights and order of the batches")
     seeds.add_argument("--seeds", metavar="S,S,...", help="several seeds: mean and spread")
     add("--batch-size", type=int, help="samples per step (default: 256)")
-    add("--hidden", metavar="N,N,...", help="sizes of the hidden layers (default: the task's)")
+    add(
+        "--hidden",
+        metavar="N,N,...",
+        help="sizes of the hidden layers of an mlp (default: the task's)",
+    )
     add("--lora-rank", type=int, metavar="R", help="rank of the LoRA matrices (default: 8)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train")
     add("--threads", type=int, help="CPU threads of torch")
@@ -69,10 +75,20 @@ def _add_compare(commands: argparse._SubParsersAction[_Parser]) -> None:
         type=int,
         metavar="N",
         help="training samples held out: of several specs of an optimizer, the best on them is "
-        "marked and only its test accuracy is shown (default: the task's)",
+        "marked and only its test results are shown (default: the task's)",
     )
     add(
-        "--checkpoints", type=int, metavar="N", help="evaluations (default: epochs; in a stream 10)"
+        "--checkpoints",
+        type=int,
+        metavar="N",
+        help="evaluations, evenly spaced (default: epochs; of --steps or --stream 10)",
+    )
+    add(
+        "--reference",
+        default="adamw",
+        metavar="SPEC",
+        help="in what part of its steps do the others reach its final values? one of --optimizers, or "
+        "a name: the best of its specs",
     )
     add("--data-dir", type=Path, help="folder of the data files, kept there once fetched")
     add("--out", type=Path, default=Path("results"), help="folder for the results")

@@ -215,7 +215,7 @@ def test_comparison_writes_table_json_and_plots(
     printed = capsys.readouterr().out
     assert printed.count("  epoch 2/2  loss ") == len(result["runs"])
     (header,) = (line for line in printed.splitlines() if line.startswith("| optimizer"))
-    assert re.search(r"test acc %.*to AdamW.*fwd bwd opt.*peak RSS MB", header)
+    assert re.search(r"test acc %.*to adamw.*train loss.*fwd bwd opt.*peak RSS MB", header)
     assert len([line for line in printed.splitlines() if line.startswith("| adamw ")]) == 1
     assert "\x1b" not in printed
 
@@ -294,6 +294,23 @@ def test_divergence_reports_the_exact_step(
     # 14 steps with 5 percent warm-up have none: the cosine alone, after 5 steps.
     assert found["lr"] == pytest.approx(0.05 * warmup_cosine(14, 0.05)(5))
     assert found["diagnostics"] == {"damping": [0.5, "nan"], "layers": [{"name": "fc"}]}
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_second_order_baselines_take_part(data_dir: Path) -> None:
+    specs = [
+        "kfac:lr=0.01",
+        "kfac:convention=kfac-pytorch:fisher=empirical:refresh_every=5",
+        "sophiag:lr=3e-3",
+        "sophiah:lr=3e-3:betas=(0.9,0.99)",
+    ]
+    code, result, _ = compare(data_dir, "--optimizers", ",".join(specs))
+    assert code == 0
+    assert [run["optimizer"] for run in result["runs"]] == specs
+    for run in result["runs"]:
+        assert run["status"] == "finished"
+        assert run["epochs"][1]["train_loss"] < run["epochs"][0]["train_loss"]
+        assert run["ms_per_step"]["optimizer"] > 0
 
 
 @pytest.mark.usefixtures("without_figures")
@@ -384,7 +401,7 @@ def test_missing_data_is_one_line_and_exit_code_1(
 def test_info_lists_optimizers_and_tasks(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info"]) == 0
     printed = capsys.readouterr().out
-    for word in (*optimizers.OPTIMIZERS, "fashion-mnist", torch.__version__):
+    for word in (*optimizers.OPTIMIZERS, "models: mlp, resnet, vit", torch.__version__):
         assert word in printed
 
 
@@ -436,13 +453,29 @@ def test_target_is_the_best_adamw_and_reached_by_the_mean_over_seeds() -> None:
         seeds=2,
     )
     assert found.target is not None
-    assert (found.target.optimizer, found.target.accuracy) == ("adamw:lr=2", 0.8)
+    assert (found.target.optimizer, found.target.value) == ("adamw:lr=2", 0.8)
     ring, _, baseline, sgd = found.rows
     assert (ring.epochs_to_target, ring.seconds_to_target) == (2, 4.0)
     assert ring.final_accuracy == pytest.approx(0.85)
     assert ring.final_accuracy_std == pytest.approx(0.05 * 2**0.5)
     assert baseline.epochs_to_target == 3
     assert (sgd.epochs_to_target, sgd.seeds_finished, sgd.final_accuracy_std) == (None, 1, None)
+
+
+@pytest.mark.usefixtures("without_figures")
+@pytest.mark.parametrize("model", ["resnet", "vit"])
+def test_model_and_steps_are_chosen(data_dir: Path, model: str) -> None:
+    out = data_dir.parent / "results"
+    options = ("--model", model, "--batch-size", "8", "--train-limit", "20", "--steps", "4")
+    places = ("--data-dir", str(data_dir), "--out", str(out), "--device", "cpu")
+    assert main(["compare", "--optimizers", "adamw,sgd:lr=1e-3", *options, *places]) == 0
+    (path,) = out.glob("*/result.json")
+    result = json.loads(path.read_text())
+    assert (result["config"]["model_name"], result["config"]["model_options"]) == (model, {})
+    assert result["config"]["model_parameters"] > 70_000
+    assert [len(run["step_loss"]) for run in result["runs"]] == [4, 4]
+    # The third step ends the first epoch with the last four samples.
+    assert [e["epoch"] for e in result["runs"][0]["epochs"]] == [1, 1, 1, 2]
 
 
 def test_model_weights_depend_on_the_seed_only(data_dir: Path) -> None:

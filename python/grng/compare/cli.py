@@ -22,6 +22,7 @@ from grng.compare.progress import Reporter, choose_reporter
 from grng.compare.records import DIVERGED, FINISHED, INTERRUPTED, RUNNING, RunRecord
 from grng.compare.results import ComparisonResult, create_folder, load
 from grng.compare.runs import check_specs, execute, parameter_counts
+from grng.compare.summary import DEFAULT_REFERENCE
 from grng.compare.table import print_summary
 from grng.tasks import ClassificationData, DataError, LoadRequest
 
@@ -57,6 +58,10 @@ def _config(arguments: argparse.Namespace) -> CompareConfig:
             if value is not None:
                 raise UsageError(f"--{option} does not go with --stream: one pass with batch 1")
         arguments.epochs = arguments.batch_size = 1
+    if arguments.steps is not None and arguments.stream is None:
+        if arguments.epochs is not None:
+            raise UsageError("--epochs does not go with --steps: give one of them")
+        arguments.epochs = 1
     return CompareConfig(
         task=arguments.task,
         epochs=_given(arguments.epochs, _EPOCHS),
@@ -72,7 +77,23 @@ def _config(arguments: argparse.Namespace) -> CompareConfig:
         validation=arguments.validation,
         checkpoints=arguments.checkpoints,
         schedule=arguments.schedule,
+        model=arguments.model,
+        steps=arguments.steps,
+        reference=arguments.reference.replace(" ", ""),
     )
+
+
+def _check_reference(config: CompareConfig, specs: list[OptimizerSpec]) -> None:
+    """Refuses a reference that is not compared; without AdamW there is none unless one is named.
+
+    Raises:
+        UsageError: No spec has this label or name.
+    """
+    known = {name for spec in specs for name in (spec.name, spec.label)}
+    if config.reference not in known and config.reference != DEFAULT_REFERENCE:
+        raise UsageError(
+            f"--reference must be one of --optimizers or the name of one, got {config.reference!r}"
+        )
 
 
 def _given(value: int | None, default: int) -> int:
@@ -99,7 +120,7 @@ def _describe_config(
     parameters, trained = parameter_counts(config)
     return {
         "task": config.task,
-        "mode": "epochs" if config.stream is None else "stream",
+        "mode": {"epoch": "epochs", "step": "steps", "sample": "stream"}[config.counts],
         "optimizers": [
             {
                 "label": spec.label,
@@ -109,12 +130,17 @@ def _describe_config(
             }
             for spec in specs
         ],
-        "epochs": config.epochs,
+        "epochs": config.epochs if config.steps is None else None,
+        "steps": config.steps,
         "seeds": list(config.seeds),
         "batch_size": config.batch_size,
         "stream": config.stream,
         "checkpoints": config.checkpoints,
-        "model": config.task_entry.describe_model(config.model_options),
+        "reference": config.reference,
+        "measure": config.measure.name,
+        "unit": config.task_entry.unit,
+        "model_name": config.model_name,
+        "model": config.model_entry.describe(config.model_options),
         "model_options": _options(config),
         "model_parameters": parameters,
         "trained_parameters": trained,
@@ -128,8 +154,8 @@ def _describe_config(
 
 
 def _options(config: CompareConfig) -> dict[str, Any]:
-    name = config.task_entry.option[0]
-    return {name: _plain(getattr(config.model_options, name))}
+    option = config.model_entry.option
+    return {} if option is None else {option[0]: _plain(getattr(config.model_options, option[0]))}
 
 
 def _plain(value: Any) -> Any:
@@ -156,6 +182,7 @@ def _run_all(
     folder: Path,
 ) -> None:
     """Seed by seed: an interrupted comparison then has all optimizers of some seeds."""
+    steps = make_plan(config, len(data.train_labels)).steps
     for seed in config.seeds:
         for spec in specs:
             record = RunRecord(spec.label, seed)
@@ -168,7 +195,7 @@ def _run_all(
             def finish_step(record: RunRecord = record) -> None:
                 reporter.step(record)
 
-            with reporter.run(record, config.epochs):
+            with reporter.run(record, steps):
                 execute(spec, record, config, data, finish_step, finish_epoch)
             result.save(folder)
     has_diverged = any(run.status == DIVERGED for run in result.runs)
@@ -206,6 +233,7 @@ def compare(arguments: argparse.Namespace, argv: list[str]) -> int:
     config = _config(arguments)
     device = resolve_device(config.device)
     specs = parse_specs(arguments.optimizers)
+    _check_reference(config, specs)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
 
@@ -236,7 +264,9 @@ def compare(arguments: argparse.Namespace, argv: list[str]) -> int:
         data=_describe_data(data, device),
         created_utc=created_utc,
     )
-    reporter = choose_reporter(console, is_silent=arguments.no_progress)
+    reporter = choose_reporter(
+        console, config.counts, config.measure, is_silent=arguments.no_progress
+    )
     try:
         _run_all(result, specs, config, data, reporter, folder)
     except KeyboardInterrupt:

@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from grng.compare.errors import UsageError
-from grng.tasks import TASKS, ModelOptions, Task
+from grng.compare.measures import MEASURES, Measure
+from grng.compare.summary import DEFAULT_REFERENCE
+from grng.tasks import TASKS, Model, ModelOptions, Task
 from grng_kernels import use_backend
 
 SCHEDULES = ("cosine", "constant")
@@ -23,6 +26,7 @@ class CompareConfig:
     """What every optimizer of one comparison has in common."""
 
     task: str
+    # Passes over the training samples; of no effect with a stream or a number of steps.
     epochs: int
     seeds: tuple[int, ...]
     batch_size: int
@@ -39,6 +43,12 @@ class CompareConfig:
     validation: int | None = None
     checkpoints: int | None = None
     schedule: str | None = None
+    # None: the task's default.
+    model: str | None = None
+    # Steps of a run, in place of epochs.
+    steps: int | None = None
+    # Whose final values are to be reached.
+    reference: str = DEFAULT_REFERENCE
 
     def __post_init__(self) -> None:
         """Checks the values.
@@ -48,13 +58,14 @@ class CompareConfig:
         """
         if self.task not in TASKS:
             raise UsageError(f"unknown task {self.task!r}; valid tasks: {', '.join(TASKS)}")
+        self._check_model()
         _at_least_one("--epochs", self.epochs)
         _at_least_one("--batch-size", self.batch_size)
         _at_least_one("--threads", self.threads)
         _at_least_one("--train-limit", self.train_limit)
         _at_least_one("--stream", self.stream)
+        _at_least_one("--steps", self.steps)
         _at_least_one("--checkpoints", self.checkpoints)
-        _at_least_one("--lora-rank", self.lora_rank)
         most = _THREADS_PER_CORE * (os.cpu_count() or 1)
         if self.threads is not None and self.threads > most:
             raise UsageError(
@@ -65,10 +76,6 @@ class CompareConfig:
                 pass
         except ValueError as error:
             raise UsageError(f"GRNG_BACKEND: {error}") from error
-        for size in self.hidden or ():
-            _at_least_one("--hidden", size)
-        self._check_model_option("hidden", self.hidden)
-        self._check_model_option("lora_rank", self.lora_rank)
         if not 0.0 <= self.warmup_fraction < 1.0:
             raise UsageError(f"--warmup-fraction must be in [0, 1), got {self.warmup_fraction}")
         if self.schedule is not None and self.schedule not in SCHEDULES:
@@ -81,27 +88,48 @@ class CompareConfig:
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise UsageError(f"--seeds must be different numbers, got {list(self.seeds)}")
 
-    def _check_model_option(self, name: str, value: object) -> None:
-        used = self.task_entry.option[0]
-        if value is not None and used != name:
+    def _check_model(self) -> None:
+        if self.model_name not in self.task_entry.models:
+            valid = ", ".join(self.task_entry.models)
             raise UsageError(
-                f"{_as_option(name)} does not apply to task {self.task!r}, "
-                f"whose model has {_as_option(used)}"
+                f"--model of task {self.task!r} must be one of {valid}, got {self.model!r}"
             )
+        for size in self.hidden or ():
+            _at_least_one("--hidden", size)
+        _at_least_one("--lora-rank", self.lora_rank)
+        self._check_model_option("hidden", self.hidden)
+        self._check_model_option("lora_rank", self.lora_rank)
+
+    def _check_model_option(self, name: str, value: object) -> None:
+        option = self.model_entry.option
+        if value is None or (option is not None and option[0] == name):
+            return
+        where, its = f"task {self.task!r}", "whose model has"
+        if len(self.task_entry.models) > 1:
+            where, its = f"model {self.model_name!r} of {where}", "which has"
+        has = "no such option" if option is None else _as_option(option[0])
+        raise UsageError(f"{_as_option(name)} does not apply to {where}, {its} {has}")
 
     def _check_samples(self) -> None:
         least = 0 if self.stream is None else 1
         if self.validation is not None and self.validation < least:
             where = " with --stream" if self.stream is not None else ""
             raise UsageError(f"--validation must be at least {least}{where}, got {self.validation}")
-        if self.stream is None and self.checkpoints and self.checkpoints > self.epochs:
+        if self.stream is not None and self.steps is not None:
+            raise UsageError("--steps does not go with --stream: one pass with batch 1")
+        unit = self.task_entry.unit
+        if self.stream is not None and unit != "sample":
             raise UsageError(
-                f"--checkpoints must be at most the {self.epochs} epochs, got {self.checkpoints}"
+                f"--stream does not apply to task {self.task!r}: it has one label per {unit}"
             )
-        if self.stream is not None and self.checkpoints and self.checkpoints > self.stream:
+        most, of = self.epochs, "epochs"
+        if self.stream is not None:
+            most, of = self.stream, "samples of the stream"
+        elif self.steps is not None:
+            most, of = self.steps, "steps"
+        if self.checkpoints and self.checkpoints > most:
             raise UsageError(
-                f"--checkpoints must be at most the {self.stream} samples of the stream, "
-                f"got {self.checkpoints}"
+                f"--checkpoints must be at most the {most} {of}, got {self.checkpoints}"
             )
 
     @property
@@ -110,9 +138,34 @@ class CompareConfig:
         return TASKS[self.task]
 
     @property
+    def measure(self) -> Measure:
+        """The figure on held-out data that the optimizers are compared by."""
+        return MEASURES[self.task_entry.measure]
+
+    @property
+    def counts(self) -> Literal["epoch", "step", "sample"]:
+        """What the length of the runs is given in."""
+        if self.stream is not None:
+            return "sample"
+        return "epoch" if self.steps is None else "step"
+
+    @property
+    def model_name(self) -> str:
+        """Name of the model among those of the task."""
+        return self.task_entry.default_model if self.model is None else self.model
+
+    @property
+    def model_entry(self) -> Model:
+        """The model."""
+        return self.task_entry.models[self.model_name]
+
+    @property
     def model_options(self) -> ModelOptions:
         """Options of the model; where none were given, those of the task."""
-        name, default = self.task_entry.option
+        option = self.model_entry.option
+        if option is None:
+            return ModelOptions()
+        name, default = option
         given = getattr(self, name)
         chosen = {name: default if given is None else given}
         return ModelOptions(**chosen)  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from grng.compare.measures import Measure
 from grng.compare.records import FINISHED, RunRecord
 
 Array = npt.NDArray[np.float64]
@@ -19,7 +20,7 @@ _SMOOTHING_FRACTION = 0.015
 
 @dataclass(frozen=True)
 class Curve:
-    """A quantity against epochs (samples in a stream) and against training seconds."""
+    """A quantity against epochs (or steps; samples in a stream) and against training seconds."""
 
     epochs: Array
     seconds: Array
@@ -71,11 +72,12 @@ def _band(epochs: Array, seconds: Sequence[Array], values: Sequence[Array]) -> C
     )
 
 
-def loss_curve(runs: Sequence[RunRecord]) -> Curve | None:
+def loss_curve(runs: Sequence[RunRecord], *, in_steps: bool) -> Curve | None:
     """Smoothed training loss per step; None before the first step.
 
     Args:
         runs: Runs of one optimizer, of equal length.
+        in_steps: Against steps instead of epochs.
 
     Returns:
         The curve.
@@ -85,34 +87,35 @@ def loss_curve(runs: Sequence[RunRecord]) -> Curve | None:
     steps = len(runs[0].step_loss)
     span = max(2, round(steps * _SMOOTHING_FRACTION))
     return _band(
-        epochs=np.arange(1, steps + 1) / runs[0].steps_per_epoch,
+        epochs=np.arange(1, steps + 1) / (1 if in_steps else runs[0].steps_per_epoch),
         seconds=[np.cumsum(run.step_seconds) for run in runs],
         values=[smooth(np.asarray(run.step_loss), span) for run in runs],
     )
 
 
-def accuracy_curve(runs: Sequence[RunRecord]) -> Curve | None:
-    """Held-out accuracy in percent at each evaluation; None before the first.
+def held_out_curve(runs: Sequence[RunRecord], measure: Measure, *, in_steps: bool) -> Curve | None:
+    """Held-out accuracy in percent, or loss, at each evaluation; None before the first.
 
     On the validation samples where there are any, else on the test set.
 
     Args:
         runs: Runs of one optimizer, of equal length.
+        measure: Accuracy or loss.
+        in_steps: Against steps (samples in a stream) instead of epochs.
 
     Returns:
         The curve.
     """
     if not runs or not runs[0].epochs:
         return None
+    steps = np.asarray([epoch.step for epoch in runs[0].epochs], dtype=np.float64)
     return _band(
-        epochs=np.asarray([epoch.epoch for epoch in runs[0].epochs], dtype=np.float64),
+        epochs=steps if in_steps else steps / runs[0].steps_per_epoch,
         seconds=[np.asarray([epoch.train_seconds for epoch in run.epochs]) for run in runs],
-        values=[_held_out_percent(run) for run in runs],
+        values=[
+            measure.scale * np.asarray([measure.of(epoch) for epoch in run.epochs]) for run in runs
+        ],
     )
-
-
-def _held_out_percent(run: RunRecord) -> Array:
-    return 100 * np.asarray([epoch.held_out_accuracy for epoch in run.epochs], dtype=np.float64)
 
 
 def online_curve(runs: Sequence[RunRecord]) -> Curve | None:
@@ -131,22 +134,4 @@ def online_curve(runs: Sequence[RunRecord]) -> Curve | None:
         epochs=samples,
         seconds=[np.cumsum(run.step_seconds) for run in runs],
         values=[100 * np.cumsum(run.step_correct) / samples for run in runs],
-    )
-
-
-def stream_accuracy_curve(runs: Sequence[RunRecord]) -> Curve | None:
-    """Held-out accuracy of a stream in percent at each evaluation.
-
-    Args:
-        runs: Runs of one optimizer, of equal length.
-
-    Returns:
-        The curve against samples; None before the first evaluation.
-    """
-    if not runs or not runs[0].epochs:
-        return None
-    return _band(
-        epochs=np.asarray([epoch.step for epoch in runs[0].epochs], dtype=np.float64),
-        seconds=[np.asarray([epoch.train_seconds for epoch in run.epochs]) for run in runs],
-        values=[_held_out_percent(run) for run in runs],
     )

@@ -10,12 +10,12 @@ from torch.nn import functional as F
 
 @torch.no_grad()
 def evaluate(model: nn.Module, inputs: Tensor, labels: Tensor, rows: int) -> tuple[float, float]:
-    """Mean cross entropy and accuracy.
+    """Mean cross entropy and accuracy over all labels.
 
     Args:
         model: The classifier; left in training mode.
         inputs: ``[n, ...]``.
-        labels: ``[n]``.
+        labels: ``[n]`` for logits ``[n, classes]``; ``[n, length]`` for ``[n, length, classes]``.
         rows: Samples per forward pass.
 
     Returns:
@@ -27,7 +27,7 @@ def evaluate(model: nn.Module, inputs: Tensor, labels: Tensor, rows: int) -> tup
     chunks = zip(torch.split(inputs, rows), torch.split(labels, rows), strict=True)
     for samples, targets in chunks:
         logits = model(samples)
-        loss_sum += F.cross_entropy(logits, targets, reduction="sum")
-        correct += (logits.argmax(dim=1) == targets).sum()
+        loss_sum += F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="sum")
+        correct += (logits.argmax(dim=-1) == targets).sum()
     model.train()
-    return float(loss_sum) / len(labels), int(correct) / len(labels)
+    return float(loss_sum) / labels.numel(), int(correct) / labels.numel()

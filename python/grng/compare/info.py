@@ -42,5 +42,6 @@ def lines() -> list[str]:
             options = str(error)
         report.append(f"  {name}: {entry.description}; options: {options}")
     report.append("tasks")
-    report += [f"  {name}: {task.description}" for name, task in TASKS.items()]
+    for name, task in TASKS.items():
+        report.append(f"  {name}: {task.description}; models: {', '.join(task.models)}")
     return report

@@ -104,6 +104,27 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
         protocol="observe-targets",
         defaults={},
     ),
+    "kfac": OptimizerEntry(
+        description="K-FAC, factored Tikhonov damping or kfac-pytorch's, grng.KFAC",
+        factory=_of_grng("KFAC"),
+        takes_model=True,
+        protocol="observe-backward",
+        defaults={},
+    ),
+    "sophiag": OptimizerEntry(
+        description="Sophia, Gauss-Newton-Bartlett estimate, grng.SophiaG",
+        factory=_of_grng("SophiaG"),
+        takes_model=True,
+        protocol="observe-backward",
+        defaults={},
+    ),
+    "sophiah": OptimizerEntry(
+        description="Sophia, Hutchinson estimate by double backward, grng.SophiaH",
+        factory=_of_grng("SophiaH"),
+        takes_model=True,
+        protocol="observe-loss",
+        defaults={},
+    ),
 }
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,17 +15,22 @@ from torch import Tensor
 from grng.compare.config import CompareConfig
 from grng.compare.errors import UsageError
 
-_STREAM_CHECKPOINTS = 10
+# Evaluations of a stream, or of so many steps.
+_DEFAULT_CHECKPOINTS = 10
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Passes over the training samples in batches, or one pass over some of them one by one."""
+    """Passes over the training samples in batches, or one pass over some of them one by one.
+
+    The last pass may be partial: it ends with the last of all steps.
+    """
 
     samples: int
-    passes: int
     samples_per_pass: int
     batch_size: int
+    # Of the whole run.
+    steps: int
     # Numbers of steps taken, in rising order; the last is that of all steps.
     checkpoints: tuple[int, ...]
 
@@ -32,11 +38,6 @@ class Plan:
     def steps_per_pass(self) -> int:
         """Steps of one pass."""
         return math.ceil(self.samples_per_pass / self.batch_size)
-
-    @property
-    def steps(self) -> int:
-        """Steps of the whole run."""
-        return self.passes * self.steps_per_pass
 
     def batches(self, seed: int) -> Iterator[tuple[Tensor, str]]:
         """The batches of a run.
@@ -48,9 +49,12 @@ class Plan:
         Yields:
             ``(sample numbers, SHA-256 of the order so far)`` for each step.
         """
+        yield from itertools.islice(self._endless_batches(seed), self.steps)
+
+    def _endless_batches(self, seed: int) -> Iterator[tuple[Tensor, str]]:
         generator = torch.Generator().manual_seed(seed)
         digest = hashlib.sha256()
-        for _ in range(self.passes):
+        while True:
             order = torch.randperm(self.samples, generator=generator)[: self.samples_per_pass]
             digest.update(order.numpy().tobytes())
             for index in torch.split(order, self.batch_size):
@@ -76,12 +80,15 @@ def make_plan(config: CompareConfig, samples: int) -> Plan:
                 f"--stream must be at most the {samples} training samples of "
                 f"{config.task!r}, got {config.stream}"
             )
-        stops = _spread(config.stream, config.checkpoints or _STREAM_CHECKPOINTS)
-        return Plan(samples, 1, config.stream, 1, stops)
+        stops = _spread(config.stream, config.checkpoints or _DEFAULT_CHECKPOINTS)
+        return Plan(samples, config.stream, 1, config.stream, stops)
+    if config.steps is not None:
+        stops = _spread(config.steps, config.checkpoints or _DEFAULT_CHECKPOINTS)
+        return Plan(samples, samples, config.batch_size, config.steps, stops)
     steps = math.ceil(samples / config.batch_size)
     ends = _spread(config.epochs, config.checkpoints or config.epochs)
     stops = tuple(steps * epoch for epoch in ends)
-    return Plan(samples, config.epochs, samples, config.batch_size, stops)
+    return Plan(samples, samples, config.batch_size, config.epochs * steps, stops)
 
 
 def _spread(count: int, parts: int) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from grng.compare.curves import Curve
+from grng.compare.measures import ACCURACY, LOSS, Measure
 from grng.compare.plot_series import Series
 from grng.compare.plot_style import spread_labels
 from grng.compare.results import ComparisonResult
@@ -19,6 +20,9 @@ from grng.tasks import TASKS
 
 # Least distance between two labels, as a part of the height of the axes.
 _LABEL_GAP = 0.06
+# Least height of the axis below the best accuracy, in points, and above the best loss, as a part of it.
+_LEAST_ROOM = 2.0
+_LEAST_ROOM_OF_LOSS = 0.02
 
 
 def draw_curve(axes: Axes, curve: Curve, axis: str, series: Series, *, has_markers: bool) -> None:
@@ -48,30 +52,47 @@ def draw_curve(axes: Axes, curve: Curve, axis: str, series: Series, *, has_marke
         axes.plot(x[-1], curve.mean[-1], marker="x", color=style.color, markersize=9, mew=2.5)
 
 
-def accuracy_floor(all_series: list[Series]) -> float | None:
-    """Lower end of the accuracy axis: one bad optimizer must not flatten the others."""
-    means = [series.accuracy.mean for series in all_series if series.accuracy is not None]
+def limit_held_out(axes: Axes, all_series: list[Series], measure: Measure) -> bool:
+    """Limits of the axis of held-out values: one bad optimizer must not flatten the others.
+
+    Args:
+        axes: Where the curves are.
+        all_series: The optimizers.
+        measure: Which values.
+
+    Returns:
+        Whether there are any.
+    """
+    means = [series.held_out.mean for series in all_series if series.held_out is not None]
     if not means:
-        return None
-    best = max(float(mean.max()) for mean in means)
-    middle = float(np.median(np.concatenate(means)))
-    lowest = min(float(mean.min()) for mean in means)
-    return max(lowest, best - max(2.0, 5.0 * (best - middle)))
+        return False
+    scores = measure.sign * np.concatenate(means)
+    best, middle, lowest = (float(found(scores)) for found in (np.max, np.median, np.min))
+    least_room = _LEAST_ROOM if measure is ACCURACY else _LEAST_ROOM_OF_LOSS * abs(best)
+    worst = measure.sign * max(lowest, best - max(least_room, 5.0 * (best - middle)))
+    low, high = axes.get_ylim()
+    if measure.sign > 0:
+        axes.set_ylim(worst - 0.08 * (high - worst), high + 0.04 * (high - worst))
+    else:
+        axes.set_ylim(low - 0.04 * (worst - low), worst + 0.08 * (worst - low))
+    return True
 
 
-def label_ends(axes: Axes, all_series: list[Series]) -> None:
+def label_ends(axes: Axes, all_series: list[Series], measure: Measure) -> None:
     """Names to the right of both panels, each at the height of its line's end, with its key.
 
     Args:
         axes: The right panel, with its final limits.
         all_series: The optimizers.
+        measure: What the right panel shows.
     """
     low, high = axes.get_ylim()
     labels, heights = [], []
     for series in all_series:
-        ended_well = series.accuracy is not None and series.is_complete
-        value = series.accuracy.mean[-1] if series.accuracy is not None else low
-        labels.append(f"{value:.2f} %  {series.label}" if ended_well else series.label)
+        ended_well = series.held_out is not None and series.is_complete
+        value = series.held_out.mean[-1] if series.held_out is not None else low
+        shown = measure.text(value / measure.scale)
+        labels.append(f"{shown}  {series.label}" if ended_well else series.label)
         heights.append(min(1.0, max(0.0, (value - low) / (high - low))))
     for series, label, height in zip(
         all_series, labels, spread_labels(heights, gap=_LABEL_GAP), strict=True
@@ -121,6 +142,8 @@ def _heading(result: ComparisonResult) -> tuple[str, str]:
     else:
         what = f"training loss and {held_out_names(result)[0].lower()}"
         how = f"{result.data['train_samples']:,} training samples, batch {config['batch_size']}"
+        if result.counts_steps:
+            how += f", {config['steps']:,} steps"
     shown = [_model(config), how, config["schedule"], repeats]
     if not all(row.is_selected for row in result.summary().rows):
         shown.append("best settings")
@@ -150,7 +173,7 @@ def make_figure(result: ComparisonResult) -> tuple[Figure, Axes, Axes]:
 
 
 def held_out_names(result: ComparisonResult) -> tuple[str, str]:
-    """Title and axis label of held-out accuracy.
+    """Title and axis label of the held-out figure.
 
     Args:
         result: The comparison.
@@ -159,4 +182,6 @@ def held_out_names(result: ComparisonResult) -> tuple[str, str]:
         ``(title, label)``.
     """
     kind = "Validation" if result.data.get("validation_samples") else "Test"
-    return f"{kind} accuracy", f"correct {kind.lower()} samples in %"
+    if result.measure is LOSS:
+        return f"{kind} loss", f"cross entropy per {result.unit}"
+    return f"{kind} accuracy", f"correct {kind.lower()} {result.unit}s in %"

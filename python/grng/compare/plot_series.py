@@ -5,14 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from grng.compare.curves import (
-    Curve,
-    accuracy_curve,
-    loss_curve,
-    online_curve,
-    shown_runs,
-    stream_accuracy_curve,
-)
+from grng.compare.curves import Curve, held_out_curve, loss_curve, online_curve, shown_runs
 from grng.compare.plot_style import Style, assign_styles
 from grng.compare.records import DIVERGED, INTERRUPTED
 from grng.compare.results import ComparisonResult
@@ -20,13 +13,13 @@ from grng.compare.results import ComparisonResult
 
 @dataclass(frozen=True)
 class Series:
-    """One optimizer in the figures: training loss (left panel) and held-out accuracy."""
+    """One optimizer in the figures: training loss (left panel) and held-out accuracy or loss."""
 
     label: str
     style: Style
     # Of a stream: the online accuracy.
     left: Curve | None
-    accuracy: Curve | None
+    held_out: Curve | None
     note: str
     is_complete: bool
 
@@ -43,8 +36,7 @@ def collect_series(result: ComparisonResult) -> list[Series]:
     # Of several settings of an optimizer only the one that counts: twelve lines say nothing.
     labels = [row.optimizer for row in result.summary().rows if row.is_selected]
     styles = assign_styles(labels)
-    accuracy_of = stream_accuracy_curve if result.is_stream else accuracy_curve
-    left_of = online_curve if result.is_stream else loss_curve
+    in_steps = result.is_stream or result.counts_steps
     found = []
     for label in labels:
         runs = shown_runs([run for run in result.runs if run.optimizer == label])
@@ -55,5 +47,7 @@ def collect_series(result: ComparisonResult) -> list[Series]:
             note = f"\n(diverged at step {runs[0].divergence.step:,})"
         elif runs[0].status == INTERRUPTED:
             note = "\n(interrupted)"
-        found.append(Series(label, styles[label], left_of(runs), accuracy_of(runs), note, not note))
+        left = online_curve(runs) if result.is_stream else loss_curve(runs, in_steps=in_steps)
+        held_out = held_out_curve(runs, result.measure, in_steps=in_steps)
+        found.append(Series(label, styles[label], left, held_out, note, not note))
     return found

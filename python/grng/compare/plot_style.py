@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# Okabe and Ito, "Color Universal Design" (2008).
+# Okabe and Ito, "Color Universal Design" (2008); where it runs out, Tol's muted scheme.
 _FAMILY_COLORS = {
     "ring": "#0072B2",
     "adamw": "#D55E00",
@@ -15,8 +15,11 @@ _FAMILY_COLORS = {
     "rkalman": "#000000",
     "loko": "#CC79A7",
     "adagrad": "#E69F00",
+    "kfac": "#56B4E9",
+    "sophiag": "#882255",
+    "sophiah": "#999933",
 }
-_OTHER_COLORS = ("#56B4E9", "#999999")
+_OTHER_COLORS = ("#332288", "#999999")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
 _MARKERS = ("o", "s", "^", "D")
 

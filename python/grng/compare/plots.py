@@ -12,11 +12,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from grng.compare.measures import MEASURES
 from grng.compare.plot_parts import (
-    accuracy_floor,
     draw_curve,
     held_out_names,
     label_ends,
+    limit_held_out,
     make_figure,
 )
 from grng.compare.plot_series import Series, collect_series
@@ -34,11 +35,12 @@ _NARROW_TICKS = (1.0, 2.0, 3.0, 4.0, 6.0)
 _WIDE_TICKS = (1.0, 2.0, 5.0)
 _X_LABELS = {
     "epochs": "epochs ({steps:,} steps each)",
+    "steps": "training steps",
     "seconds": "training time in seconds on {processor}",
 }
 
 
-def _draw_loss(axes: Axes, all_series: list[Series], axis: str) -> None:
+def _draw_loss(axes: Axes, all_series: list[Series], result: ComparisonResult, axis: str) -> None:
     for series in all_series:
         if series.left is not None:
             draw_curve(axes, series.left, axis, series, has_markers=False)
@@ -49,15 +51,18 @@ def _draw_loss(axes: Axes, all_series: list[Series], axis: str) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_title("Training loss")
-    axes.set_ylabel("cross entropy per sample, smoothed")
+    axes.set_ylabel(f"cross entropy per {result.unit}, smoothed")
 
 
-def _draw_target(axes: Axes, all_series: list[Series], target: Target, axis: str) -> None:
-    accuracy = 100 * target.accuracy
-    axes.axhline(accuracy, color="#555555", linestyle=(0, (5, 3)), linewidth=1.2, zorder=2)
+def _draw_target(
+    axes: Axes, all_series: list[Series], target: Target, axis: str, *, in_steps: bool
+) -> None:
+    measure = MEASURES[target.measure]
+    value = measure.scale * target.value
+    axes.axhline(value, color="#555555", linestyle=(0, (5, 3)), linewidth=1.2, zorder=2)
     axes.annotate(
-        f"final accuracy of {target.optimizer}: {accuracy:.2f} %",
-        (0.015, accuracy),
+        f"final {measure.name} of {target.optimizer}: {measure.text(target.value)}",
+        (0.015, value),
         xycoords=("axes fraction", "data"),
         xytext=(0, 4),
         textcoords="offset points",
@@ -67,23 +72,28 @@ def _draw_target(axes: Axes, all_series: list[Series], target: Target, axis: str
         bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1},
         zorder=5,
     )
+    # On the side that the curves come from.
+    edge = axes.get_ylim()[0 if measure.sign > 0 else 1]
     height = 0
     for series in all_series:
-        curve = series.accuracy
+        curve = series.held_out
         if curve is None or series.label == target.optimizer:
             continue
-        reached = np.flatnonzero(curve.mean >= accuracy)
+        reached = np.flatnonzero(measure.sign * (curve.mean - value) >= 0)
         if not reached.size or not series.is_complete:
             continue
         x, y = curve.x(axis)[reached[0]], curve.mean[reached[0]]
         color = series.style.color
-        axes.plot([x, x], [axes.get_ylim()[0], y], color=color, linestyle=":", linewidth=1.3)
+        axes.plot([x, x], [edge, y], color=color, linestyle=":", linewidth=1.3)
         axes.plot(x, y, "o", markersize=12, markerfacecolor="none", markeredgecolor=color, mew=2)
-        where = f"epoch {x:.0f}" if axis == "epochs" else f"{x:.1f} s"
+        where = f"{x:.1f} s"
+        if axis == "epochs":
+            part = x / curve.epochs[-1]
+            where = f"{'step' if in_steps else 'epoch'} {x:,.0f} ({part:.2f}x)"
         is_right = x > 0.5 * axes.get_xlim()[1]
         axes.annotate(
             f" reached: {where} ",
-            (x, 0.02 + 0.06 * height),
+            (x, 0.02 + 0.06 * height if measure.sign > 0 else 0.94 - 0.06 * height),
             xycoords=("data", "axes fraction"),
             color=color,
             fontsize=9,
@@ -92,20 +102,17 @@ def _draw_target(axes: Axes, all_series: list[Series], target: Target, axis: str
         height += 1
 
 
-def _draw_accuracy(
+def _draw_held_out(
     axes: Axes, all_series: list[Series], result: ComparisonResult, axis: str
 ) -> None:
     target = result.summary().target
     for series in all_series:
-        if series.accuracy is not None:
-            draw_curve(axes, series.accuracy, axis, series, has_markers=True)
-    floor = accuracy_floor(all_series)
-    if floor is not None:
-        top = axes.get_ylim()[1]
-        axes.set_ylim(floor - 0.08 * (top - floor), top + 0.04 * (top - floor))
+        if series.held_out is not None:
+            draw_curve(axes, series.held_out, axis, series, has_markers=True)
+    if limit_held_out(axes, all_series, result.measure):
         if target is not None:
-            _draw_target(axes, all_series, target, axis)
-        label_ends(axes, all_series)
+            _draw_target(axes, all_series, target, axis, in_steps=result.counts_steps)
+        label_ends(axes, all_series, result.measure)
     title, label = held_out_names(result)
     axes.set_title(title)
     axes.set_ylabel(label)
@@ -116,7 +123,7 @@ def _short(processor: str) -> str:
 
 
 def draw(result: ComparisonResult, axis: str) -> Figure:
-    """One figure: training loss on the left, test accuracy on the right.
+    """One figure: training loss on the left, held-out accuracy or loss on the right.
 
     Args:
         result: The comparison.
@@ -127,13 +134,14 @@ def draw(result: ComparisonResult, axis: str) -> Figure:
     """
     all_series = collect_series(result)
     with rc_context(RC):
-        figure, loss_axes, accuracy_axes = make_figure(result)
-        _draw_loss(loss_axes, all_series, axis)
-        _draw_accuracy(accuracy_axes, all_series, result, axis)
+        figure, loss_axes, held_out_axes = make_figure(result)
+        _draw_loss(loss_axes, all_series, result, axis)
+        _draw_held_out(held_out_axes, all_series, result, axis)
         steps = max((run.steps_per_epoch for run in result.runs), default=0)
         processor = _short(result.environment["gpu"] or result.environment["cpu"])
-        for axes in (loss_axes, accuracy_axes):
-            axes.set_xlabel(_X_LABELS[axis].format(steps=steps, processor=processor))
+        x_label = _X_LABELS["steps" if axis == "epochs" and result.counts_steps else axis]
+        for axes in (loss_axes, held_out_axes):
+            axes.set_xlabel(x_label.format(steps=steps, processor=processor))
             axes.set_xlim(left=0)
             axes.xaxis.set_major_locator(MaxNLocator(integer=axis == "epochs"))
     return figure

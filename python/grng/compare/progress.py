@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from grng.compare.measures import ACCURACY, Measure
 from grng.compare.records import EpochRecord, RunRecord
 
 # Redrawing costs processor time next to the training threads.
@@ -17,39 +19,47 @@ _REFRESH_PER_SECOND = 4
 _UPDATE_EVERY = 10
 
 
-def _place(record: RunRecord, step: int, epochs: int) -> str:
-    if record.step_correct:
-        return f"sample {step:,}/{record.steps_per_epoch:,}"
-    epoch = min(epochs, 1 + max(0, step - 1) // record.steps_per_epoch)
-    return f"epoch {epoch}/{epochs}"
-
-
-def _accuracy(last: EpochRecord) -> str:
+def _held_out(last: EpochRecord, measure: Measure) -> str:
     kind = "test" if last.validation_accuracy is None else "val"
+    name = "acc" if measure is ACCURACY else measure.name
     online = last.online_accuracy
     before = "" if online is None else f"online {100 * online:.2f} %  "
-    return f"{before}{kind} acc {100 * last.held_out_accuracy:.2f} %"
+    return f"{before}{kind} {name} {measure.text(measure.of(last))}"
 
 
 class Reporter:
     """Reports nothing; the base of the other two."""
 
-    def run(self, record: RunRecord, epochs: int) -> AbstractContextManager[None]:
+    def __init__(self, counts: str = "epoch", measure: Measure = ACCURACY) -> None:
+        """Args: counts: ``"epoch"``, ``"step"`` or ``"sample"``; measure: what is shown."""
+        self._counts, self._measure = counts, measure
+        self._total = 0
+
+    def run(self, record: RunRecord, steps: int) -> AbstractContextManager[None]:
         """Surrounds one run.
 
         Args:
             record: The run.
-            epochs: Epochs that it will take.
+            steps: Steps that it will take.
 
         Returns:
             A context manager.
         """
-        return self._around(record, epochs)
+        self._total = steps
+        return self._around(record)
 
     @contextmanager
-    def _around(self, record: RunRecord, epochs: int) -> Iterator[None]:
-        del record, epochs
+    def _around(self, record: RunRecord) -> Iterator[None]:
+        del record
         yield
+
+    def _place(self, record: RunRecord, step: int) -> str:
+        if self._counts != "epoch":
+            return f"{self._counts} {step:,}/{self._total:,}"
+        epoch, epochs = (
+            math.ceil(count / record.steps_per_epoch) for count in (max(1, step), self._total)
+        )
+        return f"epoch {epoch}/{epochs}"
 
     def step(self, record: RunRecord) -> None:
         """Called after each training step."""
@@ -61,41 +71,36 @@ class Reporter:
 class LineReporter(Reporter):
     """One short line per evaluation."""
 
-    def __init__(self, console: Console) -> None:
-        """Args: console: where to print."""
+    def __init__(self, console: Console, counts: str, measure: Measure) -> None:
+        """Args: console: where to print; others: see Reporter."""
+        super().__init__(counts, measure)
         self._console = console
-        self._epochs = 0
-
-    @contextmanager
-    def _around(self, record: RunRecord, epochs: int) -> Iterator[None]:
-        del record
-        self._epochs = epochs
-        yield
 
     def epoch(self, record: RunRecord) -> None:
         """Prints the line of the evaluation that has just ended."""
         last = record.epochs[-1]
         self._console.print(
-            f"{record.optimizer} seed {record.seed}  {_place(record, last.step, self._epochs)}  "
-            f"loss {last.train_loss:.4f}  {_accuracy(last)}  {last.train_seconds:.1f} s",
+            f"{record.optimizer} seed {record.seed}  {self._place(record, last.step)}  "
+            f"loss {last.train_loss:.4f}  {_held_out(last, self._measure)}  "
+            f"{last.train_seconds:.1f} s",
             markup=False,
             highlight=False,
         )
 
 
 class BarReporter(Reporter):
-    """A bar per run with the loss and the accuracy so far."""
+    """A bar per run with the training loss and the held-out accuracy or loss so far."""
 
-    def __init__(self, console: Console) -> None:
-        """Args: console: a terminal."""
+    def __init__(self, console: Console, counts: str, measure: Measure) -> None:
+        """Args: console: a terminal; others: see Reporter."""
+        super().__init__(counts, measure)
         self._console = console
         self._progress: Progress | None = None
-        self._epochs = 0
         self._steps = 0
 
     @contextmanager
-    def _around(self, record: RunRecord, epochs: int) -> Iterator[None]:
-        self._epochs, self._steps = epochs, 0
+    def _around(self, record: RunRecord) -> Iterator[None]:
+        self._steps = 0
         columns = (
             TextColumn("{task.fields[name]}", markup=False),
             BarColumn(bar_width=24),
@@ -124,24 +129,28 @@ class BarReporter(Reporter):
     def _update(self, record: RunRecord) -> None:
         if self._progress is None:
             return
-        state = Text(_place(record, self._steps, self._epochs))
+        state = Text(self._place(record, self._steps))
         if record.step_loss:
             state.append(f"  loss {record.step_loss[-1]:.4f}")
         if record.epochs:
-            state.append(f"  {_accuracy(record.epochs[-1])}")
+            state.append(f"  {_held_out(record.epochs[-1], self._measure)}")
         self._progress.update(
             self._progress.task_ids[0],
             completed=self._steps,
-            total=self._epochs * record.steps_per_epoch,
+            total=self._total,
             state=state.plain,
         )
 
 
-def choose_reporter(console: Console, *, is_silent: bool) -> Reporter:
+def choose_reporter(
+    console: Console, counts: str, measure: Measure, *, is_silent: bool
+) -> Reporter:
     """The reporter that fits where the output goes.
 
     Args:
         console: Where the output goes.
+        counts: What the length of a run is given in: ``"epoch"``, ``"step"`` or ``"sample"``.
+        measure: The held-out figure that is shown.
         is_silent: Report nothing.
 
     Returns:
@@ -149,4 +158,6 @@ def choose_reporter(console: Console, *, is_silent: bool) -> Reporter:
     """
     if is_silent:
         return Reporter()
-    return BarReporter(console) if console.is_terminal else LineReporter(console)
+    if console.is_terminal:
+        return BarReporter(console, counts, measure)
+    return LineReporter(console, counts, measure)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The three ways in which an optimizer takes part in a training step."""
+"""The four ways in which an optimizer takes part in a training step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Protocol = Literal["backward", "observe-backward", "observe-targets"]
+Protocol = Literal["backward", "observe-backward", "observe-loss", "observe-targets"]
+
+
+def _mean_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, -2), labels.flatten())
 
 
 def take_step(
@@ -24,16 +28,17 @@ def take_step(
     """One training step on the mean cross entropy.
 
     ``"backward"``: ``loss.backward()``, ``optimizer.step()``. ``"observe-backward"``: before that
-    ``optimizer.observe(logits)``. ``"observe-targets"``, of Kalman optimizers:
-    ``optimizer.observe(logits, labels)``, ``optimizer.step()``, and no backward pass of ours; the
-    Jacobian that they take counts as time of the optimizer.
+    ``optimizer.observe(logits)``; ``"observe-loss"``: ``optimizer.observe(loss)``.
+    ``"observe-targets"``, of Kalman optimizers: ``optimizer.observe(logits, labels)``,
+    ``optimizer.step()``, and no backward pass of ours; the Jacobian that they take counts as time of
+    the optimizer.
 
     Args:
         model: The classifier, in training mode.
         optimizer: Updates ``model``.
-        protocol: Which of the three.
+        protocol: Which of the four.
         inputs: ``[n, ...]``.
-        labels: ``[n]``.
+        labels: ``[n]`` for logits ``[n, classes]``; ``[n, length]`` for ``[n, length, classes]``.
         mark: Called five times: at the start, after forward, observe, backward and step.
 
     Returns:
@@ -51,11 +56,13 @@ def take_step(
         optimizer.step()
         mark()
         logits = logits.detach()
-        return F.cross_entropy(logits, labels), logits
-    loss = F.cross_entropy(logits, labels)
+        return _mean_cross_entropy(logits, labels), logits
+    loss = _mean_cross_entropy(logits, labels)
     mark()
     if protocol == "observe-backward":
         observer.observe(logits)
+    elif protocol == "observe-loss":
+        observer.observe(loss)
     mark()
     loss.backward()
     mark()

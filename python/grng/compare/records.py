@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -14,7 +15,9 @@ DIVERGED = "diverged"
 
 @dataclass
 class EpochRecord:
-    """State at the end of an epoch, or after so many samples of a stream.
+    """State at the end of an epoch, or after so many steps or samples of a stream.
+
+    ``epoch`` is the one that the last step belongs to; in a stream, the number of the evaluation.
 
     Seconds count training steps only. With validation samples, the test set is looked at only once,
     at the end of the run.
@@ -37,6 +40,12 @@ class EpochRecord:
         accuracy = self.validation_accuracy
         accuracy = self.test_accuracy if accuracy is None else accuracy
         return 0.0 if accuracy is None else accuracy
+
+    @property
+    def held_out_loss(self) -> float:
+        """Loss on the validation samples; on the test set where there are none."""
+        loss = self.test_loss if self.validation_loss is None else self.validation_loss
+        return math.inf if loss is None else loss
 
 
 @dataclass
@@ -94,11 +103,6 @@ class RunRecord:
     def final_accuracy(self) -> float:
         """Test accuracy at the end of a finished run."""
         return self.epochs[-1].test_accuracy or 0.0
-
-    @property
-    def held_out_accuracy(self) -> float:
-        """Validation accuracy at the end; test accuracy without validation samples."""
-        return self.epochs[-1].held_out_accuracy
 
     @property
     def best_accuracy(self) -> float:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from grng.compare.errors import UsageError
+from grng.compare.measures import ACCURACY, MEASURES, Measure
 from grng.compare.records import RUNNING, RunRecord
-from grng.compare.summary import Summary, summarise
+from grng.compare.summary import DEFAULT_REFERENCE, Summary, summarise
 from grng.tasks.atomic import replacing
 
 SCHEMA = "grng-compare"
@@ -41,9 +42,37 @@ class ComparisonResult:
         """Whether samples came one by one, each predicted before it was learned from."""
         return self.config.get("stream") is not None
 
+    @property
+    def counts_steps(self) -> bool:
+        """Whether the length of the runs was given in steps, not in epochs."""
+        return self.config.get("steps") is not None
+
+    # Results of before there was a choice have none of the keys below.
+
+    @property
+    def measure(self) -> Measure:
+        """The figure on held-out data that the optimizers are compared by."""
+        return MEASURES[self.config.get("measure", ACCURACY.name)]
+
+    @property
+    def reference(self) -> str:
+        """The optimizer whose final values are to be reached."""
+        return self.config.get("reference", DEFAULT_REFERENCE)
+
+    @property
+    def unit(self) -> str:
+        """What losses and accuracies are means over: samples or characters."""
+        return self.config.get("unit", "sample")
+
     def summary(self) -> Summary:
         """The rows of the table."""
-        return summarise(self.labels, self.runs, seeds=len(self.config["seeds"]))
+        return summarise(
+            self.labels,
+            self.runs,
+            seeds=len(self.config["seeds"]),
+            measure=self.measure,
+            reference=self.reference,
+        )
 
     def save(self, folder: Path) -> Path:
         """Writes ``result.json``; a reader sees the old file or the new one, never a part.

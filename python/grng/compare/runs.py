@@ -47,7 +47,7 @@ def build_model(config: CompareConfig, seed: int, device: torch.device) -> nn.Mo
         The model.
     """
     torch.manual_seed(seed)
-    return config.task_entry.build_model(config.model_options).to(device)
+    return config.model_entry.build(config.model_options).to(device)
 
 
 def weights_sha256(model: nn.Module) -> str:

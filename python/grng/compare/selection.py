@@ -11,12 +11,13 @@ def family(label: str) -> str:
     return label.split(":")[0]
 
 
-def select(labels: Sequence[str], validation: Mapping[str, float | None]) -> set[str]:
+def select(labels: Sequence[str], scores: Mapping[str, float | None]) -> set[str]:
     """One label per optimizer.
 
     Args:
         labels: All labels in the order given.
-        validation: Mean validation accuracy by label; None where no run finished.
+        scores: By label, higher for a better mean on the validation samples; None where no run
+            finished.
 
     Returns:
         The best of each optimizer; the first of equals, and the first where none finished.
@@ -24,7 +25,7 @@ def select(labels: Sequence[str], validation: Mapping[str, float | None]) -> set
     best: dict[str, str] = {}
     for label in labels:
         name = family(label)
-        found, known = validation[label], validation[best.setdefault(name, label)]
+        found, known = scores[label], scores[best.setdefault(name, label)]
         if found is not None and (known is None or found > known):
             best[name] = label
     return set(best.values())

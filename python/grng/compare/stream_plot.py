@@ -8,10 +8,10 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from grng.compare.plot_parts import (
-    accuracy_floor,
     draw_curve,
     held_out_names,
     label_ends,
+    limit_held_out,
     make_figure,
 )
 from grng.compare.plot_series import Series, collect_series
@@ -50,16 +50,13 @@ def draw_stream(result: ComparisonResult) -> Figure:
         for series in all_series:
             if series.left is not None:
                 draw_curve(online, series.left, "epochs", series, has_markers=False)
-            if series.accuracy is not None:
-                draw_curve(held_out, series.accuracy, "epochs", series, has_markers=True)
+            if series.held_out is not None:
+                draw_curve(held_out, series.held_out, "epochs", series, has_markers=True)
         limits = _online_limits(all_series)
         if limits is not None:
             online.set_ylim(limits)
-        floor = accuracy_floor(all_series)
-        if floor is not None:
-            top = held_out.get_ylim()[1]
-            held_out.set_ylim(floor - 0.08 * (top - floor), top + 0.04 * (top - floor))
-        label_ends(held_out, all_series)
+        limit_held_out(held_out, all_series, result.measure)
+        label_ends(held_out, all_series, result.measure)
         online.set_title("Online accuracy")
         online.set_ylabel("predicted before learned from, mean so far in %")
         title, label = held_out_names(result)

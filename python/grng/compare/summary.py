@@ -1,27 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of the final table: means over seeds, and when AdamW's final accuracy is reached."""
+"""Rows of the final table: means over seeds, and when the reference's final values are reached."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
+from grng.compare.measures import ACCURACY, Measure
 from grng.compare.records import DIVERGED, FINISHED, INTERRUPTED, RunRecord, StepSplit
 from grng.compare.selection import family, select
+from grng.compare.trailing import final_trailing_loss, first_step_below
 
-_BASELINE = "adamw"
+DEFAULT_REFERENCE = "adamw"
 
 
 @dataclass(frozen=True)
 class Target:
-    """The accuracy to reach: the mean final one of the best AdamW.
+    """What is to be reached: final means of the reference, of its best setting if there are several.
 
-    Both on the validation samples where there are any, else on the test set.
+    The value is held-out accuracy or loss: on the validation samples where there are any, else on
+    the test set.
     """
 
     optimizer: str
-    accuracy: float
+    measure: Literal["accuracy", "loss"]
+    value: float
+    # Of the whole run; parts of the steps are parts of these.
+    steps: int
+    # Mean of the last 50 steps.
+    train_loss: float | None
 
 
 @dataclass(frozen=True)
@@ -37,11 +46,15 @@ class Row:
     seeds_finished: int
     seeds_total: int
     is_selected: bool = True
-    # Accuracy on the test set.
+    # On the test set.
     final_accuracy: float | None = None
     final_accuracy_std: float | None = None
+    final_loss: float | None = None
+    final_loss_std: float | None = None
     validation_accuracy: float | None = None
     validation_accuracy_std: float | None = None
+    validation_loss: float | None = None
+    validation_loss_std: float | None = None
     # Of a stream: part of the samples that were predicted before they were learned from.
     online_accuracy: float | None = None
     online_accuracy_std: float | None = None
@@ -49,42 +62,53 @@ class Row:
     best_accuracy: float | None = None
     best_accuracy_std: float | None = None
     train_seconds: float | None = None
+    # Mean training loss of the last 50 steps.
+    final_train_loss: float | None = None
+    # When the target's held-out value is reached, at an evaluation; None if never.
     epochs_to_target: int | None = None
+    steps_to_target: int | None = None
+    part_of_steps_to_target: float | None = None
     seconds_to_target: float | None = None
+    # When its training loss is.
+    steps_to_train_loss: int | None = None
+    part_of_steps_to_train_loss: float | None = None
     ms_per_step: StepSplit | None = None
     ms_per_step_total: float | None = None
     peak_memory_bytes: int | None = None
     optimizer_state_bytes: int | None = None
 
-    @property
-    def held_out_accuracy(self) -> float | None:
-        """Final accuracy on the validation samples; on the test set where there are none."""
-        found = self.validation_accuracy
-        return self.final_accuracy if found is None else found
+    def held_out(self, measure: Measure) -> float | None:
+        """Final value on the validation samples; on the test set where there are none."""
+        if measure is ACCURACY:
+            validation, test = self.validation_accuracy, self.final_accuracy
+        else:
+            validation, test = self.validation_loss, self.final_loss
+        return test if validation is None else validation
 
 
 @dataclass(frozen=True)
 class Summary:
-    """All rows, and the accuracy they are measured against; None without a finished AdamW."""
+    """All rows, and what they are measured against; None without a finished run of the reference."""
 
     target: Target | None
     rows: list[Row]
 
 
-def mean_curve(runs: Sequence[RunRecord]) -> tuple[list[float], list[float]]:
-    """Mean held-out accuracy and median training seconds at each evaluation.
+def mean_curve(runs: Sequence[RunRecord], measure: Measure) -> tuple[list[float], list[float]]:
+    """Mean held-out value and median training seconds at each evaluation.
 
     Args:
         runs: Finished runs of one optimizer.
+        measure: Which value.
 
     Returns:
-        ``(mean accuracies, median seconds)``, one entry per evaluation.
+        ``(mean values, median seconds)``, one entry per evaluation.
     """
     epochs = list(zip(*(run.epochs for run in runs), strict=False))
-    accuracies = [statistics.fmean(e.held_out_accuracy for e in same) for same in epochs]
+    values = [statistics.fmean(measure.of(e) for e in same) for same in epochs]
     # Times: the median, which another process that ran during one of the seeds cannot move.
     seconds = [statistics.median(e.train_seconds for e in same) for same in epochs]
-    return accuracies, seconds
+    return values, seconds
 
 
 def _spread(values: list[float]) -> float | None:
@@ -108,22 +132,50 @@ def _mean(values: Sequence[float | None]) -> tuple[float | None, float | None]:
     return statistics.fmean(known), _spread(known)
 
 
+def _progress(
+    finished: Sequence[RunRecord], target: Target | None, measure: Measure
+) -> dict[str, Any]:
+    """The fields of a row that say when the target is reached."""
+    if target is None:
+        return {}
+    found: dict[str, Any] = {}
+    values, seconds = mean_curve(finished, measure)
+    wanted = measure.score(target.value)
+    reached = next((i for i, v in enumerate(values) if measure.score(v) >= wanted), None)
+    if reached is not None:
+        at = finished[0].epochs[reached]
+        found |= {"epochs_to_target": at.epoch, "steps_to_target": at.step}
+        found["part_of_steps_to_target"] = at.step / target.steps
+        found["seconds_to_target"] = seconds[reached]
+    if target.train_loss is not None:
+        step = first_step_below(finished, target.train_loss)
+        if step is not None:
+            found["steps_to_train_loss"] = step
+            found["part_of_steps_to_train_loss"] = step / target.steps
+    return found
+
+
 def _row(
-    label: str, runs: Sequence[RunRecord], seeds: int, target: Target | None, *, is_selected: bool
+    label: str,
+    runs: Sequence[RunRecord],
+    seeds: int,
+    target: Target | None,
+    measure: Measure,
+    *,
+    is_selected: bool,
 ) -> Row:
     finished = [run for run in runs if run.status == FINISHED]
     status = _status(runs, len(finished), seeds)
     if not finished:
         return Row(label, status, 0, seeds, is_selected)
     last = [run.epochs[-1] for run in finished]
-    test = _mean([run.final_accuracy for run in finished]) if is_selected else (None, None)
+    unknown = (None, None)
+    test = _mean([run.final_accuracy for run in finished]) if is_selected else unknown
+    test_loss = _mean([epoch.test_loss for epoch in last]) if is_selected else unknown
     validation = _mean([epoch.validation_accuracy for epoch in last])
+    validation_loss = _mean([epoch.validation_loss for epoch in last])
     online = _mean([epoch.online_accuracy for epoch in last])
     best = [run.best_accuracy for run in finished]
-    accuracies, seconds = mean_curve(finished)
-    reached = None
-    if target is not None:
-        reached = next((i for i, a in enumerate(accuracies) if a >= target.accuracy), None)
     split = StepSplit(
         *(
             round(statistics.median(getattr(run.ms_per_step, part) for run in finished), 5)
@@ -139,50 +191,73 @@ def _row(
         is_selected=is_selected,
         final_accuracy=test[0],
         final_accuracy_std=test[1],
+        final_loss=test_loss[0],
+        final_loss_std=test_loss[1],
         validation_accuracy=validation[0],
         validation_accuracy_std=validation[1],
+        validation_loss=validation_loss[0],
+        validation_loss_std=validation_loss[1],
         online_accuracy=online[0],
         online_accuracy_std=online[1],
         best_accuracy=statistics.fmean(best),
         best_accuracy_std=_spread(best),
         train_seconds=statistics.median(run.train_seconds for run in finished),
-        epochs_to_target=None if reached is None else finished[0].epochs[reached].epoch,
-        seconds_to_target=None if reached is None else seconds[reached],
+        final_train_loss=final_trailing_loss(finished),
         ms_per_step=split,
         ms_per_step_total=split.total,
         peak_memory_bytes=max(peaks, default=None),
         optimizer_state_bytes=max(run.optimizer_state_bytes for run in finished),
+        **_progress(finished, target, measure),
     )
 
 
-def summarise(labels: Sequence[str], runs: Sequence[RunRecord], seeds: int) -> Summary:
+def _target(
+    by_label: Mapping[str, Sequence[RunRecord]], reference: str, measure: Measure
+) -> Target | None:
+    """Final values of the best setting of the reference."""
+    candidates = []
+    for label, own in by_label.items():
+        finished = [run for run in own if run.status == FINISHED]
+        if reference in (label, family(label)) and finished:
+            value = mean_curve(finished, measure)[0][-1]
+            steps, train_loss = finished[0].epochs[-1].step, final_trailing_loss(finished)
+            candidates.append(Target(label, measure.name, value, steps, train_loss))
+    return max(candidates, key=lambda found: measure.score(found.value), default=None)
+
+
+def summarise(
+    labels: Sequence[str],
+    runs: Sequence[RunRecord],
+    seeds: int,
+    *,
+    measure: Measure = ACCURACY,
+    reference: str = DEFAULT_REFERENCE,
+) -> Summary:
     """The table's rows in the order of ``labels``.
 
     Args:
         labels: Optimizer labels.
         runs: All runs so far; only finished ones enter the means.
         seeds: Number of seeds asked for.
+        measure: What settings are chosen by, and what is to be reached.
+        reference: Whose final values are to be reached: a label, or the name of an optimizer, which
+            stands for the best of its settings.
 
     Returns:
         Rows and target.
     """
     by_label = {label: [run for run in runs if run.optimizer == label] for label in labels}
-    held_out: dict[str, float | None] = {}
+    scores: dict[str, float | None] = {}
     for label, own in by_label.items():
-        final = [run.held_out_accuracy for run in own if run.status == FINISHED]
-        held_out[label] = statistics.fmean(final) if final else None
+        final = [measure.of(run.epochs[-1]) for run in own if run.status == FINISHED]
+        scores[label] = measure.score(statistics.fmean(final)) if final else None
     has_validation = any(
         epoch.validation_accuracy is not None for run in runs for epoch in run.epochs
     )
-    selected = select(labels, held_out) if has_validation else set(labels)
-    candidates = [
-        Target(label, accuracy)
-        for label, accuracy in held_out.items()
-        if family(label) == _BASELINE and accuracy is not None
-    ]
-    target = max(candidates, key=lambda candidate: candidate.accuracy, default=None)
+    selected = select(labels, scores) if has_validation else set(labels)
+    target = _target(by_label, reference, measure)
     rows = [
-        _row(label, own, seeds, target, is_selected=label in selected)
+        _row(label, own, seeds, target, measure, is_selected=label in selected)
         for label, own in by_label.items()
     ]
     return Summary(target, rows)

@@ -10,23 +10,32 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from grng.compare.measures import ACCURACY, LOSS, Measure
 from grng.compare.records import DIVERGED, FINISHED
 from grng.compare.results import ComparisonResult
 from grng.compare.selection import family
-from grng.compare.summary import Row, Summary
+from grng.compare.summary import Row, Summary, Target
+from grng.compare.trailing import TRAILING_STEPS
 
 # Below this many columns the table has no room for all numbers of several seeds.
-_NARROW = 106
-_OMITTED_WHEN_NARROW = ("best %", "state MB")
+_NARROW = 122
+_OMITTED_WHEN_NARROW = ("best %", "state MB", "train loss")
 _NAME_WIDTH = 12
 _NEVER = "-"
 _NOT_APPLICABLE = "n/a"
 
 
-def _percent(mean: float | None, std: float | None) -> str:
+def _number(measure: Measure, mean: float | None, std: float | None) -> str:
+    """In percent for an accuracy; the heading says so."""
     if mean is None:
         return _NEVER
-    return f"{100 * mean:.2f}" + ("" if std is None else f" ± {100 * std:.2f}")
+    places, scale = measure.decimals, measure.scale
+    spread = "" if std is None else f" ± {scale * std:.{places}f}"
+    return f"{scale * mean:.{places}f}{spread}"
+
+
+def _percent(mean: float | None, std: float | None) -> str:
+    return _number(ACCURACY, mean, std)
 
 
 def _megabytes(count: int | None) -> str:
@@ -36,9 +45,17 @@ def _megabytes(count: int | None) -> str:
 def _reached(row: Row, summary: Summary) -> str:
     if summary.target is None:
         return _NOT_APPLICABLE
-    if row.epochs_to_target is None or row.seconds_to_target is None:
+    if row.part_of_steps_to_target is None or row.seconds_to_target is None:
         return _NEVER
-    return f"{row.epochs_to_target} ep, {row.seconds_to_target:.1f} s"
+    return f"{row.part_of_steps_to_target:.3f}x, {row.seconds_to_target:.1f} s"
+
+
+def _train_loss(row: Row) -> str:
+    if row.final_train_loss is None:
+        return _NEVER
+    part = row.part_of_steps_to_train_loss
+    reached = "" if part is None else f" ({part:.3f}x)"
+    return f"{LOSS.text(row.final_train_loss)}{reached}"
 
 
 def _label(row: Row, rows: list[Row]) -> str:
@@ -53,17 +70,22 @@ def _label(row: Row, rows: list[Row]) -> str:
     return row.optimizer + (f" ({', '.join(notes)})" if notes else "")
 
 
-def _accuracies(row: Row, summary: Summary, result: ComparisonResult) -> dict[str, str]:
+def _values(row: Row, summary: Summary, result: ComparisonResult) -> dict[str, str]:
     """The columns that depend on what was measured."""
     test = {"test acc %": _percent(row.final_accuracy, row.final_accuracy_std)}
     validation = {"val acc %": _percent(row.validation_accuracy, row.validation_accuracy_std)}
     if result.is_stream:
         online = {"online %": _percent(row.online_accuracy, row.online_accuracy_std)}
         return online | validation | test
-    if result.data.get("validation_samples"):
-        return validation | test | {"to AdamW": _reached(row, summary)}
-    best = {"best %": _percent(row.best_accuracy, row.best_accuracy_std)}
-    return test | best | {"to AdamW": _reached(row, summary)}
+    reached = {f"to {family(result.reference)}": _reached(row, summary)}
+    reached["train loss"] = _train_loss(row)
+    has_validation = bool(result.data.get("validation_samples"))
+    if result.measure is LOSS:
+        test = {"test loss": _number(LOSS, row.final_loss, row.final_loss_std)} | test
+        validation = {"val loss": _number(LOSS, row.validation_loss, row.validation_loss_std)}
+    elif not has_validation:
+        test |= {"best %": _percent(row.best_accuracy, row.best_accuracy_std)}
+    return (validation if has_validation else {}) | test | reached
 
 
 def _cells(row: Row, summary: Summary, result: ComparisonResult) -> dict[str, str]:
@@ -73,7 +95,7 @@ def _cells(row: Row, summary: Summary, result: ComparisonResult) -> dict[str, st
     label = _label(row, summary.rows)
     cells = {
         "optimizer": label,
-        **_accuracies(row, summary, result),
+        **_values(row, summary, result),
         "ms/step": _NEVER,
         "fwd bwd opt": _NEVER,
         peak_heading: _megabytes(row.peak_memory_bytes),
@@ -148,7 +170,7 @@ def _against_in_stream(row: Row, baseline: Row) -> str:
 
 
 def verdicts(result: ComparisonResult, summary: Summary) -> Iterator[str]:
-    """Plain sentences: who reaches AdamW's final accuracy, and which runs did not end well.
+    """Plain sentences: who reaches the reference's final values, and which runs did not end well.
 
     Args:
         result: The comparison.
@@ -157,30 +179,38 @@ def verdicts(result: ComparisonResult, summary: Summary) -> Iterator[str]:
     Yields:
         One line each.
     """
-    epochs = result.config["epochs"]
-    target = summary.target
+    target, measure = summary.target, result.measure
     baseline = next((r for r in summary.rows if target and r.optimizer == target.optimizer), None)
     for row in summary.rows:
         yield from _ending(row, result)
-        accuracy = row.held_out_accuracy
-        if target is None or baseline is None or accuracy is None or row is baseline:
+        value = row.held_out(measure)
+        if target is None or baseline is None or value is None or row is baseline:
             continue
         if not row.is_selected:
             continue
         if result.is_stream:
             yield _against_in_stream(row, baseline)
             continue
-        points = 100 * (accuracy - target.accuracy)
-        side = "above" if points >= 0 else "below"
-        ends = f"{row.optimizer} ends {abs(points):.2f} points {side} {target.optimizer}"
-        if row.epochs_to_target is None or row.seconds_to_target is None:
-            yield f"{ends} and never reached its final {100 * target.accuracy:.2f} %"
-        else:
-            yield (
-                f"{ends}; reached its final {100 * target.accuracy:.2f} % after epoch "
-                f"{row.epochs_to_target} of {epochs} in {row.seconds_to_target:.1f} s "
-                f"({target.optimizer}: {baseline.seconds_to_target or 0:.1f} s)"
-            )
+        gap = measure.gap(value, target.value)
+        yield f"{row.optimizer} ends {gap} {target.optimizer}; " + _reached_in_words(
+            row, baseline, target, measure
+        )
+
+
+def _reached_in_words(row: Row, baseline: Row, target: Target, measure: Measure) -> str:
+    value = f"its final {measure.text(target.value)}"
+    if row.part_of_steps_to_target is None or row.seconds_to_target is None:
+        words = f"never reached {value}"
+    else:
+        words = (
+            f"reached {value} after {row.part_of_steps_to_target:.3f} of its {target.steps:,} steps in "
+            f"{row.seconds_to_target:.1f} s ({target.optimizer}: {baseline.seconds_to_target or 0:.1f} s)"
+        )
+    if target.train_loss is None:
+        return words
+    part = row.part_of_steps_to_train_loss
+    when = "never" if part is None else f"after {part:.3f} of them"
+    return f"{words}, its final training loss of {LOSS.text(target.train_loss)} {when}"
 
 
 def _explain_columns(result: ComparisonResult) -> str:
@@ -189,18 +219,26 @@ def _explain_columns(result: ComparisonResult) -> str:
     if result.is_stream:
         parts.append("online: predicted before learned from")
     else:
-        parts.append("to AdamW: epochs and seconds until AdamW's final accuracy is reached")
+        name = family(result.reference)
+        parts.append(
+            f"to {name}: part of the steps and seconds until {name}'s final {result.measure.name} is reached"
+        )
+        parts.append(
+            f"train loss: mean of the last {TRAILING_STEPS} steps (part of the steps until {name}'s "
+            "is reached)"
+        )
     if validation:
         parts.append(
             f"val: {validation:,} held-out training samples; of several settings the best on them "
-            "is marked, and only its test accuracy is shown"
+            "is marked, and only its test results are shown"
         )
     return "; ".join(parts)
 
 
 def _notes(result: ComparisonResult) -> list[str]:
     seeds = result.config["seeds"]
-    accuracy = f"accuracy on {result.data['test_samples']:,} test samples"
+    what = "accuracy" if result.measure is ACCURACY else f"loss and accuracy per {result.unit}"
+    accuracy = f"{what} on {result.data['test_samples']:,} test samples"
     if len(seeds) > 1:
         accuracy += f", mean ± standard deviation over {len(seeds)} seeds"
     memory = (

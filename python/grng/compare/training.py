@@ -67,7 +67,7 @@ class Trainer:
         default_check = _CUDA_CHECK_EVERY if device.type == "cuda" else 1
         self._record, self._model, self._optimizer = record, model, optimizer
         self._data, self._protocol = data, protocol
-        self._rows = config.task_entry.evaluation_rows
+        self._rows = config.model_entry.evaluation_rows
         self._is_stream = config.stream is not None
         self._check_every = check_every or default_check
         self._timer = StepTimer(device)
@@ -169,7 +169,9 @@ class Trainer:
         record, data, done = self._record, self._data, len(self._record.step_loss)
         before = record.epochs[-1].step if record.epochs else 0
         losses = record.step_loss[before:]
-        number = len(record.epochs) + 1 if self._is_stream else done // record.steps_per_epoch
+        number = len(record.epochs) + 1
+        if not self._is_stream:
+            number = math.ceil(done / record.steps_per_epoch)
         found = EpochRecord(
             epoch=number,
             step=done,

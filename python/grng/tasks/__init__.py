@@ -5,52 +5,101 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 
-from grng.tasks import authors, digits, fashion_mnist, minilm, plays
+from grng.tasks import authors, digits, fashion_mnist, minilm, plays, shakespeare_char
 from grng.tasks.data import ClassificationData, DataError, LoadRequest, ModelOptions
 
-__all__ = ["TASKS", "ClassificationData", "DataError", "LoadRequest", "ModelOptions", "Task"]
+__all__ = [
+    "TASKS",
+    "ClassificationData",
+    "DataError",
+    "LoadRequest",
+    "Model",
+    "ModelOptions",
+    "Task",
+]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that can be trained on a task."""
+
+    build: Callable[[ModelOptions], nn.Module]
+    describe: Callable[[ModelOptions], str]
+    # Which field of ModelOptions the model reads, with its default; None reads none.
+    option: tuple[str, tuple[int, ...] | int] | None = None
+    # Samples per evaluation step: what fits into the caches and into memory.
+    evaluation_rows: int = 2500
 
 
 @dataclass(frozen=True)
 class Task:
-    """A data set together with the model that is trained on it."""
+    """A data set together with the models that can be trained on it."""
 
     title: str
     description: str
     classes: int
     load: Callable[[LoadRequest], ClassificationData]
-    build_model: Callable[[ModelOptions], nn.Module]
-    describe_model: Callable[[ModelOptions], str]
-    # Which field of ModelOptions the model reads, with its default.
-    option: tuple[str, tuple[int, ...] | int]
+    # By the name that --model takes; the first is the default.
+    models: dict[str, Model]
     # Training samples held out unless --validation says another number.
     validation: int
     # The same for --stream, which measures held-out accuracy on them.
     stream_validation: int
-    # Samples per evaluation step: what fits into the caches and into memory.
-    evaluation_rows: int = 2500
+    # What is predicted: one label of each, and losses and accuracies are means over all of them.
+    unit: Literal["sample", "character"] = "sample"
+    # The figure on held-out data by which optimizers are compared and their settings chosen.
+    measure: Literal["accuracy", "loss"] = "accuracy"
+
+    @property
+    def default_model(self) -> str:
+        """Name of the model that is trained unless another is asked for."""
+        return next(iter(self.models))
 
 
-def _describe_mlp(options: ModelOptions) -> str:
-    return "ReLU MLP, hidden " + "-".join(str(size) for size in options.hidden)
+def _mlp(build: Callable[[ModelOptions], nn.Module], hidden: tuple[int, ...]) -> Model:
+    def describe(options: ModelOptions) -> str:
+        return "ReLU MLP, hidden " + "-".join(str(size) for size in options.hidden)
+
+    return Model(build, describe, option=("hidden", hidden))
 
 
-def _describe_minilm(options: ModelOptions) -> str:
-    return minilm.describe(options.lora_rank)
+def _minilm(build: Callable[[ModelOptions], nn.Module]) -> Model:
+    def describe(options: ModelOptions) -> str:
+        return minilm.describe(options.lora_rank)
+
+    return Model(build, describe, option=("lora_rank", 8), evaluation_rows=100)
+
+
+def _describe_resnet(options: ModelOptions) -> str:
+    del options
+    return "ResNet, blocks of width 16-32-64"
+
+
+def _describe_vit(options: ModelOptions) -> str:
+    del options
+    return "ViT, patch 4, width 64, depth 4, 4 heads"
+
+
+def _describe_char_transformer(options: ModelOptions) -> str:
+    del options
+    return "transformer, context 64, width 128, depth 4, 4 heads"
 
 
 TASKS: dict[str, Task] = {
     "fashion-mnist": Task(
         title="Fashion-MNIST",
-        description="10-class images 28x28, 60,000 train / 10,000 test, ReLU MLP",
+        description="10-class images 28x28, 60,000 train / 10,000 test, MLP, ResNet or ViT",
         classes=10,
         load=fashion_mnist.load,
-        build_model=fashion_mnist.build_model,
-        describe_model=_describe_mlp,
-        option=("hidden", (256, 256)),
+        models={
+            "mlp": _mlp(fashion_mnist.build_mlp_model, hidden=(256, 256)),
+            "resnet": Model(fashion_mnist.build_resnet, _describe_resnet, evaluation_rows=250),
+            "vit": Model(fashion_mnist.build_vit, _describe_vit, evaluation_rows=250),
+        },
         validation=0,
         stream_validation=5000,
     ),
@@ -59,9 +108,7 @@ TASKS: dict[str, Task] = {
         description="10-class images 8x8, 1,237 train / 200 validation / 360 test, ReLU MLP",
         classes=10,
         load=digits.load,
-        build_model=digits.build_model,
-        describe_model=_describe_mlp,
-        option=("hidden", (64, 64)),
+        models={"mlp": _mlp(digits.build_model, hidden=(64, 64))},
         validation=200,
         stream_validation=200,
     ),
@@ -70,23 +117,33 @@ TASKS: dict[str, Task] = {
         description="sentences of 2 authors, 2,894 train / 400 validation / 800 test, MiniLM + LoRA",
         classes=2,
         load=authors.load,
-        build_model=authors.build_model,
-        describe_model=_describe_minilm,
-        option=("lora_rank", 8),
+        models={"minilm": _minilm(authors.build_model)},
         validation=authors.VALIDATION,
         stream_validation=authors.VALIDATION,
-        evaluation_rows=100,
     ),
     "plays": Task(
         title="Ten plays of Shakespeare",
         description="passages of 10 plays, 5,090 train / 500 validation / 1,000 test, MiniLM + LoRA",
         classes=10,
         load=plays.load,
-        build_model=plays.build_model,
-        describe_model=_describe_minilm,
-        option=("lora_rank", 8),
+        models={"minilm": _minilm(plays.build_model)},
         validation=plays.VALIDATION,
         stream_validation=plays.VALIDATION,
-        evaluation_rows=100,
+    ),
+    "shakespeare-char": Task(
+        title="Shakespeare by characters",
+        description="next character in 10 plays, 16,418 train / 1,000 validation / 2,000 test "
+        "windows of 64, transformer",
+        classes=len(shakespeare_char.ALPHABET),
+        load=shakespeare_char.load,
+        models={
+            "transformer": Model(
+                shakespeare_char.build_model, _describe_char_transformer, evaluation_rows=100
+            )
+        },
+        validation=shakespeare_char.VALIDATION,
+        stream_validation=shakespeare_char.VALIDATION,
+        unit="character",
+        measure="loss",
     ),
 }

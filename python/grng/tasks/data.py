@@ -33,7 +33,7 @@ class LoadRequest:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Options of the models; each task uses one of them and ignores the other."""
+    """Options of the models; each model reads at most one of them."""
 
     hidden: tuple[int, ...] = ()
     lora_rank: int = 8
@@ -43,8 +43,9 @@ class ModelOptions:
 class ClassificationData:
     """A whole classification data set on one device.
 
-    Inputs are normalised fp32 ``[n, features]``, or token ids int64 ``[n, tokens]`` padded at the
-    right; labels are int64 ``[n]``.
+    Inputs are normalised fp32 ``[n, features]``, token ids int64 ``[n, tokens]`` padded at the
+    right, or characters int64 ``[n, length]``; labels are int64 ``[n]``, or ``[n, length]`` for one
+    prediction per character.
     """
 
     train_inputs: Tensor

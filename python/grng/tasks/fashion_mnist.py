@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fashion-MNIST as tensors on a device, and the MLP trained on it (784-hidden-10)."""
+"""Fashion-MNIST as tensors on a device, and the models trained on it."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ from grng.tasks import fashion_mnist_files as files
 from grng.tasks.data import ClassificationData, DataError, LoadRequest, ModelOptions
 from grng.tasks.idx import parse_idx
 from grng.tasks.mlp import build_mlp
+from grng.tasks.resnet import ResNet
 from grng.tasks.splits import divide_training
+from grng.tasks.vit import VisionTransformer
 
-_PIXELS = 28 * 28
+_SIDE = 28
+_PIXELS = _SIDE * _SIDE
 _CLASSES = 10
 # Mean and standard deviation of all training pixels, scaled to [0, 1].
 _PIXEL_MEAN = 0.2860
 _PIXEL_STD = 0.3530
 
 
-def build_model(options: ModelOptions) -> nn.Module:
+def build_mlp_model(options: ModelOptions) -> nn.Module:
     """ReLU MLP from 784 pixels to 10 classes.
 
     Args:
@@ -31,6 +34,34 @@ def build_model(options: ModelOptions) -> nn.Module:
         The model, on the CPU; its weights are drawn from torch's global generator.
     """
     return build_mlp([_PIXELS, *options.hidden, _CLASSES])
+
+
+def build_resnet(options: ModelOptions) -> nn.Module:
+    """Residual network with 7 convolutions 3x3 and 2 shortcuts 1x1, about 78,000 parameters.
+
+    Args:
+        options: None apply.
+
+    Returns:
+        The model, as above.
+    """
+    del options
+    return ResNet(side=_SIDE, widths=(16, 32, 64), classes=_CLASSES)
+
+
+def build_vit(options: ModelOptions) -> nn.Module:
+    """Vision transformer on 49 patches of 4x4 pixels, about 139,000 parameters.
+
+    Args:
+        options: None apply.
+
+    Returns:
+        The model, as above.
+    """
+    del options
+    return VisionTransformer(
+        side=_SIDE, patch=4, width=64, depth=4, heads=4, mlp_ratio=2, classes=_CLASSES
+    )
 
 
 def _inputs(images: npt.NDArray[np.uint8], device: torch.device) -> Tensor:

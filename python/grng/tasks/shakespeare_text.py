@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lines, passages and sentences of plays and poems, without what a stage or an editor added."""
+"""Acts, lines, passages and sentences of plays and poems."""
 
 from __future__ import annotations
 
@@ -23,12 +23,28 @@ _FIRST_ACT = re.compile(r"^\s*ACT (I|1)\b.*$", re.MULTILINE | re.IGNORECASE)
 # One file opens some of its stage directions with a brace.
 _STAGE_DIRECTION = re.compile(r"[\[{][^\]}]*[\]}]")
 _HEADING = re.compile(r"(ACT|SCENE|Scene|Act|Enter|Exit|Exeunt|Re-enter|THE END)\b")
+_BLANK_LINES = re.compile(r"\n{3,}")
 _FEWEST_WORDS_OF_LINE = 3
 _SPEAKER_WORDS = 4
 _VERSE_NUMBER = re.compile(r"\s+\d+\s*$", re.MULTILINE)
 _DOTS = re.compile(r"\.{2,}")
 _SENTENCE_END = re.compile(r"(?<=[.?!])[\"')]*\s+")
 _SENTENCE_WORDS = range(6, 61)
+
+
+def from_first_act(play: str) -> str:
+    """A play from the heading of its first act on, with its stage directions and speakers.
+
+    Args:
+        play: The whole text.
+
+    Returns:
+        The text with no spaces at the ends of its lines and no two blank lines in a row.
+    """
+    start = _FIRST_ACT.search(play)
+    body = play[start.start() :] if start else play
+    lines = "\n".join(line.rstrip() for line in body.split("\n"))
+    return _BLANK_LINES.sub("\n\n", lines).strip()
 
 
 def spoken_lines(play: str) -> list[str]:

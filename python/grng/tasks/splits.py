@@ -25,7 +25,7 @@ def divide_training(samples: int, request: LoadRequest) -> tuple[slice, slice | 
     """Which training samples are trained on and which are held out.
 
     Args:
-        samples: Training samples in all, in an order without meaning.
+        samples: Training samples in all, in an order without meaning or in that of a text.
         request: ``validation`` are taken from the end; ``train_limit`` counts from the start.
 
     Returns:
