@@ -4,6 +4,7 @@
 from grng.optim.base import PreconditionerError
 from grng.optim.kfac import KFAC
 from grng.optim.loko import LoKO
+from grng.optim.reng import RENG
 from grng.optim.ring import RING
 from grng.optim.rkalman import RKalman
 from grng.optim.sophia import SophiaG, SophiaH
@@ -11,6 +12,7 @@ from grng_kernels import __version__
 
 __all__ = [
     "KFAC",
+    "RENG",
     "RING",
     "LoKO",
     "PreconditionerError",
