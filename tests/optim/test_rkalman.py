@@ -523,6 +523,18 @@ def test_copies_go_on_by_themselves():
             assert torch.equal(a, b)
 
 
+def test_a_copy_of_a_scheduled_optimizer_steps_itself():
+    model = mlp()
+    optimizer = RKalman(model)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 1.0)
+    x, y, _ = data(2)
+    twin_model, twin = copy.deepcopy((model, optimizer))
+    before = [p.detach().clone() for p in model.parameters()]
+    feed(twin, twin_model, x[:1], y[:1])
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    assert any(not torch.equal(p, q) for p, q in zip(twin_model.parameters(), before, strict=True))
+
+
 def test_learning_rate_scales_the_step():
     x, y, _ = data(1)
     moves = []

@@ -503,7 +503,9 @@ class KalmanOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the observation that waits: a copy is whole, for the copied parameters."""
-        return {**self.__dict__, "_pending": None, "_engine": None}
+        # A scheduler puts a step on the instance that is bound to it: the copy's would step the original.
+        kept = {name: value for name, value in self.__dict__.items() if name != "step"}
+        return {**kept, "_pending": None, "_engine": None}
 
     def _name_of(self, parameter: nn.Parameter) -> str:
         return self._names.get(parameter, "a parameter")
