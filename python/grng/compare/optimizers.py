@@ -66,6 +66,13 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
         protocol="observe-backward",
         defaults={},
     ),
+    "reng": OptimizerEntry(
+        description="natural gradient of a gradient-regularised loss, grng.RENG",
+        factory=_of_grng("RENG"),
+        takes_model=True,
+        protocol="observe-own-backward",
+        defaults={},
+    ),
     "adamw": OptimizerEntry(
         description="torch.optim.AdamW",
         factory=_adamw,
@@ -186,9 +193,13 @@ def _plain(value: Any) -> Any:
 
 def _parameters(entry: OptimizerEntry) -> dict[str, inspect.Parameter]:
     """Keyword arguments of the factory; the first argument is the model or its parameters."""
-    named = list(inspect.signature(entry.factory()).parameters.items())[1:]
+    factory = entry.factory()
+    found = dict(list(inspect.signature(factory).parameters.items())[1:])
+    if isinstance(factory, type) and any(p.kind is p.VAR_KEYWORD for p in found.values()):
+        # What it does not name itself, its base class takes.
+        found |= dict(list(inspect.signature(factory.__mro__[1]).parameters.items())[1:])
     variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    return {name: parameter for name, parameter in named if parameter.kind not in variadic}
+    return {name: p for name, p in found.items() if p.kind not in variadic}
 
 
 def valid_options(name: str) -> tuple[str, ...]:

@@ -18,8 +18,9 @@ _FAMILY_COLORS = {
     "kfac": "#56B4E9",
     "sophiag": "#882255",
     "sophiah": "#999933",
+    "reng": "#332288",
 }
-_OTHER_COLORS = ("#332288", "#999999")
+_OTHER_COLORS = ("#999999", "#44AA99")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
 _MARKERS = ("o", "s", "^", "D")
 

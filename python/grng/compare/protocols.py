@@ -1,16 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The four ways in which an optimizer takes part in a training step."""
+"""The five ways in which an optimizer takes part in a training step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-Protocol = Literal["backward", "observe-backward", "observe-loss", "observe-targets"]
+Protocol = Literal[
+    "backward", "observe-backward", "observe-own-backward", "observe-loss", "observe-targets"
+]
+# They differentiate twice, which fused attention cannot.
+_TWICE = ("observe-own-backward", "observe-loss")
 
 
 def _mean_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -28,7 +34,8 @@ def take_step(
     """One training step on the mean cross entropy.
 
     ``"backward"``: ``loss.backward()``, ``optimizer.step()``. ``"observe-backward"``: before that
-    ``optimizer.observe(logits)``; ``"observe-loss"``: ``optimizer.observe(loss)``.
+    ``optimizer.observe(logits)``; ``"observe-own-backward"``: that, and ``optimizer.backward(loss)``
+    instead of ``loss.backward()``; ``"observe-loss"``: ``optimizer.observe(loss)``.
     ``"observe-targets"``, of Kalman optimizers: ``optimizer.observe(logits, labels)``,
     ``optimizer.step()``, and no backward pass of ours; the Jacobian that they take counts as time of
     the optimizer.
@@ -36,7 +43,7 @@ def take_step(
     Args:
         model: The classifier, in training mode.
         optimizer: Updates ``model``.
-        protocol: Which of the four.
+        protocol: Which of the five.
         inputs: ``[n, ...]``.
         labels: ``[n]`` for logits ``[n, classes]``; ``[n, length]`` for ``[n, length, classes]``.
         mark: Called five times: at the start, after forward, observe, backward and step.
@@ -47,7 +54,9 @@ def take_step(
     # Any: observe is not a method of torch's base class.
     observer: Any = optimizer
     mark()
-    logits = model(inputs)
+    attention = sdpa_kernel(SDPBackend.MATH) if protocol in _TWICE else nullcontext()
+    with attention:
+        logits = model(inputs)
     if protocol == "observe-targets":
         mark()
         observer.observe(logits, labels)
@@ -59,12 +68,15 @@ def take_step(
         return _mean_cross_entropy(logits, labels), logits
     loss = _mean_cross_entropy(logits, labels)
     mark()
-    if protocol == "observe-backward":
+    if protocol in ("observe-backward", "observe-own-backward"):
         observer.observe(logits)
     elif protocol == "observe-loss":
         observer.observe(loss)
     mark()
-    loss.backward()
+    if protocol == "observe-own-backward":
+        observer.backward(loss)
+    else:
+        loss.backward()
     mark()
     optimizer.step()
     optimizer.zero_grad()
