@@ -82,7 +82,15 @@ def test_first_step_follows_the_equations(inplace, step_length):
             d * (g / (g.abs() + 1e-8)).norm() / d.norm()
             for d, g in zip(directions, grads, strict=True)
         ]
-    opt = RING(net, lr=0.1, rho=0.02, step_length=step_length, kl_clip=None, weight_decay=0.5)
+    opt = RING(
+        net,
+        lr=0.1,
+        rho=0.02,
+        step_length=step_length,
+        max_kl=None,
+        kl_clip=None,
+        weight_decay=0.5,
+    )
     train_step(net, opt, x, y)
     expected = [
         before[0] * 0.95 - 0.1 * directions[0][:, :6],
@@ -102,7 +110,9 @@ def make_copy(net):
 
 def test_kl_clip_bounds_the_quadratic_form():
     net, (x, y) = make_net(), batch()
-    opt = RING(net, lr=3.0, step_length="kl_clip", betas=(0.0, 0.999), kl_clip=1e-3, weight_decay=0.0)
+    opt = RING(
+        net, lr=3.0, step_length="kl_clip", betas=(0.0, 0.999), kl_clip=1e-3, weight_decay=0.0
+    )
     logits = net(x)
     opt.observe(logits)
     F.cross_entropy(logits, y).backward()

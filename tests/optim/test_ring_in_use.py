@@ -81,11 +81,79 @@ def test_attention_resumes():
 
     model = net()
     opt = RING(model)
-    with pytest.warns(RuntimeWarning, match="out_proj"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         once(model, opt)
-    assert "adamw" in opt.explain()
+    assert opt.explain().count("MultiheadAttention") == 2
+    for weight in (model.self_attn.in_proj_weight, model.self_attn.out_proj.weight):
+        assert opt.state[weight]["output_factor"].count_nonzero() > 0
     other = net()
-    RING(other).load_state_dict(opt.state_dict())
+    resumed = RING(other)
+    resumed.load_state_dict(opt.state_dict())
+    other.load_state_dict(model.state_dict())
+    for m, o in ((model, opt), (other, resumed)):
+        torch.manual_seed(1)
+        once(m, o)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_projections_of_attention_equal_those_of_linear_layers(batch_first, bias):
+    """The same attention, written with two Linear layers, has the same factors."""
+
+    class Own(nn.Module):
+        def __init__(self, attention):
+            super().__init__()
+            self.qkv, self.out = nn.Linear(8, 24, bias=bias), nn.Linear(8, 8, bias=bias)
+            names = [("qkv", "in_proj_"), ("out", "out_proj.")]
+            state = attention.state_dict()
+            self.load_state_dict(
+                {
+                    f"{mine}.{end}": state[f"{theirs}{end}"]
+                    for mine, theirs in names
+                    for end in (["weight", "bias"] if bias else ["weight"])
+                }
+            )
+
+        def forward(self, x):
+            q, k, v = (
+                t.unflatten(-1, (2, 4)).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1)
+            )
+            mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+            return self.out(mixed.transpose(1, 2).flatten(2))
+
+    attention = nn.MultiheadAttention(8, 2, bias=bias, batch_first=batch_first).double()
+    own = Own(attention).double()
+    x = torch.randn(3, 5, 8, dtype=torch.float64)
+    one, other = RING(attention), RING(own, sharing="expand")
+    given = x if batch_first else x.transpose(0, 1)
+    for opt, out in (
+        (one, attention(given, given, given, need_weights=False)[0]),
+        (other, own(x)),
+    ):
+        out = out if opt is other or batch_first else out.transpose(0, 1)
+        opt.observe(out, likelihood="gaussian")
+        out.square().mean().backward()
+        opt.step()
+    for mine, theirs in (
+        (own.qkv.weight, attention.in_proj_weight),
+        (own.out.weight, attention.out_proj.weight),
+    ):
+        for key in ("input_factor", "output_factor"):
+            torch.testing.assert_close(other.state[mine][key], one.state[theirs][key])
+
+
+def test_cross_attention_with_separate_projections_is_left_to_adamw():
+    attention = nn.MultiheadAttention(8, 2, kdim=6, vdim=6, batch_first=True)
+    opt = RING(attention)
+    q, k = torch.randn(2, 3, 8), torch.randn(2, 4, 6)
+    attention(q, k, k)[0].square().mean().backward()
+    opt.step()
+    text = opt.explain()
+    assert text.count("MultiheadAttention has no Kronecker factors here") >= 3
+    assert "out_proj.weight" in text
 
 
 def test_a_demoted_layer_takes_adamw_lr_and_follows_the_scheduler():

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 
 from grng.curvature.layers import KroneckerLayer, Record
 
@@ -34,26 +34,31 @@ class Capture:
         self._edges: dict[int, GradientEdge] = {}
         self._wanted = wanted
         self._observing = False
+        self._observations = 1
         # The hooks live as long as the model, but must not keep a discarded optimizer alive.
         this = weakref.ref(self)
         for layer in layers:
             layer.module.register_forward_hook(_ForwardHook(this, layer), with_kwargs=True)
 
-    def start_record(self, layer: KroneckerLayer, layer_input: Tensor, output: Tensor) -> None:
+    def start_records(
+        self, layer: KroneckerLayer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
         """Record one forward pass, if this step needs it and a gradient can come."""
-        if not (torch.is_grad_enabled() and output.requires_grad and self._wanted(layer)):
+        if not (torch.is_grad_enabled() and self._wanted(layer)):
             return
-        record = Record(layer_input.detach())
-        self.records[layer].append(record)
-        # The edge, not the tensor: an in-place activation may overwrite the output.
-        self._edges[id(record)] = get_gradient_edge(output)
+        for found in layer.passes(args, kwargs, output):
+            record = Record(found.layer_input)
+            self.records[layer].append(record)
+            self._edges[id(record)] = found.edge
+            found.listen(self._receiver(record))
 
+    def _receiver(self, record: Record) -> Callable[[Tensor], None]:
         def on_grad(grad: Tensor) -> None:
             # The gradient of the loss: used where no labels were sampled (empirical Fisher).
             if not self._observing and record.output_grad is None:
                 record.output_grad = grad.detach()
 
-        output.register_hook(on_grad)
+        return on_grad
 
     def waiting(self) -> list[Record]:
         """Return the records whose output gradient has not come yet."""
@@ -99,6 +104,8 @@ class Capture:
             if found[0] is not None:
                 record.output_grad, *record.further_grads = [g.detach() for g in found]
                 record.sampled, record.terms = True, terms
+                record.observation = self._observations
+        self._observations += 1
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -112,7 +119,9 @@ class Capture:
     def complete(self, layer: KroneckerLayer) -> list[Record]:
         """Return the records of a layer that have both parts and any rows."""
         return [
-            r for r in self.records[layer] if r.output_grad is not None and r.layer_input.numel() > 0
+            r
+            for r in self.records[layer]
+            if r.output_grad is not None and r.layer_input.numel() > 0
         ]
 
     def only_empty(self, layer: KroneckerLayer) -> bool:
@@ -125,6 +134,7 @@ class Capture:
         for records in self.records.values():
             records.clear()
         self._edges.clear()
+        self._observations = 1
 
 
 class _ForwardHook:
@@ -138,7 +148,7 @@ class _ForwardHook:
     ) -> None:
         alive = self._capture()
         if alive is not None and module is self._layer.module:
-            alive.start_record(self._layer, args[0] if args else kwargs["input"], output)
+            alive.start_records(self._layer, args, kwargs, output)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A model that is copied or saved leaves its optimizer behind.

@@ -6,13 +6,13 @@ from typing import cast
 from torch import nn
 
 from grng.curvature import convolution
+from grng.curvature.attention import projections
 from grng.curvature.convolution import ConvolutionLayer
 from grng.curvature.layers import KroneckerLayer, LinearLayer, TransposedLinearLayer
 
 # A side that is this many times longer than the other keeps a diagonal factor: for the weights of LoRA the
 # dense one would be tens of times larger than the weight itself.
 WIDE_SIDE = 16
-_BIAS_ONLY = "the weight is frozen and only the bias is trained"
 
 
 def find_layers(
@@ -30,9 +30,21 @@ def find_layers(
             owners.setdefault(parameter, []).append(f"{module_name}.{name}".lstrip("."))
     layers: list[KroneckerLayer] = []
     reasons: dict[nn.Parameter, str] = {}
+    inside: set[nn.Module] = set()
     for name, module in model.named_modules():
+        if type(module) is nn.MultiheadAttention:
+            # Its output projection is a module that is never called.
+            inside.add(module.out_proj)
+            layers += [
+                layer
+                for layer in projections(name, module)
+                if max(layer.sizes) <= max_factor_dim and _is_own(layer, owners)
+            ]
         mine = [p for p in module.parameters(recurse=False) if p.requires_grad]
         if not mine:
+            continue
+        if module in inside:
+            reasons.update({p: "part of MultiheadAttention" for p in mine})
             continue
         found = _layer_of(name, module, owners, max_factor_dim)
         if isinstance(found, KroneckerLayer):
@@ -43,6 +55,10 @@ def find_layers(
     return layers, {p: why for p, why in reasons.items() if p not in taken}
 
 
+def _is_own(layer: KroneckerLayer, owners: dict[nn.Parameter, list[str]]) -> bool:
+    return all(len(owners[p]) == 1 for p in layer.parameters)
+
+
 def _layer_of(
     name: str, module: nn.Module, owners: dict[nn.Parameter, list[str]], max_factor_dim: int
 ) -> KroneckerLayer | str:
@@ -50,13 +66,26 @@ def _layer_of(
     cls = _class_for(module)
     if cls is None:
         return f"{type(module).__name__} has no Kronecker factors here"
-    if not isinstance(getattr(module, "weight", None), nn.Parameter):
-        return "the weight is parametrised or not materialised"
-    weight = cast(nn.Parameter, module.weight)
-    if weight.is_meta:
+    reason = _why_not(module, owners)
+    if reason is not None:
+        return reason
+    bias = cast(nn.Parameter | None, getattr(module, "bias", None))
+    bias = bias if bias is not None and bias.requires_grad else None
+    layer = cls(name or "model", module, cast(nn.Parameter, module.weight), bias)
+    if cls is not ConvolutionLayer:
+        layer.diagonal = _diagonal_sides(layer, max_factor_dim)
+    elif max(layer.sizes) > max_factor_dim:
+        return f"a factor of order {max(layer.sizes)} exceeds max_factor_dim={max_factor_dim}"
+    return layer
+
+
+def _why_not(module: nn.Module, owners: dict[nn.Parameter, list[str]]) -> str | None:
+    """Return why a module of a class that can have factors has none."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, nn.Parameter) or weight.is_meta:
         return "the weight is parametrised or not materialised"
     if not weight.requires_grad:
-        return _BIAS_ONLY
+        return "the weight is frozen and only the bias is trained"
     if not weight.dtype.is_floating_point:
         return f"dtype {weight.dtype}"
     for parameter in module.parameters(recurse=False):
@@ -64,16 +93,7 @@ def _layer_of(
             return "shared: " + ", ".join(owners[parameter])
     if weight.numel() == 0:
         return "the weight is empty"
-    if cls is ConvolutionLayer and (reason := convolution.why_not(module)) is not None:
-        return reason
-    bias = cast(nn.Parameter | None, getattr(module, "bias", None))
-    bias = bias if bias is not None and bias.requires_grad else None
-    layer = cls(name or "model", module, weight, bias)
-    if cls is not ConvolutionLayer:
-        layer.diagonal = _diagonal_sides(layer, max_factor_dim)
-    elif max(layer.sizes) > max_factor_dim:
-        return f"a factor of order {max(layer.sizes)} exceeds max_factor_dim={max_factor_dim}"
-    return layer
+    return convolution.why_not(module) if convolution.is_convolution(module) else None
 
 
 def _diagonal_sides(layer: KroneckerLayer, max_factor_dim: int) -> tuple[bool, bool]:

@@ -1,15 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a layer's two Kronecker factors are made of: the interface, and the layers that are one matrix."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 import grng_kernels as kernels
 from grng.curvature.diagonal import diagonal_factor_update_
 
 SHARINGS = ("auto", "expand", "reduce")
+
+
+class ForwardPass(NamedTuple):
+    """One use of a weight in a forward pass.
+
+    Attributes:
+        layer_input: What met the weight, without a graph.
+        edge: Where the gradient of the output can be asked for.
+        listen: Registers what is called with that gradient in a backward pass.
+    """
+
+    layer_input: Tensor
+    edge: GradientEdge
+    listen: Callable[[Callable[[Tensor], None]], object]
 
 
 @dataclass
@@ -24,6 +41,8 @@ class Record:
     sampled: bool = False
     # Terms of the loss that this pass contributed to; None where nobody said.
     terms: int | None = None
+    # Records of one forward pass of the model have one number.
+    observation: int = 0
 
     def grads(self) -> list[Tensor]:
         """Return all gradients of the output."""
@@ -47,6 +66,19 @@ class KroneckerLayer:
 
     kind = "matrix"
     blocks = 1
+    # Whether *reduce* is the better choice where the model pools the positions of an example.
+    pools = True
+
+    def passes(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> list[ForwardPass]:
+        """Return the uses of the weight in one call of the module that a gradient can reach."""
+        if not output.requires_grad:
+            return []
+        layer_input = args[0] if args else next(iter(kwargs.values()))
+        # The edge, not the tensor: an in-place activation may overwrite the output.
+        edge = get_gradient_edge(output)
+        return [ForwardPass(layer_input.detach(), edge, output.register_hook)]
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -109,6 +141,22 @@ class KroneckerLayer:
         if self.diagonal[side]:
             return diagonal_factor_update_(factor, rows, decay=decay, scale=scale, bias=bias)
         return kernels.kron_factor_update_(factor, rows, decay=decay, scale=scale, bias=bias)
+
+    def scores(self, layer_input: Tensor, output_grad: Tensor, step: list[Tensor]) -> Tensor:
+        """Return ``Σ gᵀ Δ a`` over the positions of each example, fp32 or fp64 ``[examples]``."""
+        weight, bias = self._step_in(layer_input.dtype, step)
+        output = torch.nn.functional.linear(layer_input.detach(), self.weight_matrix(weight), bias)
+        return self._inner(output, output_grad)
+
+    def _step_in(self, dtype: torch.dtype, step: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        return step[0].to(dtype), step[1].to(dtype) if len(step) > 1 else None
+
+    @staticmethod
+    def _inner(output: Tensor, output_grad: Tensor) -> Tensor:
+        wide = torch.promote_types(output.dtype, torch.float32)
+        if output.dim() == 1:
+            output, output_grad = output[None], output_grad[None]
+        return (output.to(wide) * output_grad.to(wide)).flatten(1).sum(1)
 
     def grads(self) -> tuple[list[Tensor], list[Tensor | None]]:
         """Return the gradients of the blocks ``[out, in]`` and of their biases, None without a bias.

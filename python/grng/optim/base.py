@@ -353,9 +353,7 @@ class KroneckerOptimizer(Optimizer):
         # What AdamW has trained so far stays with it, and what has curvature keeps it.
         self._layers = list(self._all_layers)
         states = {x: self.state.get(x.weight, {}) for x in self._layers}
-        self._demote(
-            [x for x, s in states.items() if "exp_avg" in s and "input_factor" not in s]
-        )
+        self._demote([x for x, s in states.items() if "exp_avg" in s and "input_factor" not in s])
 
     def _check_sizes(self, states: dict[nn.Parameter, dict[str, Any]]) -> None:
         for layer in self._all_layers:

@@ -81,7 +81,8 @@ def _is_reduced(layer: KroneckerLayer, record: Record, sharing: str) -> bool:
     if positions == 1 or record.layer_input.dim() < 3:
         return False
     # One term for each example: the model pools the positions of an example, whose gradients then add up.
-    return sharing == "reduce" or (sharing == "auto" and record.terms == examples)
+    auto = sharing == "auto" and layer.pools and record.terms == examples
+    return sharing == "reduce" or auto
 
 
 def corrected_decay(updates: int, decay: float) -> float:

@@ -46,7 +46,9 @@ def adam_moments(
     return list(mean), list(torch._foreach_div(mean, root))
 
 
-def grafted(directions: list[list[Tensor]], steps: list[list[Tensor]]) -> tuple[list[Tensor], Tensor]:
+def grafted(
+    directions: list[list[Tensor]], steps: list[list[Tensor]]
+) -> tuple[list[Tensor], Tensor]:
     """Give the direction of each layer the norm of its step; where it has none, return the step itself.
 
     Args:

@@ -84,7 +84,9 @@ class RENG(RING):
         with torch.enable_grad():
             value = loss() if callable(loss) else loss
         if value.numel() != 1:
-            raise ValueError(f"RENG.backward: loss must be one number, got shape {list(value.shape)}")
+            raise ValueError(
+                f"RENG.backward: loss must be one number, got shape {list(value.shape)}"
+            )
         if self._rho_gr == 0:
             value.backward()
         elif self._method == "double_backprop":

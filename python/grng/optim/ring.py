@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 from grng.curvature.fisher import FISHERS
 from grng.curvature.layers import SHARINGS, KroneckerLayer
+from grng.curvature.quadratic import fisher_along
 from grng.optim.base import ADAMW_EPS, KroneckerOptimizer, check_betas, check_hyperparameter
 from grng.optim.factors import new_factors, preconditioned, refresh_inverses, update_factors
 from grng.optim.grafting import adam_moments, grafted
 
+DEBUG = None
 STEP_LENGTHS = ("graft", "kl_clip")
 
 
@@ -79,6 +81,7 @@ class RING(KroneckerOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 1e-2,
         step_length: str = "graft",
+        max_kl: float | None = 0.01,
         kl_clip: float | None = 1e-3,
         fisher: str = "sampled",
         sharing: str = "auto",
@@ -95,8 +98,9 @@ class RING(KroneckerOptimizer):
         check_betas(owner, betas)
         check_hyperparameter(owner, "weight_decay", weight_decay)
         check_hyperparameter(owner, "max_failures", max_failures)
-        if kl_clip is not None:
-            check_hyperparameter(owner, "kl_clip", kl_clip, low=1e-30)
+        for name, bound in (("kl_clip", kl_clip), ("max_kl", max_kl)):
+            if bound is not None:
+                check_hyperparameter(owner, name, bound, low=1e-30)
         for name, value, choices in (
             ("step_length", step_length, STEP_LENGTHS),
             ("fisher", fisher, FISHERS),
@@ -115,6 +119,7 @@ class RING(KroneckerOptimizer):
             betas=tuple(betas),
             weight_decay=weight_decay,
             kl_clip=kl_clip,
+            max_kl=max_kl,
         )
         if adamw_lr is None:
             adamw_lr = float(lr) if step_length == "graft" else 1e-3
@@ -179,9 +184,41 @@ class RING(KroneckerOptimizer):
         final, serves = grafted(cut, steps)
         for layer, flag in zip(layers, serves.unbind(), strict=True):
             self.state[layer.weight]["direction_failures"] += ~flag
+        if group["max_kl"] is not None:
+            torch._foreach_mul_(final, self._trust(group, layers, cut, final))
         self._apply(group, [p for ps in used for p in ps], final)
 
-    def _apply(self, group: dict[str, Any], params: list[nn.Parameter], steps: list[Tensor]) -> None:
+    def _trust(
+        self,
+        group: dict[str, Any],
+        layers: list[KroneckerLayer],
+        like: list[list[Tensor]],
+        steps: list[Tensor],
+    ) -> Tensor:
+        """The part of the step, 0-d in (0, 1], that changes the model's outputs by at most ``max_kl``.
+
+        The Fisher information along the step is measured where there are statistics; between, its ratio to
+        the squared length of the step is taken to stay.
+        """
+        taken = iter(steps)
+        sorted_steps = [[next(taken) for _ in d] for d in like]
+        norm = torch.stack(torch._foreach_norm(steps)).square().sum()
+        form = fisher_along(layers, self._capture.complete, sorted_steps)
+        shared = self.state[self._all_layers[0].weight]
+        if form is not None:
+            ratio = torch.where(norm > 0, form / norm, 0.0)
+            shared["fisher_ratio"] = torch.where(torch.isfinite(ratio), ratio, 0.0)
+        if "fisher_ratio" not in shared:
+            return torch.ones_like(norm)
+        divergence = 0.5 * group["lr"] ** 2 * shared["fisher_ratio"] * norm
+        if DEBUG is not None and form is not None:
+            DEBUG.append((group["step"], float(divergence)))
+        smallest = torch.finfo(divergence.dtype).tiny
+        return (group["max_kl"] / divergence.clamp(min=smallest)).sqrt().clamp(max=1.0)
+
+    def _apply(
+        self, group: dict[str, Any], params: list[nn.Parameter], steps: list[Tensor]
+    ) -> None:
         lr = group["lr"]
         if isinstance(lr, Tensor) or lr * group["weight_decay"] != 0:
             torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
