@@ -18,7 +18,7 @@ DIFFERENCE_LENGTH = 0.05
 class RENG(RING):
     """Natural gradient of a loss whose gradient norm is penalised, ``L + (rho_gr/2)·‖∇L‖²``.
 
-    The direction is RING's, for the gradient ``∇L + rho_gr·H·∇L`` instead of ``∇L``, ``H`` being the Hessian::
+    The direction is RING's, of the gradient ``∇L + rho_gr·H·∇L``, with the Hessian ``H``::
 
         logits = model(x)
         opt.observe(logits)

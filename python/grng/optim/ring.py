@@ -14,7 +14,6 @@ from grng.optim.base import ADAMW_EPS, KroneckerOptimizer, check_betas, check_hy
 from grng.optim.factors import new_factors, preconditioned, refresh_inverses, update_factors
 from grng.optim.grafting import adam_moments, grafted
 
-DEBUG = None
 STEP_LENGTHS = ("graft", "kl_clip")
 
 
@@ -28,9 +27,12 @@ class RING(KroneckerOptimizer):
                                     P_Λ = (Λ + √rho·‖Λ‖₂ I)⁻¹,  P_Γ = (Γ + √rho·‖Γ‖₂ I)⁻¹
         every step:                 m <- EMA of G;  u = AdamW's update of the layer
                                     D = P_Λ m̂ P_Γ
-                                    W <- (1 − lr·weight_decay) W − lr·(‖u‖/‖D‖)·D
+                                    Δ = lr·(‖u‖/‖D‖)·D
+                                    W <- (1 − lr·weight_decay) W − Δ·min(1, √(2·max_kl / ΔᵀFΔ))
 
-    so that curvature decides where to go and AdamW how far: a learning rate of AdamW carries over. Linear
+    so that curvature decides where to go, AdamW's step how far each layer goes, and a trust region how far
+    all of them together. ``ΔᵀFΔ`` is the Fisher information along the whole step, layers together: measured
+    at each refresh from the statistics at hand, and between taken to be proportional to ``‖Δ‖²``. Linear
     layers (any leading dimensions), 1-d and 2-d convolutions (grouped too) and transformers' ``Conv1D`` have
     curvature; everything else is trained by AdamW in the same object, and :meth:`explain` says what and why.
     One device-to-host wait per step checks that the gradients are finite.
@@ -38,22 +40,26 @@ class RING(KroneckerOptimizer):
     Args:
         model: The model, or parameters as for any torch optimizer (which are then trained by AdamW: only
             modules have curvature).
-        lr: Learning rate, of AdamW's kind for ``step_length="graft"``; ``"kl_clip"`` wants about 0.03.
+        lr: Learning rate: for ``step_length="graft"`` AdamW's, or a larger one, which ``max_kl`` cuts where
+            it is too large; ``"kl_clip"`` wants about 0.03.
         rho: Relative damping ρ, > 0. The condition number of each damped factor is at most ``1 + 1/√rho``.
         refresh_every: S of Lazy Fisher: steps between refreshes (more often in the first S steps).
         factor_decay: EMA decay of the factors per refresh.
         betas: Decays of the averages of the gradient, which is preconditioned, and of its square.
-        weight_decay: Decoupled, multiplied by the learning rate; also that of the parameters trained by AdamW.
+        weight_decay: Decoupled, multiplied by the learning rate; for what AdamW trains too.
         step_length: ``"graft"``, as above; or ``"kl_clip"``, without AdamW's moments:
             ``m <- betas[0]·m + lr·ν·P_Λ G P_Γ`` with ``ν = min(1, √(kl_clip / (lr² Σ_layers ⟨D, G⟩)))``.
+        max_kl: Largest KL divergence between the model's predictions before and after one step, per term of
+            the loss, as the Fisher information predicts it; None switches it off. Only for
+            ``step_length="graft"``; what AdamW trains is not counted.
         kl_clip: Bound of the KL change of one step, as the factors predict it; None switches it off. Only
             for ``step_length="kl_clip"``.
         fisher: ``"sampled"`` labels where :meth:`observe` is called, else the gradients of the loss;
             ``"exact"``, with a backward pass for each class, at most 100; or ``"empirical"``: always the
             gradients of the loss, where :meth:`observe` only tells how many terms it has.
         sharing: What a row of a factor is where a weight is used at several positions of an example:
-            ``"expand"``, each position; ``"reduce"``, each example; ``"auto"``, each example where
-            :meth:`observe` saw one term of the loss for each, and each position else.
+            ``"expand"``, each position; ``"reduce"``, each example; ``"auto"``, each example in a linear
+            layer where :meth:`observe` saw one term of the loss for each, and each position else.
         stagger: Spread the inversions of a refresh over the ``refresh_every`` steps after it, for a flat
             step time. The statistics are still taken together.
         adamw_lr: Learning rate of the parameters trained by AdamW; None: ``lr`` for ``"graft"``, else 1e-3.
@@ -66,14 +72,14 @@ class RING(KroneckerOptimizer):
         ValueError: A hyperparameter is out of range, or the model has no trainable parameter.
 
     Source: Dash et al. 2026, "Gradient Regularized Natural Gradients" (RING, Lazy Fisher), for the direction;
-    Eschenhagen et al. 2023 for shared weights; Agarwal et al. 2020 for grafting. ``step_length="kl_clip"``
-    with ``betas=(0, 0.999)``, ``kl_clip=None`` and ``weight_decay=0`` is the bare method.
+    Eschenhagen et al. 2023 for shared weights; Agarwal et al. 2020 for grafting; Martens & Grosse 2015,
+    section 6, for the exact quadratic form, here without its forward pass. ``step_length="kl_clip"`` with ``betas=(0, 0.999)``, ``kl_clip=None`` and ``weight_decay=0`` is the bare method.
     """
 
     def __init__(
         self,
         model: nn.Module | Iterable[Any],
-        lr: float | Tensor = 3e-3,
+        lr: float | Tensor = 1e-2,
         *,
         rho: float = 1e-2,
         refresh_every: int = 10,
@@ -211,8 +217,6 @@ class RING(KroneckerOptimizer):
         if "fisher_ratio" not in shared:
             return torch.ones_like(norm)
         divergence = 0.5 * group["lr"] ** 2 * shared["fisher_ratio"] * norm
-        if DEBUG is not None and form is not None:
-            DEBUG.append((group["step"], float(divergence)))
         smallest = torch.finfo(divergence.dtype).tiny
         return (group["max_kl"] / divergence.clamp(min=smallest)).sqrt().clamp(max=1.0)
 
