@@ -14,6 +14,7 @@ from grng import RING
 from tests.optim.plain_factors import (
     exact_fisher,
     exact_grads,
+    is_convolution,
     output_rows,
     plain_factors,
 )
@@ -106,6 +107,11 @@ def observed_step(model, opt, x, likelihood="categorical", *, parts=1):
     return outputs
 
 
+def auto_reduces(layer, pooled):
+    """Whether ``sharing="auto"`` is *reduce*: where an example has one term, but not for convolutions."""
+    return pooled and not is_convolution(layer)
+
+
 def check(found, wanted):
     for got, want in zip(found, wanted, strict=True):
         assert got.dtype == torch.float64
@@ -123,8 +129,7 @@ def test_factors_are_those_of_plain_torch(kind, bias, pooled, sharing):
     x = torch.randn(shape, dtype=torch.float64)
     outputs = model(x)
     terms = outputs.shape[:-1].numel()
-    # One term for each example: its positions belong together.
-    reduce = sharing == "reduce" or (sharing == "auto" and pooled)
+    reduce = sharing == "reduce" or (sharing == "auto" and auto_reduces(model.layer, pooled))
     if reduce and not pooled:  # several terms meet in one row: exact only on average
         fisher, grads = "empirical", torch.autograd.grad(outputs.square().mean() * terms, model.z)
     else:
@@ -146,7 +151,9 @@ def test_factors_of_the_gradients_of_the_loss(kind, pooled):
     terms = outputs.shape[:-1].numel()
     # The loss is a mean over the terms: the gradients of their sum are larger by their number.
     (grad,) = torch.autograd.grad(outputs.square().mean() * terms, model.z)
-    wanted = plain_factors(model.layer, x, [grad], reduce=pooled, terms=terms)
+    wanted = plain_factors(
+        model.layer, x, [grad], reduce=auto_reduces(model.layer, pooled), terms=terms
+    )
     opt = RING(model, lr=0.0, fisher="empirical")
     observed_step(model, opt, x)
     check(factors(opt, model.layer), wanted)
@@ -250,17 +257,17 @@ class LastChannels(nn.Module):
         return x.flatten(2).mT
 
 
-@pytest.mark.parametrize("pool", [Pooled, LastChannels], ids=["reduce", "expand"])
+@pytest.mark.parametrize(("pool", "sharing"), [(Pooled, "reduce"), (LastChannels, "expand")])
 @pytest.mark.parametrize("kind", ["1d", "2d"])
-def test_the_fisher_of_a_linear_convolution_is_the_kronecker_product(kind, pool):
-    # Reduce is exact under an average over the positions, expand with a term for each: both are "auto".
+def test_the_fisher_of_a_linear_convolution_is_the_kronecker_product(kind, pool, sharing):
+    # Reduce is exact under an average over the positions, expand with a term for each.
     conv, shape = {
         "1d": (nn.Conv1d(2, 3, 3, padding=1), (4, 2, 5)),
         "2d": (nn.Conv2d(2, 3, 2, stride=(1, 2)), (4, 2, 4, 5)),
     }[kind]
     net = nn.Sequential(conv, pool(), nn.Linear(3, 2)).double()
     x = torch.randn(shape, dtype=torch.float64)
-    opt = RING(net, lr=0.0, fisher="exact")
+    opt = RING(net, lr=0.0, fisher="exact", sharing=sharing)
     observed_step(net, opt, x, "gaussian")
     check_fisher(opt, net, conv, x, "gaussian")
 
