@@ -11,10 +11,26 @@ from torch import nn
 import grng_kernels
 from grng import KFAC
 from grng.optim.kfac import _split_damping
+from tests.optim.plain_factors import plain_factors
 
 
 def make_net(dtype=torch.float64):
     return nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3, bias=False)).to(dtype)
+
+
+def make_conv_net():
+    return nn.Sequential(
+        nn.Conv2d(2, 4, (3, 2), stride=(2, 1), padding=(1, 0)),
+        nn.Tanh(),
+        nn.Conv2d(4, 3, 2, bias=False),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(3 * 2 * 3, 3),
+    ).double()
+
+
+def image_batch(rows=40):
+    return torch.randn(rows, 2, 6, 5, dtype=torch.float64), torch.randint(0, 3, (rows,))
 
 
 def batch(rows=40, dtype=torch.float64):
@@ -37,34 +53,61 @@ def flat(params):
 
 
 class PlainKfac:
-    """The equations of kfac-pytorch's preconditioner, inverse method, for the two layers of make_net.
+    """The equations of kfac-pytorch's preconditioner, inverse method, for Linear and Conv2d layers.
 
     It changes the gradients in place, for torch.optim.SGD to use. ``accumulate`` takes the statistics of one
     micro-batch, whose loss is already divided by the number of micro-batches.
     """
 
     def __init__(self, net, *, decay, damping, kl_clip, factor_steps, inverse_steps):
-        self.net, self.linears = net, [net[0], net[2]]
+        self.net = net
+        self.layers = [m for m in net if isinstance(m, (nn.Linear, nn.Conv2d))]
         self.decay, self.damping, self.kl_clip = decay, damping, kl_clip
         self.factor_steps, self.inverse_steps = factor_steps, inverse_steps
         self.steps = 0
-        self.factors = [None, None]
-        self.inverses = [None, None]
-        self.sums, self.count = [None, None], 0
+        self.factors = [None] * len(self.layers)
+        self.inverses = [None] * len(self.layers)
+        self.sums, self.count = [None] * len(self.layers), 0
         self.scale = None
 
     def accumulate(self, x, y, parts=1):
         if self.steps % self.factor_steps:
             return
-        h = self.net[0](x)
-        a = self.net[1](h)
-        z = self.net[2](a)
-        grads = torch.autograd.grad(F.cross_entropy(z, y) / parts, [h, z])
-        inputs = [torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1), a.detach()]
-        for i, (v, g) in enumerate(zip(inputs, grads, strict=True)):
-            new = (v.T @ v / len(v), g.T @ g / len(g))
+        inputs, outputs = [], []
+        for module in self.net:
+            z = module(x)
+            if module in self.layers:
+                inputs.append(x.detach())
+                outputs.append(z)
+            x = z
+        grads = torch.autograd.grad(F.cross_entropy(x, y) / parts, outputs)
+        for i, (layer, v, g) in enumerate(zip(self.layers, inputs, grads, strict=True)):
+            new = (self.input_factor(layer, v), self.output_factor(g))
             self.sums[i] = new if self.sums[i] is None else tuple(map(torch.add, self.sums[i], new))
         self.count += 1
+
+    @staticmethod
+    def input_factor(layer, v):
+        places = 1
+        if isinstance(layer, nn.Conv2d):
+            up, side = layer.padding
+            v = F.pad(v, (side, side, up, up))
+            v = v.unfold(2, layer.kernel_size[0], layer.stride[0])
+            v = v.unfold(3, layer.kernel_size[1], layer.stride[1])
+            v = v.permute(0, 2, 3, 1, 4, 5).flatten(3)
+            places = v.shape[1] * v.shape[2]
+        v = v.reshape(-1, v.shape[-1])
+        if layer.bias is not None:
+            v = torch.cat([v, v.new_ones(len(v), 1)], 1)
+        v = v / places
+        return v.T @ v / len(v)
+
+    @staticmethod
+    def output_factor(g):
+        if g.dim() == 4:
+            g = g.permute(0, 2, 3, 1) / (g.shape[2] * g.shape[3])
+        g = g.reshape(-1, g.shape[-1])
+        return g.T @ g / len(g)
 
     def step(self, lr):
         if self.count:
@@ -74,7 +117,7 @@ class PlainKfac:
                     self.decay * f + (1 - self.decay) * s / self.count
                     for f, s in zip(old, sums, strict=True)
                 )
-            self.sums, self.count = [None, None], 0
+            self.sums, self.count = [None] * len(self.layers), 0
         if self.steps % self.inverse_steps == 0:
             self.inverses = [
                 tuple(
@@ -84,28 +127,30 @@ class PlainKfac:
                 for factors in self.factors
             ]
         new, total = [], 0.0
-        for linear, (a_inverse, g_inverse) in zip(self.linears, self.inverses, strict=True):
-            grad = linear.weight.grad
-            if linear.bias is not None:
-                grad = torch.cat([grad, linear.bias.grad[:, None]], 1)
+        for layer, (a_inverse, g_inverse) in zip(self.layers, self.inverses, strict=True):
+            grad = layer.weight.grad.flatten(1)
+            if layer.bias is not None:
+                grad = torch.cat([grad, layer.bias.grad[:, None]], 1)
             new.append(g_inverse @ grad @ a_inverse)
             total += float((new[-1] * grad * lr**2).sum())
         self.scale = 1.0
         if self.kl_clip is not None and total != 0:
             self.scale = min(1.0, (self.kl_clip / abs(total)) ** 0.5)
-        for linear, direction in zip(self.linears, new, strict=True):
-            columns = linear.weight.shape[1]
-            linear.weight.grad = self.scale * direction[:, :columns]
-            if linear.bias is not None:
-                linear.bias.grad = self.scale * direction[:, columns]
+        for layer, direction in zip(self.layers, new, strict=True):
+            columns = layer.weight[0].numel()
+            layer.weight.grad = self.scale * direction[:, :columns].reshape(layer.weight.shape)
+            if layer.bias is not None:
+                layer.bias.grad = self.scale * direction[:, columns]
         self.steps += 1
 
 
 @pytest.mark.parametrize("parts", [1, 2], ids=["batch", "micro-batches"])
 @pytest.mark.parametrize("intervals", [(1, 1), (2, 4)], ids=str)
 @pytest.mark.parametrize("kl_clip", [1e-3, None])
-def test_steps_are_those_of_kfac_pytorch_with_sgd(kl_clip, intervals, parts):
-    net = make_net()
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+def test_steps_are_those_of_kfac_pytorch_with_sgd(kind, kl_clip, intervals, parts):
+    make, draw = {"linear": (make_net, batch), "conv2d": (make_conv_net, image_batch)}[kind]
+    net = make()
     twin = copy.deepcopy(net)
     settings = dict(momentum=0.9, weight_decay=5e-3)
     opt = KFAC(
@@ -131,7 +176,7 @@ def test_steps_are_those_of_kfac_pytorch_with_sgd(kl_clip, intervals, parts):
     sgd = torch.optim.SGD(twin.parameters(), lr=0.5, **settings)
     scales = []
     for step in range(10):
-        x, y = batch()
+        x, y = draw()
         for group in (opt.param_groups[0], sgd.param_groups[0]):
             group["lr"] = 0.5 / (1 + step) ** 2
         for part in range(parts):
@@ -171,6 +216,94 @@ def dense_factors(net, x, step):
             for (b, f), g, v in zip(found, grads, inputs, strict=True)
         ]
     return found
+
+
+def check_factors(opt, layer, out, inp):
+    state = opt.state[layer.weight]
+    for side, want in (("output", out), ("input", inp)):
+        got = state[f"{side}_factor"]
+        torch.testing.assert_close(got, want if got.dim() == 3 else want[0], rtol=1e-11, atol=1e-14)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_factors_of_a_convolution_in_both_conventions(groups):
+    conv = nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=groups).double()
+    net = nn.Sequential(conv, nn.Tanh(), nn.Flatten(), nn.Linear(6 * 2 * 3, 3)).double()
+    x, y = torch.randn(7, 4, 4, 5, dtype=torch.float64), torch.randint(0, 3, (7,))
+    z = conv(x)
+    (grad,) = torch.autograd.grad(F.cross_entropy(net[1:](z), y), z)
+    # Gradients of the sum of the seven terms; one row for each of the six positions.
+    out, inp = plain_factors(conv, x, [7 * grad], reduce=False, terms=7)
+    opt = KFAC(net, fisher="empirical", lr=0.0)
+    train_step(net, opt, x, y)
+    check_factors(opt, conv, out, inp)
+    eye = [torch.eye(f.shape[-1], dtype=f.dtype) for f in (out, inp)]
+    opt = KFAC(net, fisher="empirical", lr=0.0, convention="kfac-pytorch", factor_decay=0.9)
+    train_step(net, opt, x, y)
+    # Rows of the mean loss, divided by the number of positions, and their mean.
+    out, inp = out * 7 / 7**2 / (7 * 6) / 6**2, inp / 6**2
+    check_factors(opt, conv, 0.9 * eye[0] + 0.1 * out, 0.9 * eye[1] + 0.1 * inp)
+
+
+@pytest.mark.parametrize("convention", ["martens-grosse", "kfac-pytorch"])
+def test_each_group_of_a_convolution_has_its_own_damping(convention):
+    conv = nn.Conv2d(4, 6, 3, groups=2).double()
+    with torch.no_grad():
+        conv.weight[3:] *= 5
+    opt = KFAC(
+        conv,
+        lr=0.1,
+        convention=convention,
+        momentum=0.0,
+        weight_decay=0.0,
+        kl_clip=None,
+        damping=1e-2,
+    )
+    x = torch.randn(5, 4, 5, 5, dtype=torch.float64)
+    outputs = conv(x).mean((2, 3))
+    opt.observe(outputs)
+    before = conv.weight.detach().clone(), conv.bias.detach().clone()
+    outputs.square().mean().backward()
+    opt.step()
+    state = opt.state[conv.weight]
+    steps = [(b - p.detach()) / 0.1 for b, p in zip(before, (conv.weight, conv.bias), strict=True)]
+    for k in range(2):
+        part = slice(3 * k, 3 * k + 3)
+        out, inp = state["output_factor"][k], state["input_factor"][k]
+        grad = torch.cat([conv.weight.grad[part].flatten(1), conv.bias.grad[part, None]], 1)
+        if convention == "martens-grosse":
+            wanted = damped_direction(grad, out, inp, 1e-2)
+        else:
+            a, b = (f + 1e-2 * torch.eye(len(f), dtype=f.dtype) for f in (out, inp))
+            wanted = torch.linalg.inv(a) @ grad @ torch.linalg.inv(b)
+        got = torch.cat([steps[0][part].flatten(1), steps[1][part, None]], 1)
+        torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("convention", ["martens-grosse", "kfac-pytorch"])
+def test_micro_batches_of_images_equal_one_large_batch(convention):
+    net, (x, y) = make_conv_net(), image_batch()
+    twin = copy.deepcopy(net)
+    opts = [KFAC(n, fisher="exact", convention=convention, lr=0.01) for n in (net, twin)]
+    for model, opt, parts in ((net, opts[0], 1), (twin, opts[1], 4)):
+        for some in torch.arange(len(x)).chunk(parts):
+            logits = model(x[some])
+            opt.observe(logits)
+            (F.cross_entropy(logits, y[some]) / parts).backward()
+        opt.step()
+    torch.testing.assert_close(flat(net.parameters()), flat(twin.parameters()), rtol=1e-9, atol=0)
+
+
+def test_no_factor_is_diagonal():
+    net = nn.Sequential(nn.Linear(6, 50), nn.ReLU(), nn.Linear(50, 3))
+    net[0].register_module("lora_A", nn.Linear(64, 2))
+    opt = KFAC(net, max_factor_dim=64)
+    text = opt.explain()
+    assert "diagonal" not in text
+    assert "a factor of order 65 exceeds max_factor_dim=64" in text
+    train_step(net, opt, *batch(dtype=torch.float32))
+    assert opt.state[net[0].weight]["output_factor"].shape == (50, 50)
+    assert KFAC(net, max_factor_dim=65).explain().count("2x2, 65x65") == 1
 
 
 def damped_direction(grad, out, inp, damping):
@@ -238,7 +371,7 @@ def test_steps_follow_martens_and_grosse(form):
 def test_the_split_damping_multiplies_to_the_damping_and_survives_zero_factors():
     def split(out, inp, dtype=torch.float32):
         state = {"output_factor": out.to(dtype), "input_factor": inp.to(dtype)}
-        return [float(d) for d in _split_damping(state, 1e-3)]
+        return [float(d) for (d,) in _split_damping(state, 1e-3)]
 
     eye, zero = torch.eye(4), torch.zeros(3, 3)
     b, a = split(eye * 4.0, torch.eye(3) * 9.0)
@@ -435,7 +568,7 @@ def test_bad_hyperparameters_are_named(name, value):
     ("name", "said"),
     [
         ("convention", "one of martens-grosse, kfac-pytorch"),
-        ("fisher", "one of sampled, empirical"),
+        ("fisher", "one of sampled, exact, empirical"),
         ("decay_form", "one of sgd, decoupled"),
     ],
 )

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
+from torch.utils.hooks import RemovableHandle
 
 from grng.curvature.layers import KroneckerLayer, Record
 
@@ -37,8 +38,11 @@ class Capture:
         self._observations = 1
         # The hooks live as long as the model, but must not keep a discarded optimizer alive.
         this = weakref.ref(self)
-        for layer in layers:
+        handles = [
             layer.module.register_forward_hook(_ForwardHook(this, layer), with_kwargs=True)
+            for layer in layers
+        ]
+        weakref.finalize(self, _remove, handles).atexit = False
 
     def start_records(
         self, layer: KroneckerLayer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -96,6 +100,10 @@ class Capture:
                 raise RuntimeError(
                     "observe: call it before loss.backward(), which frees the graph it needs"
                 ) from error
+            if "checkpoint" in str(error).lower() and ".grad()" in str(error):
+                # Behind reentrant checkpointing: the gradient of the loss comes with its backward pass.
+                self.announce(terms)
+                return
             raise
         finally:
             self._observing = False
@@ -135,6 +143,11 @@ class Capture:
             records.clear()
         self._edges.clear()
         self._observations = 1
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
 
 
 class _ForwardHook:

@@ -16,13 +16,14 @@ WIDE_SIDE = 16
 
 
 def find_layers(
-    model: nn.Module, *, max_factor_dim: int
+    model: nn.Module, *, max_factor_dim: int, diagonal: bool = True
 ) -> tuple[list[KroneckerLayer], dict[nn.Parameter, str]]:
     """Return the layers with Kronecker factors, and for all other trainable parameters why not.
 
     Args:
         model: The model.
-        max_factor_dim: Largest order of a dense factor; beyond, the factor is diagonal.
+        max_factor_dim: Largest order of a dense factor; beyond, the factor of a linear layer is diagonal.
+        diagonal: Whether a factor may be diagonal; else layers with larger factors are left out.
     """
     owners: dict[nn.Parameter, list[str]] = {}
     for module_name, module in model.named_modules():
@@ -46,7 +47,7 @@ def find_layers(
         if module in inside:
             reasons.update({p: "part of MultiheadAttention" for p in mine})
             continue
-        found = _layer_of(name, module, owners, max_factor_dim)
+        found = _layer_of(name, module, owners, max_factor_dim, diagonal)
         if isinstance(found, KroneckerLayer):
             layers.append(found)
         else:
@@ -60,7 +61,11 @@ def _is_own(layer: KroneckerLayer, owners: dict[nn.Parameter, list[str]]) -> boo
 
 
 def _layer_of(
-    name: str, module: nn.Module, owners: dict[nn.Parameter, list[str]], max_factor_dim: int
+    name: str,
+    module: nn.Module,
+    owners: dict[nn.Parameter, list[str]],
+    max_factor_dim: int,
+    diagonal: bool,
 ) -> KroneckerLayer | str:
     """Return the layer that a module is, or why it is none."""
     cls = _class_for(module)
@@ -72,7 +77,7 @@ def _layer_of(
     bias = cast(nn.Parameter | None, getattr(module, "bias", None))
     bias = bias if bias is not None and bias.requires_grad else None
     layer = cls(name or "model", module, cast(nn.Parameter, module.weight), bias)
-    if cls is not ConvolutionLayer:
+    if diagonal and cls is not ConvolutionLayer:
         layer.diagonal = _diagonal_sides(layer, max_factor_dim)
     elif max(layer.sizes) > max_factor_dim:
         return f"a factor of order {max(layer.sizes)} exceeds max_factor_dim={max_factor_dim}"

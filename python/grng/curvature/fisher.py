@@ -71,15 +71,18 @@ def sampled_loss(outputs: Tensor, likelihood: str, generator: torch.Generator) -
     return F.cross_entropy(logits, labels, reduction="sum")
 
 
-def exact_losses(outputs: Tensor, likelihood: str) -> list[Tensor]:
+def exact_losses(outputs: Tensor, likelihood: str, generator: torch.Generator) -> list[Tensor]:
     """Return one loss for each class, whose output gradients together have the Fisher as second moment.
 
     That of class ``c`` has the gradient ``√p_c (p − e_c)`` by the logits of a term, the ``c``-th column of a
-    root of ``diag(p) − p pᵀ``; by means, the ``c``-th unit vector.
+    root of ``diag(p) − p pᵀ``; by means, the ``c``-th unit vector. Each term has a random sign: where several
+    meet in one row of a gradient, as where attention mixes the positions of an example, their products with
+    each other vanish only on average.
 
     Args:
         outputs: As for :func:`sampled_loss`.
         likelihood: One of LIKELIHOODS.
+        generator: Source of the signs, on the device of ``outputs``.
 
     Raises:
         TypeError: See :func:`check_outputs`.
@@ -94,8 +97,12 @@ def exact_losses(outputs: Tensor, likelihood: str) -> list[Tensor]:
         )
     if outputs.dtype != torch.float64:
         outputs = outputs.float()
+    signs = torch.randint(
+        0, 2, outputs.shape[:-1], generator=generator, device=outputs.device, dtype=outputs.dtype
+    )
+    signs = 2 * signs - 1
     if likelihood == "gaussian":
-        return [outputs[..., c].sum() for c in range(classes)]
+        return [(signs * outputs[..., c]).sum() for c in range(classes)]
     log_p = outputs.log_softmax(-1)
-    roots = log_p.detach().mul(0.5).exp()
+    roots = log_p.detach().mul(0.5).exp() * signs[..., None]
     return [-(roots[..., c] * log_p[..., c]).sum() for c in range(classes)]

@@ -158,16 +158,13 @@ class KroneckerLayer:
             output, output_grad = output[None], output_grad[None]
         return (output.to(wide) * output_grad.to(wide)).flatten(1).sum(1)
 
-    def grads(self) -> tuple[list[Tensor], list[Tensor | None]]:
-        """Return the gradients of the blocks ``[out, in]`` and of their biases, None without a bias.
-
-        Both have one dtype, the wider of the two.
-        """
+    def grads(self) -> tuple[Tensor, Tensor | None]:
+        """Return the gradients of weight and bias: zeros for a bias that got none, None without a bias."""
         assert self.weight.grad is not None, "asked only for layers that have a gradient"
-        column = None
-        if self.bias is not None:
-            column = self.bias.grad if self.bias.grad is not None else torch.zeros_like(self.bias)
-        return self.split(self.weight.grad, column)
+        if self.bias is None:
+            return self.weight.grad, None
+        bias = self.bias.grad
+        return self.weight.grad, torch.zeros_like(self.bias) if bias is None else bias
 
     def split(
         self, weight: Tensor, bias: Tensor | None

@@ -72,6 +72,9 @@ class KroneckerOptimizer(Optimizer):
     weight; ``exp_avg``, ``exp_avg_sq``, ``step`` for AdamW. It keeps its dtype through ``load_state_dict``.
     """
 
+    # Whether a factor may keep only its diagonal; else layers with larger ones are trained by AdamW.
+    _diagonal_factors = True
+
     def __init__(
         self,
         model: nn.Module | Iterable[Any],
@@ -110,7 +113,9 @@ class KroneckerOptimizer(Optimizer):
     def _groups_of(
         self, model: nn.Module, adamw_defaults: dict[str, Any], max_factor_dim: int
     ) -> list[dict[str, Any]]:
-        self._layers, self._reasons = find_layers(model, max_factor_dim=max_factor_dim)
+        self._layers, self._reasons = find_layers(
+            model, max_factor_dim=max_factor_dim, diagonal=self._diagonal_factors
+        )
         self._names = {p: name for name, p in model.named_parameters()}
         groups = []
         if self._layers:
@@ -155,19 +160,17 @@ class KroneckerOptimizer(Optimizer):
         if self._fisher_kind == "empirical":
             self._capture.announce(loss_terms(outputs))
             return
-        if self._fisher_kind == "exact":
-            with torch.enable_grad():
-                self._capture.observe(exact_losses(outputs, likelihood), loss_terms(outputs))
-            return
         generator = torch.Generator(device=outputs.device)
         # The step decides the labels: a resumed run draws what the uninterrupted one would. Micro-batches
         # of one step draw different ones: far apart, and in the low 32 bits, all that a CPU generator takes.
         generator.manual_seed(self.param_groups[0]["step"] + self._observations * 0x9E3779B9)
         self._observations += 1
         with torch.enable_grad():
-            self._capture.observe(
-                [sampled_loss(outputs, likelihood, generator)], loss_terms(outputs)
-            )
+            if self._fisher_kind == "exact":
+                losses = exact_losses(outputs, likelihood, generator)
+            else:
+                losses = [sampled_loss(outputs, likelihood, generator)]
+            self._capture.observe(losses, loss_terms(outputs))
 
     def _statistics_wanted(self, layer: KroneckerLayer) -> bool:
         """Return whether the next step refreshes the curvature, or this layer has none yet."""

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kronecker factors in an optimizer's state: their moving averages, their inverses, and their use."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +15,11 @@ State = dict[str, Any]
 SIDES = ("output", "input")
 
 
-def new_factors(layer: KroneckerLayer) -> State:
-    """Return the state of a layer's factors before the first statistics: zeros."""
+def new_factors(layer: KroneckerLayer, *, spectral: bool = True) -> State:
+    """Return the state of a layer's factors before the first statistics: zeros.
+
+    ``spectral`` damping needs a vector for the norm of each dense factor.
+    """
     dtype = torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
 
     def zeros(*shape: int) -> Tensor:
@@ -26,7 +30,7 @@ def new_factors(layer: KroneckerLayer) -> State:
         shape = layer.factor_shape(i)
         state[f"{side}_factor"] = zeros(*shape)
         state[f"{side}_inverse"] = zeros(*shape)
-        if not layer.diagonal[i]:
+        if spectral and not layer.diagonal[i]:
             state[f"{side}_vector"] = zeros(*shape[:-1])
         state[f"{side}_residual"] = zeros()
     for counter in ("inverse_failures", "factor_failures", "direction_failures"):
@@ -47,30 +51,59 @@ def update_factors(
     Architectures", and its scale of Λ.
     """
     decay = corrected_decay(state["updates"], factor_decay)
+    update_factors_with(layer, state, records, decay, sharing)
+
+
+def update_factors_with(
+    layer: KroneckerLayer, state: State, records: list[Record], decay: float, sharing: str
+) -> None:
+    """Do what :func:`update_factors` does, with a decay that is used as it is."""
     reduced = [_is_reduced(layer, r, sharing) for r in records]
     terms = [r.terms or layer.examples(r.layer_input) for r in records]
     rows = sum(
         layer.examples(r.layer_input) * (1 if reduce else layer.positions(r.layer_input))
         for r, reduce in zip(records, reduced, strict=True)
     )
+    # Sampled labels: their sum was differentiated. A mean loss: each gradient was divided by T.
+    squares = [1 if r.sampled else n**2 for r, n in zip(records, terms, strict=True)]
+    add_statistics(
+        layer,
+        state,
+        records,
+        decay,
+        input_weights=[1 / rows] * len(records),
+        output_weights=[s / sum(terms) for s in squares],
+        reduced=reduced,
+    )
+
+
+def add_statistics(
+    layer: KroneckerLayer,
+    state: State,
+    records: list[Record],
+    decay: float,
+    *,
+    input_weights: Sequence[float],
+    output_weights: Sequence[float],
+    reduced: Sequence[bool],
+) -> None:
+    """``factor <- decay·factor + (1 - decay)·Σ weight·(sum of squares of a record)``, both factors."""
     # The first record ages the factor, the others add to it: together one batch.
-    for i, (record, reduce, count) in enumerate(zip(records, reduced, terms, strict=True)):
-        # Sampled labels: their sum was differentiated. A mean loss: each gradient was divided by T.
-        square = 1 if record.sampled else count**2
+    for i, record in enumerate(records):
         info = layer.update_input_factor(
             state["input_factor"],
             record.layer_input,
             decay=decay if i == 0 else 1.0,
-            scale=(1 - decay) / rows,
-            reduce=reduce,
+            scale=(1 - decay) * input_weights[i],
+            reduce=reduced[i],
         )
         for k, grad in enumerate(record.grads()):
             info = info + layer.update_output_factor(
                 state["output_factor"],
                 grad,
                 decay=decay if i == k == 0 else 1.0,
-                scale=(1 - decay) * square / sum(terms),
-                reduce=reduce,
+                scale=(1 - decay) * output_weights[i],
+                reduce=reduced[i],
             )
         state["factor_failures"] += info != 0
     state["updates"] += 1
@@ -78,7 +111,7 @@ def update_factors(
 
 def _is_reduced(layer: KroneckerLayer, record: Record, sharing: str) -> bool:
     examples, positions = layer.examples(record.layer_input), layer.positions(record.layer_input)
-    if positions == 1 or record.layer_input.dim() < 3:
+    if positions == 1:
         return False
     # One term for each example: the model pools the positions of an example, whose gradients then add up.
     auto = sharing == "auto" and layer.pools and record.terms == examples
@@ -90,43 +123,67 @@ def corrected_decay(updates: int, decay: float) -> float:
     return decay * (1 - decay**updates) / (1 - decay ** (updates + 1))
 
 
+class Part(NamedTuple):
+    """One dense matrix of the factors of a layer: the whole factor, or that of one block."""
+
+    state: State
+    side: str
+    block: int | None
+
+    def of(self, kind: str) -> Tensor:
+        """Return its part of the state ``kind``: "factor", "inverse" or "vector"."""
+        return _part(self.state[f"{self.side}_{kind}"], self.block)
+
+
+def dense_parts(layers: list[KroneckerLayer], states: list[State]) -> list[Part]:
+    """Return all dense matrices of the factors, by layers, sides (output, input) and blocks."""
+    return [
+        Part(state, side, block)
+        for layer, state in zip(layers, states, strict=True)
+        for i, side in enumerate(SIDES)
+        if not layer.diagonal[i]
+        for block in ([None] if layer.blocks == 1 else range(layer.blocks))
+    ]
+
+
 def refresh_inverses(layers: list[KroneckerLayer], states: list[State], rho: float) -> None:
     """Invert the factors with spectral damping; a failed inverse is not used, the previous one stays."""
-    dense: list[tuple[State, str, int | None]] = []
     for layer, state in zip(layers, states, strict=True):
         for i, side in enumerate(SIDES):
             if layer.diagonal[i]:
                 inverse, info = diagonal_damped_inverse(state[f"{side}_factor"], rho)
-                _keep(state, side, None, inverse, info)
-            else:
-                blocks: list[int | None] = [None] if layer.blocks == 1 else [*range(layer.blocks)]
-                dense += [(state, side, block) for block in blocks]
-    if not dense:
-        return
-    result = kernels.damped_inverse(
-        [_part(s[f"{side}_factor"], block) for s, side, block in dense],
-        rho=rho,
-        spectral_vector=[_part(s[f"{side}_vector"], block) for s, side, block in dense],
-    )
-    for state, side, _ in dense:
-        state[f"{side}_residual"].zero_()
-    for (state, side, block), inverse, info, residual in zip(
-        dense, result.inverse, result.info, result.residual, strict=True
+                _keep(Part(state, side, None), inverse, info)
+    parts = dense_parts(layers, states)
+    if parts:
+        result = kernels.damped_inverse(
+            [p.of("factor") for p in parts],
+            rho=rho,
+            spectral_vector=[p.of("vector") for p in parts],
+        )
+        keep_inverses(parts, result)
+
+
+def keep_inverses(parts: list[Part], result: kernels.DampedInverse) -> None:
+    """Put inverses into the state, where they did not fail, with the largest residual of each side."""
+    for part in parts:
+        part.state[f"{part.side}_residual"].zero_()
+    for part, inverse, info, residual in zip(
+        parts, result.inverse, result.info, result.residual, strict=True
     ):
-        _keep(state, side, block, inverse, info)
-        largest = torch.maximum(state[f"{side}_residual"], residual)
-        state[f"{side}_residual"].copy_(largest)
+        _keep(part, inverse, info)
+        largest = part.state[f"{part.side}_residual"]
+        largest.copy_(torch.maximum(largest, residual))
 
 
 def _part(tensor: Tensor, block: int | None) -> Tensor:
     return tensor if block is None else tensor[block]
 
 
-def _keep(state: State, side: str, block: int | None, inverse: Tensor, info: Tensor) -> None:
+def _keep(part: Part, inverse: Tensor, info: Tensor) -> None:
     # No wait for the device: what failed is replaced by what was there.
-    target = _part(state[f"{side}_inverse"], block)
+    target = part.of("inverse")
     target.copy_(torch.where(info == 0, inverse, target))
-    state["inverse_failures"] += info != 0
+    part.state["inverse_failures"] += info != 0
 
 
 def preconditioned(

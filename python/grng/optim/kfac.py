@@ -8,12 +8,23 @@ import torch
 from torch import Tensor, nn
 
 import grng_kernels as kernels
-from grng.curvature.layers import KroneckerLayer
+from grng.curvature.convolution import ConvolutionLayer
+from grng.curvature.fisher import FISHERS
+from grng.curvature.layers import KroneckerLayer, Record
 from grng.optim.base import KroneckerOptimizer, check_hyperparameter
+from grng.optim.factors import (
+    SIDES,
+    State,
+    add_statistics,
+    dense_parts,
+    keep_inverses,
+    new_factors,
+    preconditioned,
+    update_factors_with,
+)
 
 CONVENTIONS = ("martens-grosse", "kfac-pytorch")
 DECAY_FORMS = ("sgd", "decoupled")
-FISHERS = ("sampled", "empirical")
 # The split of the damping between two factors of which one is nearly zero; beyond it fp32 would overflow.
 LARGEST_PI = 1e10
 
@@ -21,8 +32,8 @@ LARGEST_PI = 1e10
 class KFAC(KroneckerOptimizer):
     """Natural gradient with Kronecker factors and absolute damping.
 
-    For each Linear layer with gradient ``G [d_out, d_in + 1]``, ``A = E[x xᵀ]`` of its inputs and
-    ``B = E[g gᵀ]`` of its output gradients::
+    For each layer with gradient ``G [d_out, d_in + 1]``, ``A = E[x xᵀ]`` of its inputs and
+    ``B = E[g gᵀ]`` of its output gradients, a convolution's inputs being its patches::
 
         every factor_every steps:   A, B <- EMA
         every refresh_every steps:  P_B = (B + λ_B I)⁻¹,  P_A = (A + λ_A I)⁻¹
@@ -38,15 +49,20 @@ class KFAC(KroneckerOptimizer):
     ====================  =======================================  ===================================
     rows of ``g``         gradient of one loss term                that of the mean loss, which is
                                                                    smaller by the number of terms
+    ``B``                 sum over the positions of a term         mean over the positions
+    convolutions          as above                                 ``x`` and ``g`` divided by the
+                                                                   number of positions
     start of the factors  first statistic: decay min(1 − 1/k, ·)   identity
     ``λ_A``, ``λ_B``      ``π√damping``, ``√damping/π`` with       ``damping``, ``damping``
                           ``π² = (tr A/dim A) / (tr B/dim B)``
     ====================  =======================================  ===================================
 
-    With ``"kfac-pytorch"``, ``fisher="empirical"`` and the same settings, Linear layers take the steps of
-    gpauloski/kfac-pytorch with its inverse method followed by ``torch.optim.SGD``, but for rounding. There
-    the parameters of other layers are left to SGD; here AdamW trains them in the same object, and
-    :meth:`explain` says which. One device-to-host wait per step checks that the gradients are finite.
+    With ``"kfac-pytorch"``, ``fisher="empirical"`` and the same settings, Linear and Conv2d layers take the
+    steps of gpauloski/kfac-pytorch with its inverse method followed by ``torch.optim.SGD``, but for rounding.
+    There the parameters of other layers are left to SGD; here AdamW trains them in the same object, and
+    :meth:`explain` says which. Grouped and dilated convolutions, which it does not have, and those in one
+    dimension follow its rules by groups. One device-to-host wait per step checks that the gradients are
+    finite.
 
     Args:
         model: The model, or parameters as for any torch optimizer (which are then trained by AdamW: only
@@ -55,8 +71,9 @@ class KFAC(KroneckerOptimizer):
         damping: Absolute damping λ, > 0, in units of the Fisher information (its root in units of a
             factor); may be changed in ``param_groups``, from the next refresh on.
         convention: ``"martens-grosse"`` or ``"kfac-pytorch"``, see the table.
-        fisher: ``"sampled"``: of labels drawn from the model where :meth:`observe` is called, else of the
-            loss; ``"empirical"``: of the loss always, ``observe`` then does nothing.
+        fisher: ``"sampled"`` labels where :meth:`observe` is called, else the gradients of the loss;
+            ``"exact"``, with a backward pass for each class, at most 100; or ``"empirical"``: always the
+            gradients of the loss, where :meth:`observe` only tells how many terms it has.
         factor_decay: EMA decay of the factors per update.
         factor_every: Steps between updates of the factors.
         refresh_every: Steps between inversions.
@@ -74,6 +91,8 @@ class KFAC(KroneckerOptimizer):
     Source: Martens & Grosse 2015, "Optimizing Neural Networks with Kronecker-factored Approximate
     Curvature", sections 4 to 6, without its learned step size and damping; Pauloski et al. 2021, "KAISA".
     """
+
+    _diagonal_factors = False
 
     def __init__(
         self,
@@ -111,7 +130,7 @@ class KFAC(KroneckerOptimizer):
         ):
             if value not in choices:
                 raise ValueError(f"KFAC: {name} must be one of {', '.join(choices)}, got {value!r}")
-        self._convention, self._fisher_kind, self._decay_form = convention, fisher, decay_form
+        self._convention, self._decay_form = convention, decay_form
         defaults = dict(
             lr=lr,
             damping=damping,
@@ -122,33 +141,15 @@ class KFAC(KroneckerOptimizer):
             weight_decay=weight_decay,
             kl_clip=kl_clip,
         )
-        super().__init__(model, defaults, adamw_lr=adamw_lr, max_factor_dim=max_factor_dim)
-
-    def observe(self, outputs: Tensor, *, likelihood: str = "categorical") -> None:
-        """Sample labels from the model and take the statistics of their gradients (the true Fisher).
-
-        As in :class:`grng.RING`; with ``fisher="empirical"`` it does nothing.
-
-        Args:
-            outputs: The model's outputs: logits ``[..., C]``, or means for ``likelihood="gaussian"``.
-            likelihood: ``"categorical"`` or ``"gaussian"`` (unit variance).
-
-        Raises:
-            ValueError: Unknown likelihood, or ``outputs`` without a graph on a step that needs it.
-        """
-        if self._fisher_kind == "sampled":
-            super().observe(outputs, likelihood=likelihood)
+        super().__init__(
+            model, defaults, adamw_lr=adamw_lr, max_factor_dim=max_factor_dim, fisher=fisher
+        )
 
     def _statistics_wanted(self, layer: KroneckerLayer) -> bool:
         group = self.param_groups[0]
         return layer in self._layers and (
             group["step"] % group["factor_every"] == 0 or not self._has_curvature(layer)
         )
-
-    def _note_fisher(self, layers: list[KroneckerLayer]) -> None:
-        super()._note_fisher(layers)
-        if self._fisher_kind == "empirical":
-            self._fisher = "empirical, as asked for"
 
     def _update_layers(self, group: dict[str, Any], layers: list[KroneckerLayer]) -> None:
         for layer in layers:
@@ -162,85 +163,52 @@ class KFAC(KroneckerOptimizer):
         if not layers:
             return
         states = [self.state[x.weight] for x in layers]
-        weight_grads, bias_grads = zip(*(x.grads() for x in layers), strict=True)
-        directions, products = kernels.precondition(
-            list(weight_grads),
-            [s["output_inverse"] for s in states],
-            [s["input_inverse"] for s in states],
-            bias_grad=list(bias_grads),
-            return_dot=True,
-        )
+        directions, products = preconditioned(layers, states, [x.grads() for x in layers])
         form = products.sum()
         scale = _kl_clip(form, group["lr"], group["kl_clip"])
         # A layer whose factors vanished can have an inverse that overflows: such a step is left out.
         in_range = torch.isfinite(form)
-        lr, decay = group["lr"], group["weight_decay"]
         for layer, state, direction in zip(layers, states, directions, strict=True):
-            momentum = state["momentum_buffer"].mul_(group["momentum"])
-            momentum.add_(torch.where(in_range, direction * scale, 0.0))
-            if self._decay_form == "sgd":
-                if decay != 0:
-                    momentum.add_(_weights(layer, momentum.dtype), alpha=decay)
-                layer.apply_step(momentum * lr, decay=0.0)
-            else:
-                layer.apply_step(momentum * lr, decay=lr * decay)
+            state["direction_failures"] += ~in_range
+            for p, d in zip(layer.parameters, direction, strict=True):
+                if p.grad is not None:  # a bias may be frozen after the optimizer was made
+                    self._apply(group, p, torch.where(in_range, d * scale, 0.0))
+
+    def _apply(self, group: dict[str, Any], p: nn.Parameter, direction: Tensor) -> None:
+        state, lr, decay = self.state[p], group["lr"], group["weight_decay"]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(direction)
+        momentum = state["momentum_buffer"].mul_(group["momentum"]).add_(direction)
+        if self._decay_form == "decoupled":
+            p.mul_(1 - lr * decay)
+        elif decay != 0:
+            momentum.add_(p.to(momentum.dtype), alpha=decay)
+        p.sub_((momentum * lr).to(p.dtype))
 
     def _update_factors(self, group: dict[str, Any], layer: KroneckerLayer) -> None:
-        state = self.state[layer.weight]
+        state, records = self.state[layer.weight], self._capture.complete(layer)
         if "input_factor" not in state:
             state.update(_new_state(layer, identity=self._convention == "kfac-pytorch"))
-        records = self._capture.complete(layer)
-        rows = sum(r.layer_input.shape[0] for r in records)
         decay = group["factor_decay"]
         if self._convention == "martens-grosse":
             # Martens & Grosse, section 5: no trace of the start.
             decay = min(1 - 1 / (state["updates"] + 1), decay)
-        for i, record in enumerate(records):
-            assert record.output_grad is not None, "complete() returns no other records"
-            # Sampled labels: rows are per term. A mean loss: each row was divided by their number.
-            if self._convention == "martens-grosse":
-                terms = 1.0 if record.sampled else float(record.layer_input.shape[0]) ** 2
-            else:
-                terms = float(rows) ** -2 if record.sampled else 1.0
-            # The first record ages the factor, the others add to it: together one batch.
-            weight = decay if i == 0 else 1.0
-            info = kernels.kron_factor_update_(
-                state["input_factor"],
-                record.layer_input,
-                decay=weight,
-                scale=(1 - decay) / rows,
-                bias=layer.bias is not None,
-            )
-            info = info + kernels.kron_factor_update_(
-                state["output_factor"],
-                record.output_grad,
-                decay=weight,
-                scale=(1 - decay) / rows * terms,
-            )
-            state["factor_failures"] += info != 0
-        state["updates"] += 1
+            update_factors_with(layer, state, records, decay, "expand")
+        else:
+            _update_like_kfac_pytorch(layer, state, records, decay)
 
     def _refresh_inverses(self, group: dict[str, Any], layers: list[KroneckerLayer]) -> None:
-        entries = [(self.state[x.weight], side) for x in layers for side in ("output", "input")]
+        states = [self.state[x.weight] for x in layers]
         damping: float | list[Tensor] = float(group["damping"])
         if self._convention == "martens-grosse":
             damping = [
-                d for x in layers for d in _split_damping(self.state[x.weight], group["damping"])
+                d for s in states for both in _split_damping(s, group["damping"]) for d in both
             ]
-        result = kernels.damped_inverse(
-            [s[f"{side}_factor"] for s, side in entries], damping=damping
-        )
-        for (state, side), inverse, info, residual in zip(
-            entries, result.inverse, result.info, result.residual, strict=True
-        ):
-            # A failed inverse is not used: the previous one stays, without waiting for the device.
-            state[f"{side}_inverse"].copy_(
-                torch.where(info == 0, inverse, state[f"{side}_inverse"])
-            )
-            state[f"{side}_residual"].copy_(residual)
-            state["inverse_failures"] += info != 0
-        for layer in layers:
-            self.state[layer.weight]["refreshes"] += 1
+        parts = dense_parts(layers, states)
+        result = kernels.damped_inverse([p.of("factor") for p in parts], damping=damping)
+        keep_inverses(parts, result)
+        for state in states:
+            state["refreshes"] += 1
 
     def diagnostics(self) -> dict[str, float]:
         """Return scalars for a logger: counters, and per layer the residual of its last inverses.
@@ -257,41 +225,61 @@ class KFAC(KroneckerOptimizer):
             if "input_factor" in state:
                 for key in (
                     "input_residual", "output_residual", "inverse_failures", "factor_failures",
+                    "direction_failures",
                 ):  # fmt: skip
                     report[f"{layer.name}/{key}"] = float(state[key])
         return report
 
 
-def _new_state(layer: KroneckerLayer, *, identity: bool) -> dict[str, Any]:
-    dtype = torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
-
-    def zeros(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=dtype, device=layer.weight.device)
-
-    out, inp = layer.sizes
-    state: dict[str, Any] = {"updates": 0, "refreshes": 0, "momentum_buffer": zeros(out, inp)}
-    for side, n in (("output", out), ("input", inp)):
-        state[f"{side}_factor"] = zeros(n, n)
-        if identity:
-            state[f"{side}_factor"].fill_diagonal_(1.0)
-        state[f"{side}_inverse"] = zeros(n, n)
-        state[f"{side}_residual"] = zeros()
-    for counter in ("inverse_failures", "factor_failures"):
-        state[counter] = torch.zeros((), dtype=torch.int32, device=layer.weight.device)
+def _new_state(layer: KroneckerLayer, *, identity: bool) -> State:
+    state = {**new_factors(layer, spectral=False), "refreshes": 0}
+    if identity:
+        for side in SIDES:
+            state[f"{side}_factor"].diagonal(dim1=-2, dim2=-1).fill_(1.0)
     return state
 
 
-def _split_damping(state: dict[str, Any], damping: float) -> tuple[Tensor, Tensor]:
-    """Damping of the output and of the input factor, 0-d on their device; their product is ``damping``.
+def _update_like_kfac_pytorch(
+    layer: KroneckerLayer, state: State, records: list[Record], decay: float
+) -> None:
+    """Average the means over the rows of each forward pass, of gradients of the mean loss.
+
+    Source: kfac-pytorch, kfac/layers/modules.py and base.py.
+    """
+    rows, squares = [], []
+    terms = sum(r.terms or layer.examples(r.layer_input) for r in records)
+    for record in records:
+        positions = layer.positions(record.layer_input)
+        spread = positions if isinstance(layer, ConvolutionLayer) else 1
+        rows.append(layer.examples(record.layer_input) * positions * spread**2 * len(records))
+        # Sampled labels: the sum of the terms was differentiated.
+        squares.append(terms**-2 if record.sampled else 1.0)
+    add_statistics(
+        layer,
+        state,
+        records,
+        decay,
+        input_weights=[1 / n for n in rows],
+        output_weights=[s / n for s, n in zip(squares, rows, strict=True)],
+        reduced=[False] * len(records),
+    )
+
+
+def _split_damping(state: State, damping: float) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Damping of the blocks of the output and of the input factor, 0-d on their device.
+
+    The product of the two of a block is ``damping``.
 
     Source: Martens & Grosse 2015, section 6.3, with the trace norm.
     """
-    means = [state[f"{side}_factor"].diagonal().mean() for side in ("input", "output")]
+    means = [
+        state[f"{side}_factor"].diagonal(dim1=-2, dim2=-1).mean(-1) for side in ("input", "output")
+    ]
     pi = (means[0] / means[1]).sqrt()
     # Where a factor is zero there is nothing to balance.
     pi = torch.where((means[0] > 0) & (means[1] > 0), pi, 1.0).clamp(1 / LARGEST_PI, LARGEST_PI)
     root = damping**0.5
-    return root / pi, root * pi
+    return (root / pi).view(-1).unbind(), (root * pi).view(-1).unbind()
 
 
 def _kl_clip(form: Tensor, lr: float | Tensor, bound: float | None) -> float | Tensor:
@@ -300,11 +288,3 @@ def _kl_clip(form: Tensor, lr: float | Tensor, bound: float | None) -> float | T
         return 1.0
     smallest = torch.finfo(form.dtype).tiny
     return (bound / (lr * lr * form).abs().clamp(min=smallest)).sqrt().clamp(max=1.0)
-
-
-def _weights(layer: KroneckerLayer, dtype: torch.dtype) -> Tensor:
-    """The layer's parameters as its gradient has them, ``[d_out, d_in (+ 1)]``."""
-    weight = layer.weight.detach().flatten(1).to(dtype)
-    if layer.bias is None:
-        return weight
-    return torch.cat([weight, layer.bias.detach().to(dtype)[:, None]], dim=1)
