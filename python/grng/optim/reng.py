@@ -54,9 +54,7 @@ class RENG(RING):
         if method not in METHODS:
             raise ValueError(f"RENG: method must be one of {', '.join(METHODS)}, got {method!r}")
         self._rho_gr, self._method = rho_gr, method
-        self._buffers = (
-            [b for b in model.buffers() if b.numel()] if isinstance(model, nn.Module) else []
-        )
+        self._model = model if isinstance(model, nn.Module) else None
         super().__init__(model, *args, **options)
 
     def backward(self, loss: Tensor | Callable[[], Tensor]) -> Tensor:
@@ -80,7 +78,7 @@ class RENG(RING):
                 f"loss, got {type(loss).__name__}"
             )
         parameters = [p for g in self.param_groups for p in g["params"] if p.requires_grad]
-        random = torch.random.get_rng_state()
+        random = _random_states(parameters)
         with torch.enable_grad():
             value = loss() if callable(loss) else loss
         if value.numel() != 1:
@@ -107,7 +105,7 @@ class RENG(RING):
         closure: Callable[[], Tensor],
         loss: Tensor,
         parameters: list[nn.Parameter],
-        random: Tensor,
+        random: dict[torch.device, Tensor],
     ) -> None:
         used = [p for p in parameters if p.requires_grad]
         first = torch.autograd.grad(loss, used, allow_unused=True)
@@ -115,23 +113,48 @@ class RENG(RING):
         norm = torch.stack([g.float().square().sum() for _, g in moving]).sum().sqrt()
         length = torch.where(norm > 0, DIFFERENCE_LENGTH / norm, 0.0)
         weights = [p.detach().clone() for p, _ in moving]
-        buffers = [b.clone() for b in self._buffers]
+        # Looked up now: moving a model to a device or a dtype replaces its buffers.
+        buffers = [
+            (module, name, b, b.clone())
+            for module in (self._model.modules() if self._model is not None else [])
+            for name, b in module._buffers.items()
+            if b is not None
+        ]
+        observations = self._observations
         with torch.no_grad():
             for p, g in moving:
                 p.add_(g * length.to(g.dtype))
-        after = torch.random.get_rng_state()
-        torch.random.set_rng_state(random)
+        after = _random_states(parameters)
+        _set_random_states(random)
         try:
             with self._capture.paused(), torch.enable_grad():
                 second = torch.autograd.grad(closure(), [p for p, _ in moving], allow_unused=True)
         finally:
-            torch.random.set_rng_state(after)
+            _set_random_states(after)
+            self._observations = observations
             with torch.no_grad():
                 for (p, _), w in zip(moving, weights, strict=True):
                     p.copy_(w)
-                for b, old in zip(self._buffers, buffers, strict=True):
+                for module, name, b, old in buffers:
+                    module._buffers[name] = b
                     b.copy_(old)
         factor = torch.where(norm > 0, self._rho_gr * norm / DIFFERENCE_LENGTH, 0.0)
         for (p, g), h in zip(moving, second, strict=True):
             total = g if h is None else g + factor.to(g.dtype) * (h - g)
             p.grad = total if p.grad is None else p.grad + total
+
+
+def _random_states(parameters: list[nn.Parameter]) -> dict[torch.device, Tensor]:
+    """Return the states of the generators of the CPU and of the GPUs that hold the parameters."""
+    states = {torch.device("cpu"): torch.random.get_rng_state()}
+    for device in {p.device for p in parameters if p.is_cuda}:
+        states[device] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def _set_random_states(states: dict[torch.device, Tensor]) -> None:
+    for device, state in states.items():
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(state, device)
+        else:
+            torch.random.set_rng_state(state)
