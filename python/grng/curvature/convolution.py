@@ -58,7 +58,13 @@ class ConvolutionLayer(KroneckerLayer):
         return places
 
     def update_input_factor(
-        self, factor: Tensor, layer_input: Tensor, *, decay: float, scale: float, reduce: bool
+        self,
+        factor: Tensor,
+        layer_input: Tensor,
+        *,
+        decay: float | Tensor,
+        scale: float,
+        reduce: bool,
     ) -> Tensor:
         """See the base class; the rows are patches."""
         return kernels.kron_factor_conv2d_update_(
@@ -73,7 +79,13 @@ class ConvolutionLayer(KroneckerLayer):
         )
 
     def update_output_factor(
-        self, factor: Tensor, output_grad: Tensor, *, decay: float, scale: float, reduce: bool
+        self,
+        factor: Tensor,
+        output_grad: Tensor,
+        *,
+        decay: float | Tensor,
+        scale: float,
+        reduce: bool,
     ) -> Tensor:
         """See the base class."""
         grad = self._images(output_grad.detach())

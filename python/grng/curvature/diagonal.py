@@ -11,14 +11,14 @@ SMALLEST_DAMPING = 1e-36
 
 
 def diagonal_factor_update_(
-    factor: Tensor, x: Tensor, *, decay: float, scale: float, bias: bool
+    factor: Tensor, x: Tensor, *, decay: float | Tensor, scale: float, bias: bool
 ) -> Tensor:
     """``factor <- decay·factor + scale·diag(xᵀx)``, in place, for all or nothing.
 
     Args:
         factor: State ``[N]``, fp32 or fp64. Mutated.
         x: Rows ``[rows, N]``, or ``[rows, N - 1]`` with ``bias``, which adds a column of ones.
-        decay: EMA decay in [0, 1].
+        decay: EMA decay in [0, 1], number or 0-d tensor.
         scale: Weight of the sum of squares.
         bias: See ``x``.
 
@@ -32,7 +32,12 @@ def diagonal_factor_update_(
     if bias:
         squares = torch.cat([squares, squares.new_full((1,), len(x))])
     # As in BLAS: what does not count may hold anything.
-    new = scale * squares if decay == 0 else decay * factor + scale * squares
+    old = decay * factor
+    if isinstance(decay, Tensor):
+        old = torch.where(decay == 0, 0.0, old)
+    elif decay == 0:
+        old = torch.zeros_like(factor)
+    new = old + scale * squares
     finite = torch.isfinite(new).all()
     factor.copy_(torch.where(finite, new, factor))
     return torch.where(finite, Info.OK, Info.NONFINITE_INPUT).to(torch.int32)

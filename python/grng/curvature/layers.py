@@ -111,7 +111,13 @@ class KroneckerLayer:
         return layer_input.shape[1:-1].numel()
 
     def update_input_factor(
-        self, factor: Tensor, layer_input: Tensor, *, decay: float, scale: float, reduce: bool
+        self,
+        factor: Tensor,
+        layer_input: Tensor,
+        *,
+        decay: float | Tensor,
+        scale: float,
+        reduce: bool,
     ) -> Tensor:
         """``factor <- decay·factor + scale·Σ a aᵀ`` over the rows ``a``; return ``Info``.
 
@@ -124,7 +130,13 @@ class KroneckerLayer:
         return self._update(1, factor, rows, decay, scale, self.bias is not None)
 
     def update_output_factor(
-        self, factor: Tensor, output_grad: Tensor, *, decay: float, scale: float, reduce: bool
+        self,
+        factor: Tensor,
+        output_grad: Tensor,
+        *,
+        decay: float | Tensor,
+        scale: float,
+        reduce: bool,
     ) -> Tensor:
         """``factor <- decay·factor + scale·Σ g gᵀ`` over the rows ``g``; return ``Info``.
 
@@ -136,7 +148,13 @@ class KroneckerLayer:
         return self._update(0, factor, rows.reshape(-1, rows.shape[-1]), decay, scale, False)
 
     def _update(
-        self, side: int, factor: Tensor, rows: Tensor, decay: float, scale: float, bias: bool
+        self,
+        side: int,
+        factor: Tensor,
+        rows: Tensor,
+        decay: float | Tensor,
+        scale: float,
+        bias: bool,
     ) -> Tensor:
         if self.diagonal[side]:
             return diagonal_factor_update_(factor, rows, decay=decay, scale=scale, bias=bias)

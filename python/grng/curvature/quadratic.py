@@ -26,18 +26,20 @@ def fisher_along(
         steps: For each layer the step of its parameters: weight, and bias if that moves.
     """
     scores: dict[tuple[int, int, int], Tensor] = {}
-    scale: dict[tuple[int, int, int], float] = {}
+    squares: dict[tuple[int, int, int], float] = {}
+    terms: dict[int, int] = {}
     for layer, step in zip(layers, steps, strict=True):
         for record in records(layer):
+            count = record.terms or layer.examples(record.layer_input)
+            terms[record.observation] = count
             for c, grad in enumerate(record.grads()):
                 found = layer.scores(record.layer_input, grad, step)
-                terms = record.terms or layer.examples(record.layer_input)
                 # Rows that are no examples, as of attention, cannot be added to those of other layers.
                 key = (record.observation, c, len(found))
                 scores[key] = scores[key] + found if key in scores else found
-                scale[key] = (1.0 if record.sampled else float(terms) ** 2) / terms
+                # Sampled labels: their sum was differentiated. A mean loss: each gradient was divided by T.
+                squares[key] = 1.0 if record.sampled else float(count) ** 2
     if not scores:
         return None
-    passes = len({observation for observation, _, _ in scores})
-    parts = [s.square().sum() * scale[key] for key, s in scores.items()]
-    return torch.stack(parts).sum() / passes
+    parts = [s.square().sum() * squares[key] for key, s in scores.items()]
+    return torch.stack(parts).sum() / sum(terms.values())

@@ -64,6 +64,9 @@ def update_factors_with(
         layer.examples(r.layer_input) * (1 if reduce else layer.positions(r.layer_input))
         for r, reduce in zip(records, reduced, strict=True)
     )
+    # A module that is used twice in one forward pass has two records of the same terms.
+    passes = {(r.observation or -i): n for i, (r, n) in enumerate(zip(records, terms, strict=True))}
+    total = sum(passes.values())
     # Sampled labels: their sum was differentiated. A mean loss: each gradient was divided by T.
     squares = [1 if r.sampled else n**2 for r, n in zip(records, terms, strict=True)]
     add_statistics(
@@ -72,7 +75,7 @@ def update_factors_with(
         records,
         decay,
         input_weights=[1 / rows] * len(records),
-        output_weights=[s / sum(terms) for s in squares],
+        output_weights=[s / total for s in squares],
         reduced=reduced,
     )
 
@@ -88,24 +91,33 @@ def add_statistics(
     reduced: Sequence[bool],
 ) -> None:
     """``factor <- decay·factor + (1 - decay)·Σ weight·(sum of squares of a record)``, both factors."""
-    # The first record ages the factor, the others add to it: together one batch.
+    # The first record that serves ages the factor, the others add to it: together one batch.
+    input_age: float | Tensor = decay
+    output_age: float | Tensor = decay
     for i, record in enumerate(records):
+        is_last = i == len(records) - 1
         info = layer.update_input_factor(
             state["input_factor"],
             record.layer_input,
-            decay=decay if i == 0 else 1.0,
+            decay=input_age,
             scale=(1 - decay) * input_weights[i],
             reduce=reduced[i],
         )
-        for k, grad in enumerate(record.grads()):
-            info = info + layer.update_output_factor(
+        input_age = input_age if is_last else torch.where(info == 0, 1.0, input_age)
+        failed = info != 0
+        grads = record.grads()
+        for k, grad in enumerate(grads):
+            info = layer.update_output_factor(
                 state["output_factor"],
                 grad,
-                decay=decay if i == k == 0 else 1.0,
+                decay=output_age,
                 scale=(1 - decay) * output_weights[i],
                 reduce=reduced[i],
             )
-        state["factor_failures"] += info != 0
+            if not (is_last and k == len(grads) - 1):
+                output_age = torch.where(info == 0, 1.0, output_age)
+            failed = failed | (info != 0)
+        state["factor_failures"] += failed
     state["updates"] += 1
 
 

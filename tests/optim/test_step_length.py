@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far RING steps: AdamW's length per layer, and the trust region in the true Fisher metric."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call, jvp
+
+from grng import RING
+from grng.curvature.quadratic import fisher_along
+from grng.optim.grafting import adam_moments, grafted
+
+
+class Small(nn.Module):
+    """A convolution, a linear layer used at several positions, a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(2, 4, 3, padding=1)
+        self.mix = nn.Linear(4, 5)
+        self.head = nn.Linear(5, 3, bias=False)
+
+    def forward(self, x):
+        h = self.conv(x).tanh().transpose(1, 2)
+        return self.head(self.mix(h).tanh().mean(1))
+
+
+def small():
+    torch.manual_seed(0)
+    return Small().double(), torch.randn(7, 2, 6, dtype=torch.float64)
+
+
+def true_form(model, x, step):
+    """``ΔᵀFΔ`` of the mean categorical log-likelihood: ``mean of zᵀ(diag p − ppᵀ)z``, ``z = J Δ``."""
+    weights = {n: p.detach() for n, p in model.named_parameters()}
+    logits, z = jvp(lambda w: functional_call(model, w, (x,)), (weights,), (step,))
+    p = logits.softmax(-1)
+    return ((p * z.square()).sum(-1) - (p * z).sum(-1).square()).mean()
+
+
+def observed(model, opt, x):
+    logits = model(x)
+    opt.observe(logits)
+    F.cross_entropy(logits, torch.zeros(len(x), dtype=torch.long)).backward()
+
+
+def random_step(model, opt):
+    step = {n: torch.randn_like(p) for n, p in model.named_parameters()}
+    names = {p: n for n, p in model.named_parameters()}
+    return step, [[step[names[p]] for p in layer.parameters] for layer in opt._layers]
+
+
+def test_the_form_along_a_step_is_that_of_the_exact_fisher():
+    model, x = small()
+    opt = RING(model, fisher="exact")
+    observed(model, opt, x)
+    step, by_layer = random_step(model, opt)
+    form = fisher_along(opt._layers, opt._capture.complete, by_layer)
+    torch.testing.assert_close(form, true_form(model, x, step), rtol=1e-10, atol=0)
+
+
+def test_sampled_labels_give_the_form_on_average():
+    model, x = small()
+    opt = RING(model)
+    step, by_layer = random_step(model, opt)
+    found = []
+    for k in range(400):
+        opt._observations = k
+        observed(model, opt, x)
+        found.append(fisher_along(opt._layers, opt._capture.complete, by_layer))
+        opt._forget()
+    mean, error = torch.stack(found).mean(), torch.stack(found).std() / 20
+    assert (mean - true_form(model, x, step)).abs() < 4 * error
+
+
+def test_micro_batches_give_the_form_of_one_large_batch():
+    model, x = small()
+    opt = RING(model, fisher="exact")
+    step, by_layer = random_step(model, opt)
+    for part in (x[:2], x[2:6]):
+        observed(model, opt, part)
+    form = fisher_along(opt._layers, opt._capture.complete, by_layer)
+    torch.testing.assert_close(form, true_form(model, x[:6], step), rtol=1e-10, atol=0)
+
+
+def test_without_statistics_there_is_no_form():
+    model, _ = small()
+    opt = RING(model)
+    _, by_layer = random_step(model, opt)
+    assert fisher_along(opt._layers, opt._capture.complete, by_layer) is None
+
+
+@pytest.mark.parametrize("max_kl", [1e-2, 1e-4])
+def test_a_long_step_is_cut_to_the_trust_region(max_kl):
+    model, x = small()
+    opt = RING(model, lr=3.0, fisher="exact", max_kl=max_kl, weight_decay=0.0)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    observed(model, opt, x)
+    opt.step()
+    moved = {n: p.detach() - before[n] for n, p in model.named_parameters()}
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            p.copy_(before[n])
+    assert 0.5 * true_form(model, x, moved) == pytest.approx(max_kl, rel=1e-6)
+
+
+def test_a_short_step_is_left_as_it_is():
+    steps = []
+    for max_kl in (None, 1.0):
+        model, x = small()
+        opt = RING(model, lr=1e-4, max_kl=max_kl)
+        before = [p.detach().clone() for p in model.parameters()]
+        observed(model, opt, x)
+        opt.step()
+        steps.append([p.detach() - b for p, b in zip(model.parameters(), before, strict=True)])
+    for a, b in zip(*steps, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
+
+
+def test_the_ratio_holds_between_refreshes_and_survives_a_checkpoint():
+    model, x = small()
+    opt = RING(model, lr=3.0, max_kl=1e-3, refresh_every=50)
+    for _ in range(4):
+        observed(model, opt, x)
+        opt.step()
+        opt.zero_grad()
+    twin = copy.deepcopy(model)
+    while any(m._forward_hooks for m in twin.modules()):
+        for m in twin.modules():
+            m._forward_hooks.clear()
+    resumed = RING(twin, lr=3.0, max_kl=1e-3, refresh_every=50)
+    resumed.load_state_dict(opt.state_dict())
+    for m, o in ((model, opt), (twin, resumed)):
+        observed(m, o, x)
+        o.step()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_every_layer_moves_as_far_as_adamw_would_move_it():
+    model, x = small()
+    twin = copy.deepcopy(model)
+    opt = RING(model, lr=1e-3, max_kl=None, weight_decay=0.0)
+    adamw = torch.optim.AdamW(twin.parameters(), lr=1e-3, weight_decay=0.0)
+    for _ in range(3):
+        observed(model, opt, x)
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            q.grad = p.grad.clone()
+        before = [p.detach().clone() for p in (*model.parameters(), *twin.parameters())]
+        opt.step()
+        adamw.step()
+        opt.zero_grad()
+        after = [p.detach() for p in (*model.parameters(), *twin.parameters())]
+        moved = [a - b for a, b in zip(after, before, strict=True)]
+        mine, theirs = moved[: len(moved) // 2], moved[len(moved) // 2 :]
+        for pair in ((0, 1), (2, 3), (4,)):  # conv, mix, head: weight with bias
+            norms = [
+                torch.stack([step[i].square().sum() for i in pair]).sum().sqrt()
+                for step in (mine, theirs)
+            ]
+            torch.testing.assert_close(norms[0], norms[1], rtol=1e-7, atol=0)
+
+
+def test_moments_are_those_of_adamw():
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.randn(4, 3, dtype=torch.float64))
+    twin = nn.Parameter(p.detach().clone())
+    adamw, state = torch.optim.AdamW([twin], lr=0.1, weight_decay=0.0), {}
+    for _ in range(5):
+        grad = torch.randn_like(p)
+        twin.grad = grad
+        adamw.step()
+        _, (step,) = adam_moments([state], [grad], (0.9, 0.999), 1e-8)
+        with torch.no_grad():
+            p.sub_(0.1 * step)
+    torch.testing.assert_close(p, twin, rtol=1e-12, atol=0)
+
+
+def test_a_direction_without_use_gives_way_to_the_step():
+    wanted = [[torch.tensor([3.0, 4.0])] for _ in range(5)]
+    directions = [
+        [torch.tensor([0.0, 2.0])],
+        [torch.tensor([1e30, 0.0])],  # its square is out of range
+        [torch.tensor([float("inf"), 0.0])],
+        [torch.tensor([float("nan"), 0.0])],
+        [torch.tensor([0.0, 0.0])],
+    ]
+    steps, serves = grafted(directions, wanted)
+    assert serves.tolist() == [True, True, False, False, False]
+    torch.testing.assert_close(steps[0], torch.tensor([0.0, 5.0]))
+    torch.testing.assert_close(steps[1], torch.tensor([5.0, 0.0]))
+    for step in steps[2:]:
+        assert torch.equal(step, wanted[0][0])
+
+
+def test_nothing_to_do_is_no_failure():
+    steps, serves = grafted([[torch.zeros(2)]], [[torch.zeros(2)]])
+    assert serves.tolist() == [True]
+    assert torch.equal(steps[0], torch.zeros(2))
