@@ -73,10 +73,11 @@ def projections(name: str, module: nn.MultiheadAttention) -> list[KroneckerLayer
     prefix = f"{name}." if name else ""
     layers: list[KroneckerLayer] = []
     packed = cast(nn.Parameter | None, module.in_proj_weight)
-    for label, weight, bias in (
+    found: list[tuple[str, Any, Any]] = [
         ("in_proj", packed, module.in_proj_bias),
         ("out_proj", module.out_proj.weight, module.out_proj.bias),
-    ):
+    ]
+    for label, weight, bias in found:
         if isinstance(weight, nn.Parameter) and weight.requires_grad:
             bias = bias if bias is not None and bias.requires_grad else None
             layers.append(ProjectionLayer(f"{prefix}{label}", module, weight, bias))

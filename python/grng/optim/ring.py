@@ -73,7 +73,8 @@ class RING(KroneckerOptimizer):
 
     Source: Dash et al. 2026, "Gradient Regularized Natural Gradients" (RING, Lazy Fisher), for the direction;
     Eschenhagen et al. 2023 for shared weights; Agarwal et al. 2020 for grafting; Martens & Grosse 2015,
-    section 6, for the exact quadratic form, here without its forward pass. ``step_length="kl_clip"`` with ``betas=(0, 0.999)``, ``kl_clip=None`` and ``weight_decay=0`` is the bare method.
+    section 6, for the exact quadratic form, here without its forward pass. ``step_length="kl_clip"`` with
+    ``betas=(0, 0.999)``, ``kl_clip=None`` and ``weight_decay=0`` is the bare method.
     """
 
     def __init__(
@@ -223,11 +224,14 @@ class RING(KroneckerOptimizer):
     def _apply(
         self, group: dict[str, Any], params: list[nn.Parameter], steps: list[Tensor]
     ) -> None:
-        lr = group["lr"]
+        lr, weights = group["lr"], [p.data for p in params]
         if isinstance(lr, Tensor) or lr * group["weight_decay"] != 0:
-            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+            torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
         torch._foreach_mul_(steps, lr)
-        torch._foreach_sub_(params, [s.to(p.dtype) for s, p in zip(steps, params, strict=True)])
+        narrow = [s.to(w.dtype) for s, w in zip(steps, weights, strict=True)]
+        torch._foreach_sub_(weights, narrow)
+        for p in params:
+            torch.autograd.graph.increment_version(p)
 
     def _clipped_step(self, group: dict[str, Any], layers: list[KroneckerLayer]) -> None:
         states = [self.state[x.weight] for x in layers]
