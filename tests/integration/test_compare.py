@@ -105,7 +105,10 @@ class FakeRing(torch.optim.SGD):
     ("arguments", "message"),
     [
         (["--task", "mnist"], "unknown task 'mnist'; valid tasks: fashion-mnist"),
-        (["--optimizers", "adam"], "unknown optimizer 'adam'; valid optimizers: ring, reng, adamw, sgd"),
+        (
+            ["--optimizers", "adam"],
+            "unknown optimizer 'adam'; valid optimizers: ring, reng, adamw, sgd",
+        ),
         (["--optimizers", "sgd,"], "unknown optimizer ''"),
         (["--optimizers", "adamw:rate=1"], "unknown option 'rate' of 'adamw'; valid options: lr, "),
         (["--optimizers", "adamw:lr"], "option 'lr' must be given as lr=value"),

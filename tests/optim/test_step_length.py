@@ -200,3 +200,128 @@ def test_nothing_to_do_is_no_failure():
     steps, serves = grafted([[torch.zeros(2)]], [[torch.zeros(2)]])
     assert serves.tolist() == [True]
     assert torch.equal(steps[0], torch.zeros(2))
+
+
+class Encoder(nn.Module):
+    """A transformer layer and a head; ``flat`` feeds the head positions as rows."""
+
+    def __init__(self, *, flat=False, batch_first=True):
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(
+            8, 2, 20, dropout=0.0, batch_first=batch_first, activation=torch.tanh
+        )
+        self.head = nn.Linear(8, 3)
+        self.flat, self.batch_first = flat, batch_first
+
+    def forward(self, x):
+        h = self.layer(x if self.batch_first else x.transpose(0, 1))
+        if not self.batch_first:
+            h = h.transpose(0, 1)
+        if self.flat:
+            return self.head(h.flatten(0, 1)).unflatten(0, h.shape[:2]).mean(1)
+        return self.head(h).mean(1)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_attention_and_flattened_heads_count_by_example(flat):
+    torch.manual_seed(0)
+    model = Encoder(flat=flat).double()
+    x = torch.randn(5, 4, 8, dtype=torch.float64)
+    opt = RING(model, fisher="exact")
+    assert "MultiheadAttention" in opt.explain()
+    observed(model, opt, x)
+    step, by_layer = random_step(model, opt)
+    owned = {id(p) for layer in opt._layers for p in layer.parameters}
+    for n, p in model.named_parameters():
+        if id(p) not in owned:
+            step[n] = torch.zeros_like(p)
+    form = fisher_along(opt._layers, opt._capture.complete, by_layer)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        wanted = true_form(model, x, step)
+    torch.testing.assert_close(form, wanted, rtol=1e-9, atol=0)
+
+
+def test_attention_keeps_its_curvature_under_autocast():
+    torch.manual_seed(0)
+    model = Encoder()
+    opt = RING(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        observed(model, opt, torch.randn(5, 4, 8))
+    opt.step()
+    assert opt.explain().count("MultiheadAttention") == 2
+    for key in ("input_factor", "output_factor"):
+        assert opt.state[model.layer.self_attn.in_proj_weight][key].count_nonzero() > 0
+
+
+def test_one_attention_module_used_twice_has_two_passes():
+    torch.manual_seed(0)
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x):
+            h = self.attention(x, x, x)[0]
+            return self.attention(h, h, h)[0].mean(1)
+
+    model = Twice()
+    opt = RING(model)
+    observed(model, opt, torch.randn(3, 4, 8))
+    for layer in opt._layers:
+        edges = [opt._capture._edges[id(r)][0].node for r in opt._capture.records[layer]]
+        assert len(edges) == len(set(edges)) == 2
+
+
+def test_a_bad_statistic_does_not_lift_the_bound():
+    model, x = small()
+    opt = RING(model, lr=3.0, refresh_every=1, weight_decay=0.0)
+    for k in range(3):
+        observed(model, opt, x)
+        ratio = opt.state[opt._all_layers[0].weight].get("fisher_ratio")
+        if k == 2:
+            opt._capture.records[opt._layers[1]][0].output_grad[0] = torch.nan
+        opt.step()
+        opt.zero_grad()
+    assert ratio > 0
+    assert torch.equal(opt.state[opt._all_layers[0].weight]["fisher_ratio"], ratio)
+
+
+def test_a_layer_that_comes_late_does_not_lift_the_bound():
+    model, x = small()
+    model.head.weight.requires_grad_(False)
+    opt = RING(nn.ModuleList([model.conv, model.mix]), lr=0.1, refresh_every=50)
+    shared = opt.state[opt._all_layers[0].weight]
+    for _ in range(3):
+        observed(model, opt, x)
+        opt.step()
+        opt.zero_grad()
+    before = shared["fisher_ratio"].clone()
+    state = opt.state[model.mix.weight]
+    for key in list(state):
+        if key.startswith(("input", "output")) or key == "updates":
+            del state[key]
+    observed(model, opt, x)  # step 3 is no refresh: only the layer without curvature is recorded
+    opt.step()
+    assert torch.equal(shared["fisher_ratio"], before)
+
+
+def test_half_precision_inputs_do_not_overflow_the_scores():
+    layer = nn.Linear(4096, 2).half()
+    opt = RING(layer)
+    (only,) = opt._layers
+    rows = torch.full((2, 4096), 20.0, dtype=torch.float16)
+    grad = torch.ones(2, 2, dtype=torch.float16)
+    scores = only.scores(rows, grad, [torch.ones(2, 4096), torch.ones(2)])
+    torch.testing.assert_close(scores, torch.full((2,), 2 * (4096 * 20.0 + 1)))
+
+
+def test_unbatched_images_are_one_example():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(2, 3, 3)
+    (layer,) = RING(conv)._layers
+    x, grad = torch.randn(2, 5, 5), torch.randn(3, 3, 3)
+    step = [torch.randn_like(conv.weight), torch.randn_like(conv.bias)]
+    one = layer.scores(x, grad, step)
+    torch.testing.assert_close(one, layer.scores(x[None], grad[None], step))
+    torch.testing.assert_close(one, (F.conv2d(x, *step) * grad).sum()[None])

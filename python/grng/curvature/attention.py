@@ -19,11 +19,11 @@ class ProjectionLayer(LinearLayer):
     """The input or the output projection of an ``nn.MultiheadAttention``.
 
     The rows that meet the weight, and the gradients of the product, are taken from the graph of the forward
-    pass: from the matrix product whose second factor is the transposed weight. Its rows are positions:
-    *reduce* does not apply.
+    pass: from the matrix product whose second factor is the transposed weight.
     """
 
     kind = "MultiheadAttention"
+    pools = False
 
     def passes(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -32,22 +32,35 @@ class ProjectionLayer(LinearLayer):
         attended = output[0] if isinstance(output, tuple) else output
         if not attended.requires_grad:
             return []
-        node = _product_with(attended.grad_fn, self.weight)
-        if node is None:
+        given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        node = _product_with(attended.grad_fn, self.weight, {x.grad_fn for x in given})
+        rows = None if node is None else getattr(node, _PRODUCTS[node.name()])
+        if node is None or rows is None:
             return []
-        rows = getattr(node, _PRODUCTS[node.name()])
-        if rows is None:
-            return []
+        batch = _batch_size(cast(nn.MultiheadAttention, self.module), given[0])
+
+        def by_example(positions: Tensor) -> Tensor:
+            # Inside, the module works on [positions, examples, width], whatever it was given.
+            return positions.detach().unflatten(0, (-1, batch)).transpose(0, 1)
 
         def listen(on_grad: Callable[[Tensor], None]) -> None:
-            node.register_prehook(lambda grads: on_grad(grads[0]))
+            node.register_prehook(lambda grads: on_grad(by_example(grads[0])))
 
-        return [ForwardPass(cast(Tensor, rows).detach(), GradientEdge(node, 0), listen)]
+        return [ForwardPass(by_example(rows), GradientEdge(node, 0), listen, by_example)]
 
 
-def _product_with(start: Node, weight: nn.Parameter) -> Node | None:
-    """Return the node of the product ``rows @ weight.T``, or None where there is no such single node."""
-    seen: set[Node] = set()
+def _batch_size(module: nn.MultiheadAttention, query: Tensor) -> int:
+    if query.dim() == 2:
+        return 1
+    return query.shape[0 if module.batch_first else 1]
+
+
+def _product_with(start: Node, weight: nn.Parameter, outside: set[Node | None]) -> Node | None:
+    """Return the node of the product ``rows @ weight.T``, or None where there is no such single node.
+
+    ``outside`` are the nodes of the module's inputs: what lies before them belongs to somebody else.
+    """
+    seen: set[Node | None] = set(outside)
     waiting = [start]
     while waiting and len(seen) < _MOST_NODES:
         node = waiting.pop(0)
@@ -65,6 +78,8 @@ def _is_transposed(node: Node, weight: nn.Parameter) -> bool:
     if node.name() != "TBackward0":
         return False
     leaf = node.next_functions[0][0]
+    if leaf is not None and leaf.name() == "ToCopyBackward0":  # autocast
+        leaf = leaf.next_functions[0][0]
     return getattr(leaf, "variable", None) is weight
 
 

@@ -32,7 +32,7 @@ class Capture:
     ) -> None:
         self.records: dict[KroneckerLayer, list[Record]] = {layer: [] for layer in layers}
         # Where the gradient of a record's output can be asked for, until it has come.
-        self._edges: dict[int, GradientEdge] = {}
+        self._edges: dict[int, tuple[GradientEdge, Callable[[Tensor], Tensor]]] = {}
         self._wanted = wanted
         self._observing = False
         self._observations = 1
@@ -48,12 +48,13 @@ class Capture:
         self, layer: KroneckerLayer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         """Record one forward pass, if this step needs it and a gradient can come."""
-        if not (torch.is_grad_enabled() and self._wanted(layer)):
+        if self._observing or not (torch.is_grad_enabled() and self._wanted(layer)):
+            # While observing: what activation checkpointing computes again is already recorded.
             return
         for found in layer.passes(args, kwargs, output):
             record = Record(found.layer_input)
             self.records[layer].append(record)
-            self._edges[id(record)] = found.edge
+            self._edges[id(record)] = (found.edge, found.arrange)
             found.listen(self._receiver(record))
 
     def _receiver(self, record: Record) -> Callable[[Tensor], None]:
@@ -77,7 +78,8 @@ class Capture:
         """Tell the forward passes that wait how many terms of the loss they lead to."""
         for record in self.waiting():
             if record.terms is None:
-                record.terms = terms
+                record.terms, record.observation = terms, self._observations
+        self._observations += 1
 
     def observe(self, losses: list[Tensor], terms: int) -> None:
         """Take the output gradients of each of ``losses``, sums of ``terms``; no ``.grad`` is touched.
@@ -88,7 +90,7 @@ class Capture:
         waiting = self.waiting()
         if not waiting:
             return
-        edges = [self._edges[id(record)] for record in waiting]
+        edges = [self._edges[id(record)][0] for record in waiting]
         self._observing = True
         try:
             grads = [
@@ -110,7 +112,8 @@ class Capture:
         for record, found in zip(waiting, zip(*grads, strict=True), strict=True):
             # None: a forward pass that these outputs do not depend on (another micro-batch).
             if found[0] is not None:
-                record.output_grad, *record.further_grads = [g.detach() for g in found]
+                arrange = self._edges[id(record)][1]
+                record.output_grad, *record.further_grads = [arrange(g).detach() for g in found]
                 record.sampled, record.terms = True, terms
                 record.observation = self._observations
         self._observations += 1

@@ -97,19 +97,20 @@ class ConvolutionLayer(KroneckerLayer):
 
     def scores(self, layer_input: Tensor, output_grad: Tensor, step: list[Tensor]) -> Tensor:
         """See the base class."""
-        weight, bias = self._step_in(layer_input.dtype, step)
-        conv = self._conv
-        convolve = torch.nn.functional.conv1d if self._flat else torch.nn.functional.conv2d
-        output = convolve(
-            layer_input.detach(),
-            weight,
+        wide = torch.promote_types(layer_input.dtype, torch.float32)
+        images, grad = self._images(layer_input.to(wide)), self._images(output_grad.to(wide))
+        weight, bias = step[0].to(wide), step[1].to(wide) if len(step) > 1 else None
+        geometry = self._geometry()
+        output = torch.nn.functional.conv2d(
+            images,
+            weight.unsqueeze(2) if self._flat else weight,
             bias,
-            conv.stride,
-            conv.padding,
-            conv.dilation,
-            conv.groups,
+            geometry["stride"],
+            geometry["padding"],
+            geometry["dilation"],
+            self.blocks,
         )
-        return self._inner(output, output_grad)
+        return (output * grad).flatten(1).sum(1)
 
     def _images(self, x: Tensor) -> Tensor:
         whole = 3 if self._flat else 4

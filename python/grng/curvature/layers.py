@@ -22,11 +22,13 @@ class ForwardPass(NamedTuple):
         layer_input: What met the weight, without a graph.
         edge: Where the gradient of the output can be asked for.
         listen: Registers what is called with that gradient in a backward pass.
+        arrange: Brings a gradient asked for at ``edge`` into the order of ``layer_input``.
     """
 
     layer_input: Tensor
     edge: GradientEdge
     listen: Callable[[Callable[[Tensor], None]], object]
+    arrange: Callable[[Tensor], Tensor] = torch.detach
 
 
 @dataclass
@@ -73,7 +75,7 @@ class KroneckerLayer:
         self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> list[ForwardPass]:
         """Return the uses of the weight in one call of the module that a gradient can reach."""
-        if not output.requires_grad:
+        if not isinstance(output, Tensor) or not output.requires_grad:
             return []
         layer_input = args[0] if args else next(iter(kwargs.values()))
         # The edge, not the tensor: an in-place activation may overwrite the output.
@@ -162,19 +164,19 @@ class KroneckerLayer:
 
     def scores(self, layer_input: Tensor, output_grad: Tensor, step: list[Tensor]) -> Tensor:
         """Return ``Σ gᵀ Δ a`` over the positions of each example, fp32 or fp64 ``[examples]``."""
-        weight, bias = self._step_in(layer_input.dtype, step)
-        output = torch.nn.functional.linear(layer_input.detach(), self.weight_matrix(weight), bias)
-        return self._inner(output, output_grad)
-
-    def _step_in(self, dtype: torch.dtype, step: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-        return step[0].to(dtype), step[1].to(dtype) if len(step) > 1 else None
-
-    @staticmethod
-    def _inner(output: Tensor, output_grad: Tensor) -> Tensor:
-        wide = torch.promote_types(output.dtype, torch.float32)
-        if output.dim() == 1:
-            output, output_grad = output[None], output_grad[None]
-        return (output.to(wide) * output_grad.to(wide)).flatten(1).sum(1)
+        # fp16 would overflow: the step need not be small.
+        wide = torch.promote_types(layer_input.dtype, torch.float32)
+        rows, grad = layer_input.to(wide), output_grad.to(wide)
+        if rows.dim() == 1:
+            rows, grad = rows[None], grad[None]
+        weight = self.weight_matrix(step[0].to(wide))
+        bias = step[1].to(wide) if len(step) > 1 else None
+        if weight.shape[0] <= weight.shape[1]:
+            inner = torch.nn.functional.linear(rows, weight, bias) * grad
+            return inner.flatten(1).sum(1)
+        # The narrower side is formed: the output of a head over a vocabulary would be large.
+        scores = ((grad @ weight) * rows).flatten(1).sum(1)
+        return scores if bias is None else scores + (grad * bias).flatten(1).sum(1)
 
     def grads(self) -> tuple[Tensor, Tensor | None]:
         """Return the gradients of weight and bias: zeros for a bias that got none, None without a bias."""

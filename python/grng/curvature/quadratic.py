@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Fisher information along a step of all layers together, from the statistics of one batch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from grng.curvature.layers import KroneckerLayer, Record
 
 
 def fisher_along(
-    layers: list[KroneckerLayer],
+    layers: Sequence[KroneckerLayer],
     records: Callable[[KroneckerLayer], list[Record]],
     steps: list[list[Tensor]],
 ) -> Tensor | None:
@@ -25,21 +25,31 @@ def fisher_along(
         records: Gives the records of a layer.
         steps: For each layer the step of its parameters: weight, and bias if that moves.
     """
-    scores: dict[tuple[int, int, int], Tensor] = {}
-    squares: dict[tuple[int, int, int], float] = {}
+    found: dict[tuple[int, int], list[Tensor]] = {}
+    squares: dict[int, float] = {}
     terms: dict[int, int] = {}
     for layer, step in zip(layers, steps, strict=True):
-        for record in records(layer):
+        for i, record in enumerate(records(layer)):
+            # Where nobody said which passes belong together, it is those of one number in their layer.
+            seen_in = record.observation or -1 - i
             count = record.terms or layer.examples(record.layer_input)
-            terms[record.observation] = count
+            terms[seen_in] = min(count, terms.get(seen_in, count))
+            # Sampled labels: their sum was differentiated. A mean loss: each gradient was divided by T.
+            squares[seen_in] = 1.0 if record.sampled else float(terms[seen_in]) ** 2
             for c, grad in enumerate(record.grads()):
-                found = layer.scores(record.layer_input, grad, step)
-                # Rows that are no examples, as of attention, cannot be added to those of other layers.
-                key = (record.observation, c, len(found))
-                scores[key] = scores[key] + found if key in scores else found
-                # Sampled labels: their sum was differentiated. A mean loss: each gradient was divided by T.
-                squares[key] = 1.0 if record.sampled else float(count) ** 2
-    if not scores:
+                scores = layer.scores(record.layer_input, grad, step)
+                found.setdefault((seen_in, c), []).append(scores)
+    if not found:
         return None
-    parts = [s.square().sum() * squares[key] for key, s in scores.items()]
+    parts = [_summed(s).square().sum() * squares[seen_in] for (seen_in, _), s in found.items()]
     return torch.stack(parts).sum() / sum(terms.values())
+
+
+def _summed(scores: list[Tensor]) -> Tensor:
+    """Add the scores of all layers; of a layer that was fed ``[examples * positions, d]``, by example."""
+    examples = min(len(s) for s in scores)
+    whole = [s for s in scores if len(s) % examples == 0]
+    # What fits no example counts for itself.
+    odd = torch.cat([s.new_zeros(0) for s in scores[:1]] + [s for s in scores if len(s) % examples])
+    total = torch.stack([s.unflatten(0, (examples, -1)).sum(1) for s in whole]).sum(0)
+    return torch.cat([total, odd.to(total.dtype)])

@@ -28,7 +28,8 @@ class RENG(RING):
 
     Args:
         model: As for :class:`RING`.
-        rho_gr: Weight of the penalty, >= 0, in units of one over the curvature of the loss.
+        rho_gr: Weight of the penalty, >= 0, in units of one over the curvature of the loss: a loss that is
+            scaled, or divided over micro-batches, is penalised by another part of itself.
         method: How :meth:`backward` finds ``H·∇L``. ``"double_backprop"``: exactly, about two more backward
             passes and their memory; all operations need a second derivative. ``"finite_difference"``: from
             the gradient at a point 0.05 along the gradient, one more forward and backward pass; needs a

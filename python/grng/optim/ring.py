@@ -51,7 +51,8 @@ class RING(KroneckerOptimizer):
             ``m <- betas[0]·m + lr·ν·P_Λ G P_Γ`` with ``ν = min(1, √(kl_clip / (lr² Σ_layers ⟨D, G⟩)))``.
         max_kl: Largest KL divergence between the model's predictions before and after one step, per term of
             the loss, as the Fisher information predicts it; None switches it off. Only for
-            ``step_length="graft"``; what AdamW trains is not counted.
+            ``step_length="graft"``; what AdamW trains is not counted. Without :meth:`observe` the loss is
+            taken to be the mean over the examples, unscaled. Examples come first in every layer's input.
         kl_clip: Bound of the KL change of one step, as the factors predict it; None switches it off. Only
             for ``step_length="kl_clip"``.
         fisher: ``"sampled"`` labels where :meth:`observe` is called, else the gradients of the loss;
@@ -210,11 +211,14 @@ class RING(KroneckerOptimizer):
         taken = iter(steps)
         sorted_steps = [[next(taken) for _ in d] for d in like]
         norm = torch.stack(torch._foreach_norm(steps)).square().sum()
-        form = fisher_along(layers, self._capture.complete, sorted_steps)
         shared = self.state[self._all_layers[0].weight]
-        if form is not None:
-            ratio = torch.where(norm > 0, form / norm, 0.0)
-            shared["fisher_ratio"] = torch.where(torch.isfinite(ratio), ratio, 0.0)
+        # A layer without statistics would count in the length of the step and not in its information.
+        if all(self._capture.complete(x) for x in layers):
+            form = fisher_along(layers, self._capture.complete, sorted_steps)
+            old = shared.get("fisher_ratio", torch.zeros_like(norm))
+            if form is not None:
+                serves = (norm > 0) & torch.isfinite(form)
+                shared["fisher_ratio"] = torch.where(serves, form.to(norm.dtype) / norm, old)
         if "fisher_ratio" not in shared:
             return torch.ones_like(norm)
         divergence = 0.5 * group["lr"] ** 2 * shared["fisher_ratio"] * norm
