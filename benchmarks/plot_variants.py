@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Accuracies of the variants in one result of ``grng compare``, as dots with the spread over seeds.
 
-For ablations, whose many curves nobody could tell apart: python benchmarks/plot_variants.py result.json out.png
+For ablations, whose many curves nobody could tell apart: ``plot_variants.py result.json out.png``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ MEASURES = (
 
 
 def variants(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the rows of the summary that have finished seeds, worst first by the first measure they have."""
+    """Return the rows of the summary that have finished seeds, worst first by the first measure they have.
+
+    Raises:
+        ValueError: The result has none of the measures.
+    """
     rows = [r for r in result["summary"]["rows"] if r["seeds_finished"]]
     key = next((k for k, _ in MEASURES if rows and rows[0][k] is not None), None)
     if key is None:
