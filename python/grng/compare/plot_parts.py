@@ -130,6 +130,10 @@ def _model(config: dict[str, Any]) -> str:
     return f"{model} ({of_all}{parameters:,} parameters)"
 
 
+# Characters of a subtitle that fit in one line at its usual size.
+_SUBTITLE = 170
+
+
 def _heading(result: ComparisonResult) -> tuple[str, str]:
     config = result.config
     task = TASKS.get(config["task"])
@@ -168,7 +172,8 @@ def make_figure(result: ComparisonResult) -> tuple[Figure, Axes, Axes]:
     title, subtitle = _heading(result)
     # Two lines of figure title: the second keeps the room that the layout gives to the first.
     figure.suptitle(f"{title}\n", x=0.008, ha="left", fontsize=14, fontweight="bold")
-    figure.text(0.008, 0.925, subtitle, ha="left", va="top", fontsize=9.5, color="#555555")
+    size = 9.5 * min(1.0, _SUBTITLE / len(subtitle))
+    figure.text(0.008, 0.925, subtitle, ha="left", va="top", fontsize=size, color="#555555")
     return figure, left, right
 
 
