@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from grng import RING
+from grng import KFAC, RING
+from grng.optim.base import PreconditionerError
 
 
 def step(model, opt, rows=8, *, width=4, scale=1.0):
@@ -326,3 +327,254 @@ def test_a_bias_of_another_dtype_than_its_weight():
     opt.step()
     assert linear.bias.dtype == torch.bfloat16
     assert not torch.equal(linear.bias, before)
+
+
+# ---- parameters that no layer owns ----
+
+
+class Scaled(nn.Linear):
+    """A linear layer of a subclass, with a parameter of its own."""
+
+    def __init__(self):
+        super().__init__(4, 3)
+        self.gain = nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        return super().forward(x) * self.gain
+
+
+@pytest.mark.parametrize("optimizer", [RING, KFAC])
+def test_an_extra_parameter_of_a_layer_is_trained_and_explained(optimizer):
+    model = Scaled()
+    opt = optimizer(model)
+    assert "extra parameter of Scaled" in opt.explain()
+    step(model, opt)
+    assert not torch.equal(model.gain, torch.ones(3))
+    assert "input_factor" in opt.state[model.weight]
+    assert sum(len(g["params"]) for g in opt.param_groups) == 3
+
+
+def test_a_lazy_layer_is_left_to_adamw():
+    text = RING(nn.Sequential(nn.LazyLinear(4), nn.LazyConv2d(4, 1), nn.Linear(4, 3))).explain()
+    assert text.count("not initialized when the optimizer was made") == 2
+    assert text.count("unknown") == 4  # shapes
+
+
+def test_a_lazy_layer_is_trained_once_it_has_its_shape():
+    model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 3))
+    opt = RING(model)
+    model(torch.zeros(1, 4))
+    before = model[0].weight.detach().clone()
+    step(model, opt)
+    assert not torch.equal(model[0].weight, before)
+
+
+# ---- layers that a step does not use ----
+
+
+@pytest.mark.parametrize("optimizer", [RING, KFAC])
+def test_zero_gradients_of_an_unused_layer_do_not_demote_it(optimizer):
+    heads = nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 3)])
+    opt = optimizer(heads)
+    before = heads[1].weight.detach().clone()
+    for p in heads[1].parameters():
+        p.grad = torch.zeros_like(p)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(heads[0], opt)
+    assert torch.equal(heads[1].weight, before)
+    assert not opt.state[heads[1].weight]
+    step(heads[1], opt)
+    assert "input_factor" in opt.state[heads[1].weight]
+    assert not torch.equal(heads[1].weight, before)
+
+
+def test_distributed_checkpoints_are_read_into_a_new_optimizer():
+    state_dicts = pytest.importorskip("torch.distributed.checkpoint.state_dict")
+
+    def build():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 3))
+        return net, RING(net, refresh_every=2)
+
+    net, opt = build()
+    for _ in range(3):
+        step(net, opt)
+    saved = copy.deepcopy(state_dicts.get_optimizer_state_dict(net, opt))
+    twin, resumed = build()
+    twin.load_state_dict(net.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        state_dicts.set_optimizer_state_dict(twin, resumed, saved)
+    for model, o in ((net, opt), (twin, resumed)):
+        torch.manual_seed(1)
+        for _ in range(3):
+            step(model, o)
+    for a, b in zip(net.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+# ---- state of other times, dtypes and places ----
+
+
+def test_a_checkpoint_of_an_older_version_starts_anew_what_it_lacks():
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    opt = RING(model, step_length="kl_clip")
+    step(model, opt)
+    old = copy.deepcopy(opt.state_dict())
+    for group in old["param_groups"]:
+        for key in ("betas", "max_kl"):
+            del group[key]
+        group["momentum"] = 0.9
+    weight, bias = old["state"][0], old["state"][1]
+    del weight["direction_failures"], bias["momentum_buffer"]
+    weight["momentum_buffer"] = torch.ones(3, 5)
+    other = RING(model, step_length="kl_clip", betas=(0.5, 0.9), max_kl=0.2)
+    other.load_state_dict(old)
+    group = other.param_groups[0]
+    assert group["betas"] == (0.5, 0.9)
+    assert group["max_kl"] == 0.2
+    assert group["step"] == 1
+    assert "momentum_buffer" not in other.state[model.weight]
+    before = model.weight.detach().clone()
+    step(model, other)
+    assert not torch.equal(model.weight, before)
+    assert other.diagnostics()["model/direction_failures"] == 0
+    grafted = RING(model)
+    grafted.load_state_dict(old)
+    step(model, grafted)
+
+
+def test_step_counts_are_loaded_onto_the_host():
+    model = nn.Linear(4, 3)
+    opt = RING(model)
+    step(model, opt)
+    saved = copy.deepcopy(opt.state_dict())
+    for state in saved["state"].values():
+        state["step"] = state["step"].to("meta")
+    # Without a GPU "meta" stands for another device. It has no values, so that the copy to the host, which
+    # is what is asked for, is refused by torch.
+    with pytest.raises(NotImplementedError, match="meta tensor"):
+        opt.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("late", [True, False])
+def test_narrow_parameters_change_between_curvature_and_adamw(dtype, late):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)).to(dtype)
+    opt = RING(model, lr=0.1)
+
+    def once():
+        before = model[0].bias.detach().clone()
+        F.cross_entropy(model(torch.randn(8, 4, dtype=dtype)), torch.zeros(8).long()).backward()
+        opt.step()
+        opt.zero_grad()
+        assert model[0].bias.isfinite().all()
+        assert not torch.equal(model[0].bias, before)
+
+    for frozen in (False, True, False) if late else (True, False, True):
+        model[0].weight.requires_grad_(not frozen)
+        once()
+
+
+def test_the_wide_step_of_adamw_is_that_of_torch():
+    torch.manual_seed(0)
+    p, q = (nn.Parameter(torch.linspace(-1, 1, 6, dtype=torch.bfloat16)) for _ in range(2))
+    master = nn.Parameter(q.detach().float())
+    opt = RING([p], lr=0.1, adamw_lr=0.1, betas=(0.8, 0.95), weight_decay=0.3)
+    reference = torch.optim.AdamW([master], lr=0.1, betas=(0.8, 0.95), weight_decay=0.3)
+    zeros = torch.zeros(6)
+    opt.state[p].update(step=torch.zeros(()), exp_avg=zeros.clone(), exp_avg_sq=zeros.clone())
+    for _ in range(3):
+        grad = torch.randn(6).bfloat16()
+        p.grad, master.grad = grad.clone(), grad.float()
+        opt.step()
+        reference.step()
+    assert opt.state[p]["exp_avg"].dtype == torch.float32
+    torch.testing.assert_close(opt.state[p]["exp_avg"], reference.state[master]["exp_avg"])
+    torch.testing.assert_close(opt.state[p]["exp_avg_sq"], reference.state[master]["exp_avg_sq"])
+    torch.testing.assert_close(p.float(), master.detach(), rtol=2e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("make", [nn.Module.double, nn.Module.float])
+def test_a_model_cast_after_steps_is_named_and_its_state_can_be_loaded(make):
+    model = nn.Sequential(nn.Linear(4, 3))
+    model.to(torch.float32 if make is nn.Module.double else torch.float64)
+
+    def once(opt):
+        dtype = model[0].weight.dtype
+        out = model(torch.randn(8, 4, dtype=dtype))
+        opt.observe(out)
+        out.square().mean().backward()
+        opt.step()
+        opt.zero_grad()
+
+    opt = RING(model)
+    once(opt)
+    make(model)
+    before = model[0].weight.detach().clone()
+    with pytest.raises(RuntimeError, match=r"RING: 0 .*was moved or cast after the optimizer"):
+        once(opt)
+    assert torch.equal(model[0].weight, before)
+    assert opt.param_groups[0]["step"] == 1
+    model.zero_grad()
+    resumed = RING(model)
+    resumed.load_state_dict(opt.state_dict())
+    once(resumed)
+    assert not torch.equal(model[0].weight, before)
+    assert resumed.state[model[0].weight]["input_factor"].dtype == model[0].weight.dtype
+
+
+def test_factors_on_another_device_are_named():
+    model = nn.Sequential(nn.Linear(4, 3))
+    opt = RING(model)
+    step(model, opt)
+    state = opt.state[model[0].weight]
+    state["input_factor"] = state["input_factor"].to("meta")
+    with pytest.raises(RuntimeError, match=r"RING: 0 .*was moved or cast .*meta"):
+        step(model, opt)
+
+
+def test_loading_forgets_bad_steps_and_statistics():
+    model = nn.Linear(4, 3)
+    opt = RING(model, max_failures=1)
+    step(model, opt)
+    saved = copy.deepcopy(opt.state_dict())
+    step(model, opt, scale=float("nan"))
+    opt.observe(model(torch.randn(8, 4)))
+    opt.load_state_dict(saved)
+    assert opt.diagnostics()["skipped_steps_in_a_row"] == 0
+    assert not any(opt._capture.records.values())
+    step(model, opt, scale=float("nan"))  # the first bad one again
+    with pytest.raises(PreconditionerError):
+        step(model, opt, scale=float("nan"))
+    assert not any(opt._capture.records.values())
+
+
+@pytest.mark.parametrize("optimizer", [RING, KFAC])
+def test_nothing_is_recorded_for_a_weight_that_was_frozen_later(optimizer):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    opt = optimizer(model)
+    model[0].weight.requires_grad_(False)
+    opt.observe(model(torch.randn(8, 4)))
+    kept = {x.name: len(r) for x, r in opt._capture.records.items()}
+    assert kept == {"0": 0, "1": 1}
+
+
+def test_betas_are_those_of_adamw_too():
+    p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    opt = RING([p], adamw_lr=0.1, betas=(0.5, 0.7), weight_decay=0.0)
+    other = torch.optim.AdamW([q], lr=0.1, betas=(0.5, 0.7), weight_decay=0.0)
+    for k in range(3):
+        for x, o in ((p, opt), (q, other)):
+            x.grad = torch.tensor([1.0, -2.0, 3.0]) * (1 + k)
+            o.step()
+    assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("optimizer", [RING, KFAC])
+def test_a_learning_rate_with_a_dimension_is_named(optimizer):
+    with pytest.raises(ValueError, match=f"{optimizer.__name__}: lr must be a number"):
+        optimizer(nn.Linear(4, 3), lr=torch.tensor([0.1]))

@@ -4,6 +4,7 @@
 from typing import cast
 
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from grng.curvature import convolution
 from grng.curvature.attention import projections
@@ -50,6 +51,9 @@ def find_layers(
         found = _layer_of(name, module, owners, max_factor_dim, diagonal)
         if isinstance(found, KroneckerLayer):
             layers.append(found)
+            extra = f"extra parameter of {type(module).__name__}"
+            owned = set(found.parameters)
+            reasons.update({p: extra for p in mine if p not in owned})
         else:
             reasons.update({p: found for p in mine})
     taken = {p for layer in layers for p in layer.parameters}
@@ -87,6 +91,8 @@ def _layer_of(
 def _why_not(module: nn.Module, owners: dict[nn.Parameter, list[str]]) -> str | None:
     """Return why a module of a class that can have factors has none."""
     weight = getattr(module, "weight", None)
+    if isinstance(weight, UninitializedParameter):
+        return "the weight was not initialized when the optimizer was made"
     if not isinstance(weight, nn.Parameter) or weight.is_meta:
         return "the weight is parametrised or not materialised"
     if not weight.requires_grad:

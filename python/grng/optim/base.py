@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
@@ -15,6 +16,8 @@ from grng.curvature.capture import Capture
 from grng.curvature.find import find_layers
 from grng.curvature.fisher import check_outputs, exact_losses, loss_terms, sampled_loss
 from grng.curvature.layers import KroneckerLayer
+from grng.optim.factors import add_counters, factor_dtype
+from grng.optim.grafting import adam_moments
 
 KRONECKER, ADAMW = "kronecker", "adamw"
 COUNTS = ("refresh_every", "max_factor_dim", "max_rows", "max_failures")
@@ -28,13 +31,13 @@ class PreconditionerError(RuntimeError):
 def check_hyperparameter(
     owner: str, name: str, value: Any, *, low: float = 0.0, high: float = math.inf
 ) -> None:
-    """Check a number in ``[low, high]``; a learning rate may also be a tensor with one element.
+    """Check a number in ``[low, high]``; a learning rate may also be a tensor, 0-d.
 
     Raises:
         ValueError: Out of range, NaN, or not a number; not a whole number for a count.
     """
     number = value
-    if isinstance(value, Tensor) and name == "lr" and value.numel() == 1:
+    if isinstance(value, Tensor) and name == "lr" and value.dim() == 0:
         number = float(value)
     right = ")" if high == math.inf else "]"
     known = isinstance(number, (int, float)) and not isinstance(number, bool)
@@ -70,6 +73,11 @@ class KroneckerOptimizer(Optimizer):
 
     State per parameter, all tensors or numbers: for a layer its factors, inverses and momentum under the
     weight; ``exp_avg``, ``exp_avg_sq``, ``step`` for AdamW. It keeps its dtype through ``load_state_dict``.
+
+    ``torch.distributed.checkpoint`` fills a new optimizer by a step with zero gradients, to learn which
+    tensors to read. That step changes nothing here, but makes no factors either, as nothing passes through
+    the model: reading into a new optimizer needs the whole state dict, by ``load_state_dict`` or
+    ``set_optimizer_state_dict``; reading in place (``dcp.load``) needs a training step before.
     """
 
     # Whether a factor may keep only its diagonal; else layers with larger ones are trained by AdamW.
@@ -175,10 +183,13 @@ class KroneckerOptimizer(Optimizer):
     def _statistics_wanted(self, layer: KroneckerLayer) -> bool:
         """Return whether the next step refreshes the curvature, or this layer has none yet."""
         group = self.param_groups[0]
-        return layer in self._layers and (
+        return self._is_trained(layer) and (
             self._refresh_due(group["step"], group["refresh_every"])
             or not self._has_curvature(layer)
         )
+
+    def _is_trained(self, layer: KroneckerLayer) -> bool:
+        return layer in self._layers and layer.weight.requires_grad
 
     def _has_curvature(self, layer: KroneckerLayer) -> bool:
         return "input_factor" in self.state.get(layer.weight, {})
@@ -202,20 +213,23 @@ class KroneckerOptimizer(Optimizer):
 
         Raises:
             PreconditionerError: Non-finite gradients for more than ``max_failures`` steps in a row.
+            RuntimeError: The model was moved or cast after the optimizer got its state; nothing is changed.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._check_places()
         if not self._gradients_are_finite():
             self._forget()
             return loss
         curved: set[nn.Parameter] = set()
         for group in self.param_groups:
             if group["kind"] == KRONECKER:
-                self._demote_silent()
+                idle = self._demote_silent()
                 layers = [x for x in self._layers if x.weight.grad is not None]
                 curved.update(p for x in layers for p in x.parameters)
+                layers = [x for x in layers if x not in idle]
                 if layers:
                     self._note_fisher(layers)
                     self._update_layers(group, layers)
@@ -252,6 +266,24 @@ class KroneckerOptimizer(Optimizer):
             else:
                 self._fisher = "empirical: observe() was not called, or could not reach all layers"
 
+    def _check_places(self) -> None:
+        """Check that the factors still are where, and as wide as, their weights want them.
+
+        Raises:
+            RuntimeError: They are not.
+        """
+        for x in self._layers:
+            factor = self.state.get(x.weight, {}).get("input_factor")
+            if factor is None or x.weight.grad is None:
+                continue
+            weight = x.weight
+            if factor.device != weight.device or factor.dtype != factor_dtype(x):
+                raise RuntimeError(
+                    f"{type(self).__name__}: {x.name} ({weight.dtype}, {weight.device}) was moved or cast "
+                    f"after the optimizer got its state ({factor.dtype}, {factor.device}); make the "
+                    "optimizer after that, or load its state_dict into a new one"
+                )
+
     def _gradients_are_finite(self) -> bool:
         """Check all gradients, with one wait for the device; a bad step changes nothing and is counted.
 
@@ -273,6 +305,7 @@ class KroneckerOptimizer(Optimizer):
         self._failures += 1
         if self._failures > self._max_failures:
             bad = with_grad[int((~flags).nonzero()[0])]
+            self._forget()
             raise PreconditionerError(
                 f"{type(self).__name__}: non-finite gradients in {self._failures} steps in a row, now at "
                 f"step {self.param_groups[0]['step']}, first in {self._name_of(bad)} "
@@ -281,8 +314,13 @@ class KroneckerOptimizer(Optimizer):
             )
         return False
 
-    def _demote_silent(self) -> None:
-        """Leave layers to AdamW whose module is bypassed: they get gradients, but their hooks never ran."""
+    def _demote_silent(self) -> list[KroneckerLayer]:
+        """Leave layers to AdamW whose module is bypassed: they get gradients, but their hooks never ran.
+
+        Returns:
+            The layers whose hooks did not run because they were not used: their gradients are all zero, and
+            the step leaves them as they are.
+        """
         silent = [
             x
             for x in self._layers
@@ -292,7 +330,18 @@ class KroneckerOptimizer(Optimizer):
             and not self._capture.only_empty(x)
         ]
         if not silent:
-            return
+            return []
+        flags = [
+            torch.stack([p.grad.any() for p in x.parameters if p.grad is not None]).any()
+            for x in silent
+        ]
+        used = torch.stack(
+            [f.to(flags[0].device) for f in flags]
+        ).tolist()  # one wait for the device
+        idle = [x for x, flag in zip(silent, used, strict=True) if not flag]
+        silent = [x for x, flag in zip(silent, used, strict=True) if flag]
+        if not silent:
+            return idle
         names = ", ".join(x.name for x in silent)
         warnings.warn(
             f"{type(self).__name__}: no statistics reached {names} although the gradient did (the module "
@@ -301,6 +350,7 @@ class KroneckerOptimizer(Optimizer):
             stacklevel=3,
         )
         self._demote(silent)
+        return idle
 
     def _demote(self, layers: list[KroneckerLayer]) -> None:
         self._layers = [x for x in self._layers if x not in layers]
@@ -315,6 +365,12 @@ class KroneckerOptimizer(Optimizer):
                 state["step"] = torch.zeros((), dtype=torch.float32)
                 state["exp_avg"] = torch.zeros_like(p)
                 state["exp_avg_sq"] = torch.zeros_like(p)
+        betas = group.get("betas", ADAMW_BETAS)
+        wide = [p for p in params if self.state[p]["exp_avg"].dtype != p.dtype]
+        if wide:
+            # Moments in fp32 of narrower parameters, from when curvature trained them.
+            self._wide_adamw_step(group, wide, betas)
+            params = [p for p in params if self.state[p]["exp_avg"].dtype == p.dtype]
         if not params:
             return
         adamw(
@@ -325,23 +381,42 @@ class KroneckerOptimizer(Optimizer):
             [],
             [self.state[p]["step"] for p in params],
             amsgrad=False,
-            beta1=ADAMW_BETAS[0],
-            beta2=ADAMW_BETAS[1],
+            beta1=betas[0],
+            beta2=betas[1],
             lr=group["lr"],
             weight_decay=group["weight_decay"],
             eps=ADAMW_EPS,
             maximize=False,
         )
 
+    def _wide_adamw_step(
+        self, group: dict[str, Any], params: list[Tensor], betas: tuple[float, float]
+    ) -> None:
+        states = [self.state[p] for p in params]
+        grads = [
+            cast(Tensor, p.grad).to(s["exp_avg"].dtype) for p, s in zip(params, states, strict=True)
+        ]
+        _, updates = adam_moments(states, grads, betas, ADAMW_EPS)
+        for p, update in zip(params, updates, strict=True):
+            p.mul_(1 - group["lr"] * group["weight_decay"]).sub_((group["lr"] * update).to(p.dtype))
+
     # ---- state and reports ----
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict; unlike the base class, keep the dtype of every tensor (fp32 factors).
 
+        Only factors take another dtype, where the weights have changed between fp64 and a narrower one. What
+        an older version did not save starts anew: settings as given to the constructor, counters, and
+        momentum of another form.
+
         Raises:
             ValueError: Other parameter groups, or factors of another size than the layers have. Nothing is
                 loaded then.
         """
+        given = state_dict["param_groups"]
+        if len(given) == len(self.param_groups):
+            groups = [{**mine, **g} for mine, g in zip(self.param_groups, given, strict=True)]
+            state_dict = {**state_dict, "param_groups": groups}
         saved = state_dict["state"]
         ids = [i for g in state_dict["param_groups"] for i in g["params"]]
         parameters = [p for g in self.param_groups for p in g["params"]]
@@ -351,8 +426,20 @@ class KroneckerOptimizer(Optimizer):
         for i, p in zip(ids, parameters, strict=True):
             for key, value in saved.get(i, {}).items():
                 if isinstance(value, Tensor):
-                    device = value.device if key == "step" else p.device
+                    device = torch.device("cpu") if key == "step" else p.device
                     self.state[p][key] = value.to(device=device, copy=True)
+            momentum = self.state[p].get("momentum_buffer")
+            if momentum is not None and momentum.shape != p.shape:
+                del self.state[p]["momentum_buffer"]
+        self._forget()
+        self._failures = 0
+        for layer in self._all_layers:
+            state = self.state.get(layer.weight, {})
+            if "input_factor" in state:
+                add_counters(layer, state)
+                for key, value in state.items():
+                    if key.startswith(("output_", "input_")):
+                        state[key] = value.to(factor_dtype(layer))
         # What AdamW has trained so far stays with it, and what has curvature keeps it.
         self._layers = list(self._all_layers)
         states = {x: self.state.get(x.weight, {}) for x in self._layers}
@@ -391,7 +478,7 @@ class KroneckerOptimizer(Optimizer):
         biases = {layer.bias for layer in self._layers}
         for group in self.param_groups:
             for p in group["params"]:
-                shape = "x".join(map(str, p.shape)) or "scalar"
+                shape = _shape_text(p)
                 if p in layers:  # demoted layers are not among them
                     layer = layers[p]
                     factors = ", ".join(_factor_text(layer, side) for side in (0, 1))
@@ -408,6 +495,12 @@ class KroneckerOptimizer(Optimizer):
             "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows
         ]
         return "\n".join([*lines, f"Fisher: {self._fisher}"])
+
+
+def _shape_text(parameter: nn.Parameter) -> str:
+    if isinstance(parameter, UninitializedParameter):
+        return "unknown"
+    return "x".join(map(str, parameter.shape)) or "scalar"
 
 
 def _factor_text(layer: KroneckerLayer, side: int) -> str:

@@ -13,6 +13,12 @@ from grng.curvature.layers import KroneckerLayer, Record
 
 State = dict[str, Any]
 SIDES = ("output", "input")
+COUNTERS = ("inverse_failures", "factor_failures", "direction_failures")
+
+
+def factor_dtype(layer: KroneckerLayer) -> torch.dtype:
+    """Return the dtype of a layer's factors: fp32, and fp64 for a weight in fp64."""
+    return torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
 
 
 def new_factors(layer: KroneckerLayer, *, spectral: bool = True) -> State:
@@ -20,7 +26,7 @@ def new_factors(layer: KroneckerLayer, *, spectral: bool = True) -> State:
 
     ``spectral`` damping needs a vector for the norm of each dense factor.
     """
-    dtype = torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
+    dtype = factor_dtype(layer)
 
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=layer.weight.device)
@@ -33,9 +39,15 @@ def new_factors(layer: KroneckerLayer, *, spectral: bool = True) -> State:
         if spectral and not layer.diagonal[i]:
             state[f"{side}_vector"] = zeros(*shape[:-1])
         state[f"{side}_residual"] = zeros()
-    for counter in ("inverse_failures", "factor_failures", "direction_failures"):
-        state[counter] = torch.zeros((), dtype=torch.int32, device=layer.weight.device)
+    add_counters(layer, state)
     return state
+
+
+def add_counters(layer: KroneckerLayer, state: State) -> None:
+    """Add the counters of failures that a state lacks, at zero."""
+    for counter in COUNTERS:
+        if counter not in state:
+            state[counter] = torch.zeros((), dtype=torch.int32, device=layer.weight.device)
 
 
 def update_factors(

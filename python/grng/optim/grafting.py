@@ -19,7 +19,7 @@ def adam_moments(
 
     Args:
         states: Of each parameter; filled on its first step.
-        grads: Of each parameter, in the dtype of its moments.
+        grads: Of each parameter, in the dtype that its moments shall have.
         betas: Decays of the two moments.
         eps: Added to the root of the second.
 
@@ -31,6 +31,9 @@ def adam_moments(
             state["step"] = torch.zeros((), dtype=torch.float32)
             state["exp_avg"] = torch.zeros_like(grad)
             state["exp_avg_sq"] = torch.zeros_like(grad)
+        elif state["exp_avg"].dtype != grad.dtype:  # AdamW trained it so far, in its own dtype
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key] = state[key].to(grad.dtype)
         state["step"] += 1
     first = [s["exp_avg"] for s in states]
     second = [s["exp_avg_sq"] for s in states]

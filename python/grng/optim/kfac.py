@@ -147,7 +147,7 @@ class KFAC(KroneckerOptimizer):
 
     def _statistics_wanted(self, layer: KroneckerLayer) -> bool:
         group = self.param_groups[0]
-        return layer in self._layers and (
+        return self._is_trained(layer) and (
             group["step"] % group["factor_every"] == 0 or not self._has_curvature(layer)
         )
 

@@ -45,7 +45,8 @@ class RING(KroneckerOptimizer):
         rho: Relative damping ρ, > 0. The condition number of each damped factor is at most ``1 + 1/√rho``.
         refresh_every: S of Lazy Fisher: steps between refreshes (more often in the first S steps).
         factor_decay: EMA decay of the factors per refresh.
-        betas: Decays of the averages of the gradient, which is preconditioned, and of its square.
+        betas: Decays of the averages of the gradient, which is preconditioned, and of its square; for what
+            AdamW trains too.
         weight_decay: Decoupled, multiplied by the learning rate; for what AdamW trains too.
         step_length: ``"graft"``, as above; or ``"kl_clip"``, without AdamW's moments:
             ``m <- betas[0]·m + lr·ν·P_Λ G P_Γ`` with ``ν = min(1, √(kl_clip / (lr² Σ_layers ⟨D, G⟩)))``.
