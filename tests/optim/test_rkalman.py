@@ -5,8 +5,6 @@ import copy
 import io
 import math
 import pickle
-import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -684,18 +682,6 @@ def test_model_without_trainable_parameters():
     model = mlp().requires_grad_(False)
     with pytest.raises(ValueError, match="RKalman: the model has no trainable parameters"):
         RKalman(model)
-
-
-def test_example_of_the_readme_runs_and_learns(capsys):
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    [code] = [b for b in re.findall(r"```python\n(.*?)```", readme, re.S) if "RKalman(model)" in b]
-    torch.manual_seed(0)
-    prototypes, labels = torch.randn(10, 64), torch.randint(0, 10, (300,))
-    stream = [(prototypes[y] + torch.randn(3, 64), y) for y in labels.split(3)]
-    names = {"stream": stream}
-    exec(code, names)
-    assert names["right"] > 0.5 * len(labels)
-    assert "coherence" in capsys.readouterr().out
 
 
 def test_public_names():

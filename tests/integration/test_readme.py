@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README's examples run as printed."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+
+
+def run_example(containing: str, names: dict[str, Any]) -> dict[str, Any]:
+    """Run the one Python block of the README that contains a text; ``names`` are given and changed."""
+    [code] = [b for b in re.findall(r"```python\n(.*?)```", README, re.S) if containing in b]
+    exec(code, names)
+    return names
+
+
+def test_ring_replaces_adamw_and_learns(capsys):
+    torch.manual_seed(0)
+    prototypes, labels = torch.randn(10, 64), torch.randint(0, 10, (1280,))
+    inputs = prototypes[labels] + 0.5 * torch.randn(1280, 64)
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+
+    @torch.no_grad()
+    def loss() -> float:
+        return float(F.cross_entropy(model(inputs), labels))
+
+    before = loss()
+    loader = list(zip(inputs.split(64), labels.split(64), strict=True))
+    run_example("RING(model)", {"model": model, "loader": loader, "F": F})
+    assert loss() < 0.5 * before
+    assert "kronecker" in capsys.readouterr().out.lower()
+
+
+def test_rkalman_learns_from_a_stream(capsys):
+    torch.manual_seed(0)
+    prototypes, labels = torch.randn(10, 64), torch.randint(0, 10, (300,))
+    stream = [(prototypes[y] + torch.randn(3, 64), y) for y in labels.split(3)]
+    names = run_example("RKalman(model)", {"stream": stream})
+    assert names["right"] > 0.5 * len(labels)
+    assert "coherence" in capsys.readouterr().out
+
+
+def test_kernels_take_what_the_example_gives_them():
+    torch.manual_seed(0)
+    factor_a, factor_b = torch.zeros(9, 9), torch.eye(4)
+    given = {
+        "factor": torch.zeros(9, 9),
+        "activations": torch.randn(32, 8),
+        "factor_a": factor_a + torch.eye(9),
+        "factor_b": factor_b,
+        "conv_factor": torch.zeros(27, 27),
+        "images": torch.randn(2, 3, 8, 8),
+    }
+    names = run_example("kron_factor_update_", given)
+    assert [int(x) for x in (names["info"], *names["result"].info)] == [0, 0, 0]
+    assert torch.count_nonzero(names["conv_factor"]) > 0
