@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rules for the length of RING's step on four models, at equal steps and schedules.
 
-``step_length.py --models mlp,resnet,vit,plays --seeds 3,4 --rules all``: the runs that the result does not hold
-yet, one after another. ``plot_step_length.py`` draws them. The rules are in ``step_lengths/``.
+``step_length.py --models mlp,resnet,vit,plays --seeds 3,4 --rules all``: the runs that the result does not
+hold yet, one after another. ``plot_step_length.py`` draws them. The rules are in ``step_lengths/``.
 """
 
 from __future__ import annotations

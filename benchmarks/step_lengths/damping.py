@@ -4,13 +4,13 @@
 from typing import Any
 
 import torch
-from step_lengths.watched import Watched
 from torch import Tensor
 
 import grng_kernels as kernels
 from grng.curvature.diagonal import SMALLEST_DAMPING
 from grng.curvature.layers import KroneckerLayer
 from grng.optim.factors import SIDES, State, dense_parts, keep_inverses
+from step_lengths.watched import Watched
 
 
 def side_norms(layers: list[KroneckerLayer], states: list[State]) -> Tensor:
@@ -77,4 +77,6 @@ def invert(layers: list[KroneckerLayer], states: list[State], rho: float, floor:
     parts = dense_parts(layers, states)
     if parts:
         damping = [of_state[id(p.state)][SIDES.index(p.side)] for p in parts]
-        keep_inverses(parts, kernels.damped_inverse([p.of("factor") for p in parts], damping=damping))
+        keep_inverses(
+            parts, kernels.damped_inverse([p.of("factor") for p in parts], damping=damping)
+        )

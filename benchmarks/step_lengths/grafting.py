@@ -5,13 +5,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from step_lengths.watched import Watched, flat, nested
 from torch import Tensor
 
 from grng.curvature.layers import KroneckerLayer
 from grng.optim.base import ADAMW_EPS
 from grng.optim.factors import preconditioned, update_factors
 from grng.optim.grafting import adam_moments, grafted
+from step_lengths.watched import Watched, flat, nested
 
 
 class MomentumAfter(Watched):
@@ -24,9 +24,7 @@ class MomentumAfter(Watched):
     def _grafted_step(self, group: dict[str, Any], layers: list[KroneckerLayer]) -> None:
         params = [p for x in layers for p in x.parameters]
         grads = flat([[g for g in x.grads() if g is not None] for x in layers])
-        _, lengths = adam_moments(
-            [self.state[p] for p in params], grads, group["betas"], ADAMW_EPS
-        )
+        _, lengths = adam_moments([self.state[p] for p in params], grads, group["betas"], ADAMW_EPS)
         states = [self.state[x.weight] for x in layers]
         directions, _ = preconditioned(layers, states, [x.grads() for x in layers])
         averages = []
@@ -61,8 +59,8 @@ class WarmUp(Watched):
 class MoreStatistics(Watched):
     """Statistics of every step in the factors, ``refresh_every`` times as many; inverted as often as ever.
 
-    The decay of each update is the ``refresh_every``-th root, so that the factors look back on as many steps as
-    the default's. Source: K-FAC itself averages at every step (Martens & Grosse 2015, section 5).
+    The decay of each update is the ``refresh_every``-th root, so that the factors look back on as many steps
+    as the default's. Source: K-FAC itself averages at every step (Martens & Grosse 2015, section 5).
     """
 
     def _statistics_wanted(self, layer: KroneckerLayer) -> bool:

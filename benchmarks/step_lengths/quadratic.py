@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rules whose step minimises the exact quadratic model of the loss along one or two directions.
 
-``M(Δ) = −⟨g, Δ⟩ + ½ (ΔᵀFΔ + Σ_layers λ‖Δ_layer‖²)`` for the step ``W <- W − Δ``, with ``F`` measured along the
-whole step (``grng.curvature.quadratic``) and not by the Kronecker factors, and a layer's ``λ`` what damps its
-factors.
+``M(Δ) = −⟨g, Δ⟩ + ½ (ΔᵀFΔ + Σ_layers λ‖Δ_layer‖²)`` for the step ``W <- W − Δ``, with ``F`` measured along
+the whole step (``grng.curvature.quadratic``) and not by the Kronecker factors, and a layer's ``λ`` what damps
+its factors.
 """
 
 from typing import Any
 
 import torch
-from step_lengths.damping import ModelFloor, layer_damping, side_norms
-from step_lengths.watched import Steps, Watched, flat, nested
 from torch import Tensor
 
 from grng.curvature.layers import KroneckerLayer
 from grng.optim.factors import preconditioned
+from step_lengths.damping import ModelFloor, layer_damping, side_norms
+from step_lengths.watched import Steps, Watched, flat, nested
 
 
 class QuadraticDirection(Watched):
@@ -39,9 +39,7 @@ class QuadraticDirection(Watched):
             average.lerp_(new, 1 - group["betas"][0])
             averages.append(average)
         # A run starts at the first step: what the zero start of the average takes is given back.
-        final = list(
-            torch._foreach_div(averages, 1 - group["betas"][0] ** (group["step"] + 1))
-        )
+        final = list(torch._foreach_div(averages, 1 - group["betas"][0] ** (group["step"] + 1)))
         torch._foreach_mul_(final, self._trust(group, layers, nested(final, layers), final))
         self._apply(group, params, final)
 
@@ -124,7 +122,9 @@ class DampedQuadraticMomentum(ModelFloor, QuadraticMomentum):
 
 def inner(left: Steps, right: Steps) -> Tensor:
     """Inner product of each layer, ``[layers]``."""
-    return torch.stack([
-        torch.stack([(a * b).sum() for a, b in zip(x, y, strict=True)]).sum()
-        for x, y in zip(left, right, strict=True)
-    ])
+    return torch.stack(
+        [
+            torch.stack([(a * b).sum() for a, b in zip(x, y, strict=True)]).sum()
+            for x, y in zip(left, right, strict=True)
+        ]
+    )

@@ -9,6 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
+
+from grng import RING
+from grng.compare.protocols import Protocol
 from step_lengths.damping import ModelFloor
 from step_lengths.grafting import AdaptiveDamping, MomentumAfter, MoreStatistics, WarmUp
 from step_lengths.quadratic import (
@@ -18,10 +22,6 @@ from step_lengths.quadratic import (
     QuadraticMomentum,
 )
 from step_lengths.watched import Watched
-from torch import nn
-
-from grng import RING
-from grng.compare.protocols import Protocol
 
 _DEFAULTS = {k: p.default for k, p in inspect.signature(RING).parameters.items()}
 DEFAULT_LR: float = _DEFAULTS["lr"]
@@ -61,7 +61,9 @@ _MODELLED = {
 RULES: tuple[Rule, ...] = (
     Rule("graft", "default: AdamW's length per layer, trust region", Watched),
     Rule("no-region", "AdamW's length, no trust region", Watched, {"max_kl": _NO_REGION}),
-    Rule("kl-clip", "KL clip in K-FAC's own metric", Watched, {"step_length": "kl_clip", "lr": 0.03}),
+    Rule(
+        "kl-clip", "KL clip in K-FAC's own metric", Watched, {"step_length": "kl_clip", "lr": 0.03}
+    ),
     Rule("quadratic", "exact model along D", QuadraticDirection, _MODELLED),
     Rule(
         "quadratic-damped",
@@ -86,7 +88,12 @@ GRAFT, NO_REGION = RULES[0], RULES[1]
 
 RATE_RULES: tuple[Rule, ...] = (
     *(
-        Rule(f"{rule.label}:lr={lr:g}", f"{rule.title}, lr {lr:g}", Watched, {**rule.options, "lr": lr})
+        Rule(
+            f"{rule.label}:lr={lr:g}",
+            f"{rule.title}, lr {lr:g}",
+            Watched,
+            {**rule.options, "lr": lr},
+        )
         for rule in (GRAFT, NO_REGION)
         for lr in RATES
         # The default rate is that of the rule itself.
@@ -98,7 +105,11 @@ RATE_RULES: tuple[Rule, ...] = (
     ),
 )
 ALL = {rule.label: rule for rule in (*RULES, *RATE_RULES)}
-GROUPS = {"all": list(ALL), "rules": [r.label for r in RULES], "rates": [r.label for r in RATE_RULES]}
+GROUPS = {
+    "all": list(ALL),
+    "rules": [r.label for r in RULES],
+    "rates": [r.label for r in RATE_RULES],
+}
 
 
 def chosen(text: str) -> list[Rule]:

@@ -10,8 +10,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from step_lengths.grafting import AdaptiveDamping, loss_on
-from step_lengths.rules import Rule
 from torch import Tensor
 
 from grng.compare import environment
@@ -20,6 +18,8 @@ from grng.compare.records import DIVERGED, FINISHED, Divergence, RunRecord
 from grng.compare.runs import build_model, weights_sha256
 from grng.compare.training import NonFiniteError, Trainer, learning_rate
 from grng.tasks import ClassificationData
+from step_lengths.grafting import AdaptiveDamping, loss_on
+from step_lengths.rules import Rule
 
 # Part of the steps, at the end, whose mean loss is the final one.
 FINAL_PART = 0.1
@@ -35,9 +35,7 @@ _SHARED = dict(
     checkpoints=1,
 )
 MODELS: dict[str, CompareConfig] = {
-    "mlp": CompareConfig(
-        task="fashion-mnist", model="mlp", batch_size=256, steps=300, **_SHARED
-    ),
+    "mlp": CompareConfig(task="fashion-mnist", model="mlp", batch_size=256, steps=300, **_SHARED),
     "resnet": CompareConfig(
         task="fashion-mnist", model="resnet", batch_size=64, steps=120, **_SHARED
     ),
