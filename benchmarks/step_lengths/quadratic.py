@@ -64,7 +64,8 @@ class QuadraticDirection(Watched):
 class QuadraticMomentum(QuadraticDirection):
     """``Δ = lr·(α D + μ Δ_previous)`` with the ``α, μ`` that minimise the model, in the trust region.
 
-    They are found at refreshes from a system of two equations, and kept between.
+    They are found at refreshes from a system of two equations, and kept between, ``μ`` within 0 and
+    ``betas[0]``: what is right for one step, which it may turn around, is not for the next ones.
 
     Source: Martens & Grosse 2015, section 7, and kfac-jax, which solve it at every step.
     """
@@ -78,10 +79,13 @@ class QuadraticMomentum(QuadraticDirection):
             for p, d in zip(params, flat(directions), strict=True)
         ]
         shared = self.state[self._all_layers[0].weight]
-        if self._has_statistics(layers):
+        measured = self._has_statistics(layers)
+        if measured:
             old = nested(previous, layers)
             shared["coefficients"] = self.coefficients(group, layers, directions, old)
         alpha, mu = shared["coefficients"].to(previous[0].dtype).unbind()
+        if not measured:
+            mu = mu.clamp(0.0, group["betas"][0])
         final = [alpha * d + mu * o for d, o in zip(flat(directions), previous, strict=True)]
         torch._foreach_mul_(final, self._trust(group, layers, directions, final))
         if all(bool(torch.isfinite(t).all()) for t in final):
@@ -110,6 +114,13 @@ class QuadraticMomentum(QuadraticDirection):
         # The pseudo-inverse: without a previous step, or with one along D, there is one unknown too many.
         found = torch.linalg.pinv(matrix, hermitian=True, rtol=1e-9) @ slopes
         return found / torch.stack(lengths).double().clamp(min=1e-30)
+
+
+class QuadraticMomentumAlways(QuadraticMomentum):
+    """The same, measured at every step as in kfac-jax; factors and inverses as often as in the default."""
+
+    def _statistics_wanted(self, layer: KroneckerLayer) -> bool:
+        return self._is_trained(layer)
 
 
 class DampedQuadraticDirection(ModelFloor, QuadraticDirection):

@@ -20,6 +20,7 @@ from step_lengths.quadratic import (
     DampedQuadraticMomentum,
     QuadraticDirection,
     QuadraticMomentum,
+    QuadraticMomentumAlways,
 )
 from step_lengths.watched import Watched
 
@@ -77,6 +78,12 @@ RULES: tuple[Rule, ...] = (
         "exact model along D and last step, rho 1, floor",
         DampedQuadraticMomentum,
         {**_MODELLED, "rho": 1.0},
+    ),
+    Rule(
+        "quadratic-momentum-always",
+        "exact model along D and last step, every step",
+        QuadraticMomentumAlways,
+        _MODELLED,
     ),
     Rule("momentum-after", "default, averaged after preconditioning", MomentumAfter),
     Rule("warm-up", f"default after {WarmUp.warm_up} steps of AdamW", WarmUp),

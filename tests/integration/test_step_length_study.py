@@ -13,6 +13,7 @@ from torch import nn
 from torch.func import functional_call, jvp
 
 from grng import RING
+from grng.optim.factors import preconditioned
 from grng.tasks import TASKS, ClassificationData
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -182,6 +183,28 @@ def test_a_quadratic_step_stays_in_the_trust_region():
                 p.copy_(b)
         assert 0.5 * true_form(model, step) == pytest.approx(1e-5, rel=1e-6)
         assert opt.noted["kl"] == [pytest.approx(1e-5, rel=1e-6)]
+
+
+def test_coefficients_are_kept_between_refreshes_or_found_at_every_step():
+    found = {}
+    for rule in (quadratic.QuadraticMomentum, quadratic.QuadraticMomentumAlways):
+        model = small()
+        opt = rule(model, lr=1.0, fisher="exact", max_kl=1e30, weight_decay=0.0)
+        shared = opt.state[opt._all_layers[0].weight]
+        train(opt, model, 3)
+        old, kept = [p.detach().clone() for p in model.parameters()], shared["coefficients"].clone()
+        previous = [opt.state[p]["momentum_buffer"].clone() for p in model.parameters()]
+        backward(model, opt)  # step 3 is between refreshes
+        layers = opt._layers
+        states = [opt.state[x.weight] for x in layers]
+        direction = flat(preconditioned(layers, states, [x.grads() for x in layers])[0])
+        opt.step()
+        found[rule], updates = shared["coefficients"], states[0]["updates"]
+        assert updates == 3  # at 0, 1, 2
+        mu = found[rule][1] if rule is quadratic.QuadraticMomentumAlways else kept[1].clamp(0, 0.9)
+        step = combined((found[rule][0], direction), (mu, previous))
+        assert_equal([o - p.detach() for o, p in zip(old, model.parameters(), strict=True)], step)
+        assert torch.equal(found[rule], kept) == (rule is quadratic.QuadraticMomentum)
 
 
 def train(opt, model, steps):
