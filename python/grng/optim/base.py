@@ -98,6 +98,7 @@ class KroneckerOptimizer(Optimizer):
         check_hyperparameter(owner, "max_factor_dim", max_factor_dim, low=1)
         self._reasons: dict[nn.Parameter, str] = {}
         self._layers: list[KroneckerLayer] = []
+        self._cut_off: set[KroneckerLayer] = set()  # whose hooks went, as was said
         self._adamw_lr = adamw_lr
         self._observations = 0
         self._failures, self._max_failures = 0, max_failures
@@ -315,19 +316,22 @@ class KroneckerOptimizer(Optimizer):
         return False
 
     def _demote_silent(self) -> list[KroneckerLayer]:
-        """Leave layers to AdamW whose module is bypassed: they get gradients, but their hooks never ran.
+        """Find layers whose hooks never ran although they were used: they get gradients, but no statistics.
+
+        Without factors they are left to AdamW; those that have some keep them as they are. One warning each.
 
         Returns:
-            The layers whose hooks did not run because they were not used: their gradients are all zero, and
-            the step leaves them as they are.
+            The layers without factors whose hooks did not run because they were not used: their gradients are
+            all zero, and the step leaves them as they are.
         """
         silent = [
             x
             for x in self._layers
             if x.weight.grad is not None
-            and not self._has_curvature(x)
             and not self._capture.complete(x)
             and not self._capture.only_empty(x)
+            and x not in self._cut_off
+            and (self._statistics_wanted(x) or not self._has_curvature(x))
         ]
         if not silent:
             return []
@@ -338,18 +342,30 @@ class KroneckerOptimizer(Optimizer):
         used = torch.stack(
             [f.to(flags[0].device) for f in flags]
         ).tolist()  # one wait for the device
-        idle = [x for x, flag in zip(silent, used, strict=True) if not flag]
+        idle = [
+            x for x, flag in zip(silent, used, strict=True) if not (flag or self._has_curvature(x))
+        ]
         silent = [x for x, flag in zip(silent, used, strict=True) if flag]
-        if not silent:
-            return idle
-        names = ", ".join(x.name for x in silent)
-        warnings.warn(
-            f"{type(self).__name__}: no statistics reached {names} although the gradient did (the module "
-            "is bypassed, compiled before the optimizer was made, or recomputed): trained by AdamW",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-        self._demote(silent)
+        old = [x for x in silent if self._has_curvature(x)]
+        new = [x for x in silent if x not in old]
+        owner = type(self).__name__
+        if old:
+            self._cut_off.update(old)
+            warnings.warn(
+                f"{owner}: no new statistics reach {', '.join(x.name for x in old)}: their factors stay as "
+                "they are (the hooks were removed, or the module is bypassed now)",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+        if new:
+            warnings.warn(
+                f"{owner}: no statistics reached {', '.join(x.name for x in new)} although the gradient did "
+                "(the module is bypassed, compiled before the optimizer was made, or recomputed; or the "
+                "hooks were removed): trained by AdamW",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+            self._demote(new)
         return idle
 
     def _demote(self, layers: list[KroneckerLayer]) -> None:
