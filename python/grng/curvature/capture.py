@@ -158,8 +158,18 @@ class _ForwardHook:
 
     def __init__(self, capture: "weakref.ref[Capture]", layer: KroneckerLayer) -> None:
         self._capture, self._layer = capture, layer
+        # The compiler would trace what it can of this, and compile again whenever the step count changes.
+        self._report = torch.compiler.disable(
+            self._report_pass,
+            reason="an optimizer of grng takes statistics between the layers: use fullgraph=False",
+        )
 
     def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        self._report(module, args, kwargs, output)
+
+    def _report_pass(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         alive = self._capture()

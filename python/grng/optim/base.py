@@ -74,6 +74,11 @@ class KroneckerOptimizer(Optimizer):
     State per parameter, all tensors or numbers: for a layer its factors, inverses and momentum under the
     weight; ``exp_avg``, ``exp_avg_sq``, ``step`` for AdamW. It keeps its dtype through ``load_state_dict``.
 
+    Under ``torch.compile`` statistics are taken between compiled parts: the graph breaks after each layer
+    with curvature, and ``fullgraph=True`` is an error that says so. Make the optimizer before the first call
+    of the compiled model; later, ``torch._dynamo.reset()`` lets the hooks be seen, else its layers are left
+    to AdamW with a warning.
+
     ``torch.distributed.checkpoint`` fills a new optimizer by a step with zero gradients, to learn which
     tensors to read. That step changes nothing here, but makes no factors either, as nothing passes through
     the model: reading into a new optimizer needs the whole state dict, by ``load_state_dict`` or
