@@ -6,6 +6,7 @@ or several micro-batches before one step, give several records.
 """
 
 import contextlib
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,6 +18,9 @@ from torch.utils.hooks import RemovableHandle
 
 from grng.curvature.layers import KroneckerLayer, Record
 
+# Backward passes without a step whose statistics are kept: more than gradients are usually accumulated over.
+MOST_ROUNDS = 128
+
 
 class Capture:
     """Records of all layers since the last :meth:`clear`.
@@ -25,6 +29,9 @@ class Capture:
     that of the first, whose graph the backward pass walks, ever gets a gradient. The reentrant kind runs the
     first without a graph, so that only the second counts; what :meth:`observe` would differentiate is then
     not there, and the gradient of the loss serves instead.
+
+    Records are those of one large batch until a step clears them. Where steps do not come, a new forward pass
+    drops what :meth:`outdate` marked, and what is older than :data:`MOST_ROUNDS` backward passes.
     """
 
     def __init__(
@@ -36,6 +43,11 @@ class Capture:
         self._wanted = wanted
         self._observing = False
         self._observations = 1
+        # A round is what one layer does up to the end of a backward pass.
+        self._rounds = dict.fromkeys(layers, 0)
+        self._ended: set[KroneckerLayer] = set()
+        self._outdated: set[KroneckerLayer] = set()
+        self._warned = False
         # The hooks live as long as the model, but must not keep a discarded optimizer alive.
         this = weakref.ref(self)
         handles = [
@@ -51,14 +63,55 @@ class Capture:
         if self._observing or not (torch.is_grad_enabled() and self._wanted(layer)):
             # While observing: what activation checkpointing computes again is already recorded.
             return
+        self._make_room(layer)
         for found in layer.passes(args, kwargs, output):
-            record = Record(found.layer_input)
+            record = Record(found.layer_input, round=self._rounds[layer])
             self.records[layer].append(record)
             self._edges[id(record)] = (found.edge, found.arrange)
-            found.listen(self._receiver(record))
+            found.listen(self._receiver(layer, record))
 
-    def _receiver(self, record: Record) -> Callable[[Tensor], None]:
+    def _make_room(self, layer: KroneckerLayer) -> None:
+        """Begin a new round where the last one has ended; drop records that no step will want."""
+        if layer in self._ended:
+            self._ended.remove(layer)
+            self._rounds[layer] += 1
+            oldest = self._rounds[layer] - MOST_ROUNDS
+            if any(r.round <= oldest for r in self.records[layer][:1]):
+                self._drop(layer, [r for r in self.records[layer] if r.round <= oldest])
+                if not self._warned:
+                    self._warned = True
+                    warnings.warn(
+                        f"grng: more than {MOST_ROUNDS} backward passes without a step(): the statistics of "
+                        "older ones are dropped. opt.zero_grad() drops those of gradients that are not used",
+                        RuntimeWarning,
+                        stacklevel=2,
+                    )
+        if layer in self._outdated:
+            self._outdated.remove(layer)
+            self._drop(layer, [r for r in self.records[layer] if r.outdated])
+
+    def _drop(self, layer: KroneckerLayer, old: list[Record]) -> None:
+        for record in old:
+            self._edges.pop(id(record), None)
+        gone = {id(record) for record in old}
+        self.records[layer] = [r for r in self.records[layer] if id(r) not in gone]
+
+    def outdate(self) -> None:
+        """Mark the records whose gradients were zeroed: the next forward pass of their layer drops them.
+
+        Not at once: somebody may put those gradients back, added up in another way, and make a step.
+        """
+        for layer, records in self.records.items():
+            for record in records:
+                if record.passed:
+                    record.outdated = True
+                    self._outdated.add(layer)
+
+    def _receiver(self, layer: KroneckerLayer, record: Record) -> Callable[[Tensor], None]:
         def on_grad(grad: Tensor) -> None:
+            if not self._observing:
+                record.passed = True
+                self._ended.add(layer)
             # The gradient of the loss: used where no labels were sampled (empirical Fisher).
             if not self._observing and record.output_grad is None:
                 record.output_grad = grad.detach()
@@ -146,6 +199,9 @@ class Capture:
             records.clear()
         self._edges.clear()
         self._observations = 1
+        self._rounds = dict.fromkeys(self.records, 0)
+        self._ended.clear()
+        self._outdated.clear()
 
 
 def _remove(handles: list[RemovableHandle]) -> None:

@@ -45,6 +45,11 @@ class Record:
     terms: int | None = None
     # Records of one forward pass of the model have one number.
     observation: int = 0
+    # Which backward pass of its layer since the last step this one belongs to.
+    round: int = 0
+    # Whether the loss was differentiated, and its gradient then zeroed.
+    passed: bool = False
+    outdated: bool = False
 
     def grads(self) -> list[Tensor]:
         """Return all gradients of the output."""

@@ -255,6 +255,11 @@ class KroneckerOptimizer(Optimizer):
         self._forget()
         return loss
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients; statistics of those that no step used go with the next forward pass."""
+        super().zero_grad(set_to_none)
+        self._capture.outdate()
+
     def _forget(self) -> None:
         self._capture.clear()
         self._observations = 0
