@@ -9,7 +9,7 @@ import contextlib
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,9 @@ class Capture:
     drops what :meth:`outdate` marked, and what is older than :data:`MOST_ROUNDS` backward passes.
     """
 
+    # Of all captures: what one of them differentiates is no gradient of the loss to the others either.
+    _observing = False
+
     def __init__(
         self, layers: list[KroneckerLayer], wanted: Callable[[KroneckerLayer], bool]
     ) -> None:
@@ -41,7 +44,6 @@ class Capture:
         # Where the gradient of a record's output can be asked for, until it has come.
         self._edges: dict[int, tuple[GradientEdge, Callable[[Tensor], Tensor]]] = {}
         self._wanted = wanted
-        self._observing = False
         self._observations = 1
         # A round is what one layer does up to the end of a backward pass.
         self._rounds = dict.fromkeys(layers, 0)
@@ -119,12 +121,12 @@ class Capture:
         return on_grad
 
     def waiting(self) -> list[Record]:
-        """Return the records whose output gradient has not come yet."""
+        """Return the records whose loss has not been differentiated yet."""
         return [
             record
             for records in self.records.values()
             for record in records
-            if record.output_grad is None and id(record) in self._edges
+            if not record.passed and id(record) in self._edges
         ]
 
     def announce(self, terms: int) -> None:
@@ -134,8 +136,20 @@ class Capture:
                 record.terms, record.observation = terms, self._observations
         self._observations += 1
 
+    def is_new(self, outputs: Tensor) -> bool:
+        """Return whether outputs are new; the mark that they no longer are lives as long as their graph."""
+        if outputs.grad_fn is None:
+            return True
+        seen = outputs.grad_fn.metadata.setdefault("observed by grng", weakref.WeakSet())
+        known = self in seen
+        seen.add(self)
+        return not known
+
     def observe(self, losses: list[Tensor], terms: int) -> None:
         """Take the output gradients of each of ``losses``, sums of ``terms``; no ``.grad`` is touched.
+
+        Passes that lead to several outputs, each observed, have the sum of their Fisher informations; the
+        loss is taken to be the sum of the means of the terms of each.
 
         Raises:
             RuntimeError: The graph is gone: the loss was already differentiated.
@@ -144,7 +158,7 @@ class Capture:
         if not waiting:
             return
         edges = [self._edges[id(record)][0] for record in waiting]
-        self._observing = True
+        Capture._observing = True
         try:
             grads = [
                 torch.autograd.grad(loss, edges, retain_graph=True, allow_unused=True)
@@ -161,14 +175,30 @@ class Capture:
                 return
             raise
         finally:
-            self._observing = False
-        for record, found in zip(waiting, zip(*grads, strict=True), strict=True):
-            # None: a forward pass that these outputs do not depend on (another micro-batch).
-            if found[0] is not None:
-                arrange = self._edges[id(record)][1]
-                record.output_grad, *record.further_grads = [arrange(g).detach() for g in found]
-                record.sampled, record.terms = True, terms
-                record.observation = self._observations
+            Capture._observing = False
+        # None: a forward pass that these outputs do not depend on (another micro-batch).
+        reached = [
+            (record, found)
+            for record, found in zip(waiting, zip(*grads, strict=True), strict=True)
+            if found[0] is not None
+        ]
+        before = [record for record, _ in reached if record.sampled]
+        observation, scale, first = self._observations, 1.0, 0
+        if before:  # by another head: together one observation, with the terms of the first
+            observation, known = before[0].observation, cast(int, before[0].terms)
+            scale, terms = (known / max(terms, 1)) ** 0.5, known
+            first = max(record.first + len(record.grads()) for record in before)
+        for record, found in reached:
+            arrange = self._edges[id(record)][1]
+            new = [arrange(g).detach() for g in found]
+            if scale != 1.0:
+                new = [g * scale for g in new]
+            if record.sampled:
+                record.further_grads += new
+            else:
+                record.output_grad, *record.further_grads = new
+                record.sampled, record.terms, record.first = True, terms, first
+                record.observation = observation
         self._observations += 1
 
     @contextlib.contextmanager

@@ -37,8 +37,10 @@ class Record:
 
     layer_input: Tensor
     output_grad: Tensor | None = None
-    # With the exact Fisher one for each class, of which the first is output_grad.
+    # With the exact Fisher one for each class, of which the first is output_grad; and those of further heads.
     further_grads: list[Tensor] = field(default_factory=list)
+    # The place of the first gradient among those of all heads.
+    first: int = 0
     # Gradient of a sampled label (summed over the terms) or of the loss (their mean).
     sampled: bool = False
     # Terms of the loss that this pass contributed to; None where nobody said.

@@ -156,6 +156,10 @@ class KroneckerOptimizer(Optimizer):
         that need no statistics, and never touches ``.grad`` or the global random state. With
         ``fisher="empirical"`` it only tells how many terms the loss has.
 
+        A model with several heads: one call for the outputs of each, before the first ``backward``, where the
+        loss is the sum of their mean losses. Micro-batches: one call for each. Several optimizers on one
+        model: one call of each. Outputs that are given again do not count again.
+
         Args:
             outputs: The model's outputs, one loss term for each leading index: logits ``[..., C]``, or means
                 for ``likelihood="gaussian"``.
@@ -171,6 +175,8 @@ class KroneckerOptimizer(Optimizer):
         check_outputs(outputs, likelihood)
         if not outputs.requires_grad:
             raise ValueError("observe: outputs must be attached to the graph of the forward pass")
+        if not self._capture.is_new(outputs):
+            return
         if self._fisher_kind == "empirical":
             self._capture.announce(loss_terms(outputs))
             return
