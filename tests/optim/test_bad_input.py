@@ -237,3 +237,67 @@ def test_outputs_of_a_wrong_shape_are_named(optimizer, make, error, said):
     out = model(torch.randn(8, 4))
     with pytest.raises(error, match=said):
         opt.observe(make(out))
+
+
+# ---- the first statistics are bad ----
+
+
+@pytest.mark.parametrize("bad", ["input", "output"])
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [(RING, {}), (RING, {"max_factor_dim": 1}), (KFAC, {})],
+    ids=["RING", "RING-diagonal", "KFAC"],
+)
+@pytest.mark.parametrize("on_device", [False, True], ids=["host", "device"])
+def test_a_factor_starts_with_its_first_good_statistics(
+    optimizer, options, bad, on_device, monkeypatch
+):
+    if on_device:  # the counts stay tensors, as on a GPU
+        for module in ("factors", "kfac"):
+            monkeypatch.setattr(
+                f"grng.optim.{module}.updates_so_far",
+                lambda state: [state["output_updates"], state["input_updates"]],
+            )
+    runs = {}
+    for spoiled in (False, True):
+        torch.manual_seed(0)
+        model = nn.Linear(4, CLASSES).double()
+        opt = optimizer(model, lr=0.0, refresh_every=1, **options)
+        xs = torch.randn(4, 8, 4, dtype=torch.float64)
+        for k, x in enumerate(xs):
+            if k == 0 and not spoiled:
+                opt.param_groups[0]["step"] += 1
+                continue
+            out = model(x)
+            opt.observe(out)
+            F.cross_entropy(out, torch.arange(8) % CLASSES).backward()
+            if k == 0:
+                ((record,),) = opt._capture.records.values()
+                (record.layer_input if bad == "input" else record.output_grad).view(-1)[3] = (
+                    torch.nan
+                )
+            opt.step()
+            opt.zero_grad()
+        runs[spoiled] = opt.state[model.weight]
+    torch.testing.assert_close(runs[True][f"{bad}_factor"], runs[False][f"{bad}_factor"])
+    other = "output" if bad == "input" else "input"
+    counts = {side: int(runs[True][f"{side}_updates"]) for side in (bad, other)}
+    assert counts == {bad: 3, other: 4}
+    assert int(runs[True]["factor_failures"]) == 1
+
+
+def test_counts_of_an_older_checkpoint_serve_both_sides():
+    model = net()
+    opt = RING(model)
+    step(model, opt)
+    old = copy.deepcopy(opt.state_dict())
+    for state in old["state"].values():
+        if "input_updates" in state:
+            state["updates"] = 7
+            del state["input_updates"], state["output_updates"]
+    other = RING(net())
+    other.load_state_dict(old)
+    state = other.state[other.param_groups[0]["params"][0]]
+    assert int(state["input_updates"]) == int(state["output_updates"]) == 7
+    assert state["input_updates"].dtype == torch.int32
+    assert "updates" not in state

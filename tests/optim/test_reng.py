@@ -213,7 +213,7 @@ def test_everything_is_restored_when_the_second_pass_fails():
     calls.extend([None] * 5)
     opt.backward(closure)
     opt.step()
-    assert opt.state[model.first.weight]["updates"] == 1
+    assert opt.state[model.first.weight]["input_updates"] == 1
 
 
 @pytest.mark.parametrize("method", reng.METHODS)

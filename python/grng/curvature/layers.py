@@ -125,7 +125,7 @@ class KroneckerLayer:
         layer_input: Tensor,
         *,
         decay: float | Tensor,
-        scale: float,
+        scale: float | Tensor,
         reduce: bool,
     ) -> Tensor:
         """``factor <- decay·factor + scale·Σ a aᵀ`` over the rows ``a``; return ``Info``.
@@ -144,7 +144,7 @@ class KroneckerLayer:
         output_grad: Tensor,
         *,
         decay: float | Tensor,
-        scale: float,
+        scale: float | Tensor,
         reduce: bool,
     ) -> Tensor:
         """``factor <- decay·factor + scale·Σ g gᵀ`` over the rows ``g``; return ``Info``.
@@ -162,7 +162,7 @@ class KroneckerLayer:
         factor: Tensor,
         rows: Tensor,
         decay: float | Tensor,
-        scale: float,
+        scale: float | Tensor,
         bias: bool,
     ) -> Tensor:
         if self.diagonal[side]:

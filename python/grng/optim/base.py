@@ -470,7 +470,7 @@ class KroneckerOptimizer(Optimizer):
             if "input_factor" in state:
                 add_counters(layer, state)
                 for key, value in state.items():
-                    if key.startswith(("output_", "input_")):
+                    if key.startswith(("output_", "input_")) and value.is_floating_point():
                         state[key] = value.to(factor_dtype(layer))
         # What AdamW has trained so far stays with it, and what has curvature keeps it.
         self._layers = list(self._all_layers)
