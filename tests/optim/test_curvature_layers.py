@@ -668,7 +668,7 @@ def test_observe_names_what_it_cannot_use(make, error, said, fisher):
     opt.observe(outputs)
     outputs.square().mean().backward()
     opt.step()
-    assert opt.state[model.layer.weight]["updates"] == 1
+    assert opt.state[model.layer.weight]["input_updates"] == 1
 
 
 def test_the_exact_fisher_refuses_many_classes():

@@ -92,8 +92,11 @@ def test_the_finite_difference_is_exact_but_for_its_length(rho_gr, monkeypatch):
 
     loss, grads, products = gradient_and_product(net, loss_of)
     errors = []
-    for length in (reng.DIFFERENCE_LENGTH, reng.DIFFERENCE_LENGTH / 10):
-        monkeypatch.setattr(reng, "DIFFERENCE_LENGTH", length)
+    size = torch.cat([p.detach().reshape(-1) for p in used(net).values()]).norm()
+    default = reng.RELATIVE_LENGTH
+    for relative in (default, default / 10):
+        monkeypatch.setattr(reng, "RELATIVE_LENGTH", relative)
+        length = relative * size
         opt = RENG(net, rho_gr=rho_gr, method="finite_difference")
         assert torch.equal(opt.backward(lambda: loss_of(net)), loss)
         wanted = difference(net, loss_of, length)
@@ -108,6 +111,88 @@ def test_the_finite_difference_is_exact_but_for_its_length(rho_gr, monkeypatch):
     # The error is of first order in the length.
     assert errors[0] < 0.1 * size
     assert errors[1] < 0.15 * errors[0]
+
+
+def test_the_finite_difference_is_double_backprop_but_for_a_few_percent():
+    net, (x, y) = Net(), batch()
+    found_by = {}
+    for method in reng.METHODS:
+        opt = RENG(net, rho_gr=3.0, method=method)
+        opt.backward(lambda: F.cross_entropy(net(x), y))
+        found_by[method] = torch.cat([g.reshape(-1) for g in found(net)])
+        opt.zero_grad()
+    F.cross_entropy(net(x), y).backward()
+    plain = torch.cat([g.reshape(-1) for g in found(net)])
+    exact, near = (found_by[m] - plain for m in reng.METHODS)
+    assert (near - exact).norm() < 0.02 * exact.norm()
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_the_length_of_the_difference_follows_the_weights(scale):
+    # The same function of weights that are scaled: H·∇L scales with 1/scale³, its relative error does not.
+    x, y = torch.randn(9, 4, dtype=torch.float64), torch.randint(0, 3, (9,))
+    start = nn.Linear(4, 3).double()
+    errors = []
+    for factor in (1.0, scale):
+        layer = copy.deepcopy(start)
+        with torch.no_grad():
+            for p in layer.parameters():
+                p.mul_(factor)
+        products = {}
+        for method in reng.METHODS:
+            opt = RENG(layer, rho_gr=1.0, method=method)
+            opt.backward(lambda layer=layer, factor=factor: F.cross_entropy(layer(x) / factor, y))
+            opt_grad = layer.weight.grad.clone()
+            opt.zero_grad()
+            F.cross_entropy(layer(x) / factor, y).backward()
+            products[method] = opt_grad - layer.weight.grad
+            opt.zero_grad()
+        exact, near = (products[m] for m in reng.METHODS)
+        errors.append(((near - exact).norm() / exact.norm()).item())
+    # The bias scales too: ∇L is that of a fixed function, so that the directions agree.
+    assert errors[1] == pytest.approx(errors[0], rel=1e-3)
+
+
+def test_the_finite_difference_from_zero_weights():
+    layer = nn.Linear(4, 3).double()
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    x, y = torch.randn(9, 4, dtype=torch.float64), torch.randint(0, 3, (9,))
+    grads = []
+    for method in reng.METHODS:
+        opt = RENG(layer, rho_gr=1.0, method=method)
+        opt.backward(lambda: F.cross_entropy(layer(x), y))
+        grads.append(layer.weight.grad.clone())
+        opt.zero_grad()
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-2, atol=1e-3)
+
+
+def test_the_finite_difference_is_refused_with_several_processes(monkeypatch):
+    net, (x, y) = Net(), batch()
+    opt = RENG(net, method="finite_difference")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(RuntimeError, match=r"is for one process, there are 2: .*double_backprop"):
+        opt.backward(lambda: F.cross_entropy(net(x), y))
+    assert all(p.grad is None for p in net.parameters())
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
+def test_double_backprop_under_ddp():
+    net, (x, y) = Net(), batch()
+    twin = copy.deepcopy(net)
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(net, find_unused_parameters=True)
+        for model, owner in ((wrapped, net), (twin, twin)):
+            opt = RENG(owner, rho_gr=2.0)
+            opt.backward(F.cross_entropy(model(x), y))
+    finally:
+        torch.distributed.destroy_process_group()
+    for got, want in zip(found(net), found(twin), strict=True):
+        torch.testing.assert_close(got, want)
 
 
 def test_the_finite_difference_is_exact_for_a_quadratic_loss():
@@ -213,7 +298,7 @@ def test_everything_is_restored_when_the_second_pass_fails():
     calls.extend([None] * 5)
     opt.backward(closure)
     opt.step()
-    assert opt.state[model.first.weight]["updates"] == 1
+    assert opt.state[model.first.weight]["input_updates"] == 1
 
 
 @pytest.mark.parametrize("method", reng.METHODS)

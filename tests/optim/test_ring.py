@@ -423,7 +423,7 @@ def test_observe_errors():
     F.cross_entropy(logits, y).backward()
     for records in opt._capture.records.values():
         for record in records:
-            record.output_grad = None
+            record.output_grad, record.passed = None, False
     with pytest.raises(RuntimeError, match=r"before loss\.backward\(\)"):
         opt.observe(logits)
 

@@ -6,9 +6,10 @@ or several micro-batches before one step, give several records.
 """
 
 import contextlib
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import RemovableHandle
 
 from grng.curvature.layers import KroneckerLayer, Record
+
+# Backward passes without a step whose statistics are kept: more than gradients are usually accumulated over.
+MOST_ROUNDS = 128
 
 
 class Capture:
@@ -25,7 +29,13 @@ class Capture:
     that of the first, whose graph the backward pass walks, ever gets a gradient. The reentrant kind runs the
     first without a graph, so that only the second counts; what :meth:`observe` would differentiate is then
     not there, and the gradient of the loss serves instead.
+
+    Records are those of one large batch until a step clears them. Where steps do not come, a new forward pass
+    drops what :meth:`outdate` marked, and what is older than :data:`MOST_ROUNDS` backward passes.
     """
+
+    # Of all captures: what one of them differentiates is no gradient of the loss to the others either.
+    _observing = False
 
     def __init__(
         self, layers: list[KroneckerLayer], wanted: Callable[[KroneckerLayer], bool]
@@ -34,8 +44,12 @@ class Capture:
         # Where the gradient of a record's output can be asked for, until it has come.
         self._edges: dict[int, tuple[GradientEdge, Callable[[Tensor], Tensor]]] = {}
         self._wanted = wanted
-        self._observing = False
         self._observations = 1
+        # A round is what one layer does up to the end of a backward pass.
+        self._rounds = dict.fromkeys(layers, 0)
+        self._ended: set[KroneckerLayer] = set()
+        self._outdated: set[KroneckerLayer] = set()
+        self._warned = False
         # The hooks live as long as the model, but must not keep a discarded optimizer alive.
         this = weakref.ref(self)
         handles = [
@@ -51,14 +65,55 @@ class Capture:
         if self._observing or not (torch.is_grad_enabled() and self._wanted(layer)):
             # While observing: what activation checkpointing computes again is already recorded.
             return
+        self._make_room(layer)
         for found in layer.passes(args, kwargs, output):
-            record = Record(found.layer_input)
+            record = Record(found.layer_input, round=self._rounds[layer])
             self.records[layer].append(record)
             self._edges[id(record)] = (found.edge, found.arrange)
-            found.listen(self._receiver(record))
+            found.listen(self._receiver(layer, record))
 
-    def _receiver(self, record: Record) -> Callable[[Tensor], None]:
+    def _make_room(self, layer: KroneckerLayer) -> None:
+        """Begin a new round where the last one has ended; drop records that no step will want."""
+        if layer in self._ended:
+            self._ended.remove(layer)
+            self._rounds[layer] += 1
+            oldest = self._rounds[layer] - MOST_ROUNDS
+            if any(r.round <= oldest for r in self.records[layer][:1]):
+                self._drop(layer, [r for r in self.records[layer] if r.round <= oldest])
+                if not self._warned:
+                    self._warned = True
+                    warnings.warn(
+                        f"grng: more than {MOST_ROUNDS} backward passes without a step(): the statistics of "
+                        "older ones are dropped. opt.zero_grad() drops those of gradients that are not used",
+                        RuntimeWarning,
+                        stacklevel=2,
+                    )
+        if layer in self._outdated:
+            self._outdated.remove(layer)
+            self._drop(layer, [r for r in self.records[layer] if r.outdated])
+
+    def _drop(self, layer: KroneckerLayer, old: list[Record]) -> None:
+        for record in old:
+            self._edges.pop(id(record), None)
+        gone = {id(record) for record in old}
+        self.records[layer] = [r for r in self.records[layer] if id(r) not in gone]
+
+    def outdate(self) -> None:
+        """Mark the records whose gradients were zeroed: the next forward pass of their layer drops them.
+
+        Not at once: somebody may put those gradients back, added up in another way, and make a step.
+        """
+        for layer, records in self.records.items():
+            for record in records:
+                if record.passed:
+                    record.outdated = True
+                    self._outdated.add(layer)
+
+    def _receiver(self, layer: KroneckerLayer, record: Record) -> Callable[[Tensor], None]:
         def on_grad(grad: Tensor) -> None:
+            if not self._observing:
+                record.passed = True
+                self._ended.add(layer)
             # The gradient of the loss: used where no labels were sampled (empirical Fisher).
             if not self._observing and record.output_grad is None:
                 record.output_grad = grad.detach()
@@ -66,12 +121,12 @@ class Capture:
         return on_grad
 
     def waiting(self) -> list[Record]:
-        """Return the records whose output gradient has not come yet."""
+        """Return the records whose loss has not been differentiated yet."""
         return [
             record
             for records in self.records.values()
             for record in records
-            if record.output_grad is None and id(record) in self._edges
+            if not record.passed and id(record) in self._edges
         ]
 
     def announce(self, terms: int) -> None:
@@ -81,8 +136,20 @@ class Capture:
                 record.terms, record.observation = terms, self._observations
         self._observations += 1
 
+    def is_new(self, outputs: Tensor) -> bool:
+        """Return whether outputs are new; the mark that they no longer are lives as long as their graph."""
+        if outputs.grad_fn is None:
+            return True
+        seen = outputs.grad_fn.metadata.setdefault("observed by grng", weakref.WeakSet())
+        known = self in seen
+        seen.add(self)
+        return not known
+
     def observe(self, losses: list[Tensor], terms: int) -> None:
         """Take the output gradients of each of ``losses``, sums of ``terms``; no ``.grad`` is touched.
+
+        Passes that lead to several outputs, each observed, have the sum of their Fisher informations; the
+        loss is taken to be the sum of the means of the terms of each.
 
         Raises:
             RuntimeError: The graph is gone: the loss was already differentiated.
@@ -91,7 +158,7 @@ class Capture:
         if not waiting:
             return
         edges = [self._edges[id(record)][0] for record in waiting]
-        self._observing = True
+        Capture._observing = True
         try:
             grads = [
                 torch.autograd.grad(loss, edges, retain_graph=True, allow_unused=True)
@@ -108,14 +175,30 @@ class Capture:
                 return
             raise
         finally:
-            self._observing = False
-        for record, found in zip(waiting, zip(*grads, strict=True), strict=True):
-            # None: a forward pass that these outputs do not depend on (another micro-batch).
-            if found[0] is not None:
-                arrange = self._edges[id(record)][1]
-                record.output_grad, *record.further_grads = [arrange(g).detach() for g in found]
-                record.sampled, record.terms = True, terms
-                record.observation = self._observations
+            Capture._observing = False
+        # None: a forward pass that these outputs do not depend on (another micro-batch).
+        reached = [
+            (record, found)
+            for record, found in zip(waiting, zip(*grads, strict=True), strict=True)
+            if found[0] is not None
+        ]
+        before = [record for record, _ in reached if record.sampled]
+        observation, scale, first = self._observations, 1.0, 0
+        if before:  # by another head: together one observation, with the terms of the first
+            observation, known = before[0].observation, cast(int, before[0].terms)
+            scale, terms = (known / max(terms, 1)) ** 0.5, known
+            first = max(record.first + len(record.grads()) for record in before)
+        for record, found in reached:
+            arrange = self._edges[id(record)][1]
+            new = [arrange(g).detach() for g in found]
+            if scale != 1.0:
+                new = [g * scale for g in new]
+            if record.sampled:
+                record.further_grads += new
+            else:
+                record.output_grad, *record.further_grads = new
+                record.sampled, record.terms, record.first = True, terms, first
+                record.observation = observation
         self._observations += 1
 
     @contextlib.contextmanager
@@ -146,6 +229,9 @@ class Capture:
             records.clear()
         self._edges.clear()
         self._observations = 1
+        self._rounds = dict.fromkeys(self.records, 0)
+        self._ended.clear()
+        self._outdated.clear()
 
 
 def _remove(handles: list[RemovableHandle]) -> None:
@@ -158,8 +244,18 @@ class _ForwardHook:
 
     def __init__(self, capture: "weakref.ref[Capture]", layer: KroneckerLayer) -> None:
         self._capture, self._layer = capture, layer
+        # The compiler would trace what it can of this, and compile again whenever the step count changes.
+        self._report = torch.compiler.disable(
+            self._report_pass,
+            reason="an optimizer of grng takes statistics between the layers: use fullgraph=False",
+        )
 
     def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        self._report(module, args, kwargs, output)
+
+    def _report_pass(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         alive = self._capture()

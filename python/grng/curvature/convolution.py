@@ -63,7 +63,7 @@ class ConvolutionLayer(KroneckerLayer):
         layer_input: Tensor,
         *,
         decay: float | Tensor,
-        scale: float,
+        scale: float | Tensor,
         reduce: bool,
     ) -> Tensor:
         """See the base class; the rows are patches."""
@@ -84,7 +84,7 @@ class ConvolutionLayer(KroneckerLayer):
         output_grad: Tensor,
         *,
         decay: float | Tensor,
-        scale: float,
+        scale: float | Tensor,
         reduce: bool,
     ) -> Tensor:
         """See the base class."""

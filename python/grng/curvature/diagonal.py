@@ -11,7 +11,7 @@ SMALLEST_DAMPING = 1e-36
 
 
 def diagonal_factor_update_(
-    factor: Tensor, x: Tensor, *, decay: float | Tensor, scale: float, bias: bool
+    factor: Tensor, x: Tensor, *, decay: float | Tensor, scale: float | Tensor, bias: bool
 ) -> Tensor:
     """``factor <- decay·factor + scale·diag(xᵀx)``, in place, for all or nothing.
 

@@ -37,14 +37,21 @@ class Record:
 
     layer_input: Tensor
     output_grad: Tensor | None = None
-    # With the exact Fisher one for each class, of which the first is output_grad.
+    # With the exact Fisher one for each class, of which the first is output_grad; and those of further heads.
     further_grads: list[Tensor] = field(default_factory=list)
+    # The place of the first gradient among those of all heads.
+    first: int = 0
     # Gradient of a sampled label (summed over the terms) or of the loss (their mean).
     sampled: bool = False
     # Terms of the loss that this pass contributed to; None where nobody said.
     terms: int | None = None
     # Records of one forward pass of the model have one number.
     observation: int = 0
+    # Which backward pass of its layer since the last step this one belongs to.
+    round: int = 0
+    # Whether the loss was differentiated, and its gradient then zeroed.
+    passed: bool = False
+    outdated: bool = False
 
     def grads(self) -> list[Tensor]:
         """Return all gradients of the output."""
@@ -118,7 +125,7 @@ class KroneckerLayer:
         layer_input: Tensor,
         *,
         decay: float | Tensor,
-        scale: float,
+        scale: float | Tensor,
         reduce: bool,
     ) -> Tensor:
         """``factor <- decay·factor + scale·Σ a aᵀ`` over the rows ``a``; return ``Info``.
@@ -137,7 +144,7 @@ class KroneckerLayer:
         output_grad: Tensor,
         *,
         decay: float | Tensor,
-        scale: float,
+        scale: float | Tensor,
         reduce: bool,
     ) -> Tensor:
         """``factor <- decay·factor + scale·Σ g gᵀ`` over the rows ``g``; return ``Info``.
@@ -155,7 +162,7 @@ class KroneckerLayer:
         factor: Tensor,
         rows: Tensor,
         decay: float | Tensor,
-        scale: float,
+        scale: float | Tensor,
         bias: bool,
     ) -> Tensor:
         if self.diagonal[side]:

@@ -36,7 +36,7 @@ def fisher_along(
             terms[seen_in] = min(count, terms.get(seen_in, count))
             # Sampled labels: their sum was differentiated. A mean loss: each gradient was divided by T.
             squares[seen_in] = 1.0 if record.sampled else float(terms[seen_in]) ** 2
-            for c, grad in enumerate(record.grads()):
+            for c, grad in enumerate(record.grads(), record.first):
                 scores = layer.scores(record.layer_input, grad, step)
                 found.setdefault((seen_in, c), []).append(scores)
     if not found:

@@ -74,6 +74,11 @@ class KroneckerOptimizer(Optimizer):
     State per parameter, all tensors or numbers: for a layer its factors, inverses and momentum under the
     weight; ``exp_avg``, ``exp_avg_sq``, ``step`` for AdamW. It keeps its dtype through ``load_state_dict``.
 
+    Under ``torch.compile`` statistics are taken between compiled parts: the graph breaks after each layer
+    with curvature, and ``fullgraph=True`` is an error that says so. Make the optimizer before the first call
+    of the compiled model; later, ``torch._dynamo.reset()`` lets the hooks be seen, else its layers are left
+    to AdamW with a warning.
+
     ``torch.distributed.checkpoint`` fills a new optimizer by a step with zero gradients, to learn which
     tensors to read. That step changes nothing here, but makes no factors either, as nothing passes through
     the model: reading into a new optimizer needs the whole state dict, by ``load_state_dict`` or
@@ -98,6 +103,7 @@ class KroneckerOptimizer(Optimizer):
         check_hyperparameter(owner, "max_factor_dim", max_factor_dim, low=1)
         self._reasons: dict[nn.Parameter, str] = {}
         self._layers: list[KroneckerLayer] = []
+        self._cut_off: set[KroneckerLayer] = set()  # whose hooks went, as was said
         self._adamw_lr = adamw_lr
         self._observations = 0
         self._failures, self._max_failures = 0, max_failures
@@ -150,6 +156,10 @@ class KroneckerOptimizer(Optimizer):
         that need no statistics, and never touches ``.grad`` or the global random state. With
         ``fisher="empirical"`` it only tells how many terms the loss has.
 
+        A model with several heads: one call for the outputs of each, before the first ``backward``, where the
+        loss is the sum of their mean losses. Micro-batches: one call for each. Several optimizers on one
+        model: one call of each. Outputs that are given again do not count again.
+
         Args:
             outputs: The model's outputs, one loss term for each leading index: logits ``[..., C]``, or means
                 for ``likelihood="gaussian"``.
@@ -165,6 +175,8 @@ class KroneckerOptimizer(Optimizer):
         check_outputs(outputs, likelihood)
         if not outputs.requires_grad:
             raise ValueError("observe: outputs must be attached to the graph of the forward pass")
+        if not self._capture.is_new(outputs):
+            return
         if self._fisher_kind == "empirical":
             self._capture.announce(loss_terms(outputs))
             return
@@ -249,6 +261,11 @@ class KroneckerOptimizer(Optimizer):
         self._forget()
         return loss
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients; statistics of those that no step used go with the next forward pass."""
+        super().zero_grad(set_to_none)
+        self._capture.outdate()
+
     def _forget(self) -> None:
         self._capture.clear()
         self._observations = 0
@@ -315,19 +332,22 @@ class KroneckerOptimizer(Optimizer):
         return False
 
     def _demote_silent(self) -> list[KroneckerLayer]:
-        """Leave layers to AdamW whose module is bypassed: they get gradients, but their hooks never ran.
+        """Find layers whose hooks never ran although they were used: they get gradients, but no statistics.
+
+        Without factors they are left to AdamW; those that have some keep them as they are. One warning each.
 
         Returns:
-            The layers whose hooks did not run because they were not used: their gradients are all zero, and
-            the step leaves them as they are.
+            The layers without factors whose hooks did not run because they were not used: their gradients are
+            all zero, and the step leaves them as they are.
         """
         silent = [
             x
             for x in self._layers
             if x.weight.grad is not None
-            and not self._has_curvature(x)
             and not self._capture.complete(x)
             and not self._capture.only_empty(x)
+            and x not in self._cut_off
+            and (self._statistics_wanted(x) or not self._has_curvature(x))
         ]
         if not silent:
             return []
@@ -338,18 +358,30 @@ class KroneckerOptimizer(Optimizer):
         used = torch.stack(
             [f.to(flags[0].device) for f in flags]
         ).tolist()  # one wait for the device
-        idle = [x for x, flag in zip(silent, used, strict=True) if not flag]
+        idle = [
+            x for x, flag in zip(silent, used, strict=True) if not (flag or self._has_curvature(x))
+        ]
         silent = [x for x, flag in zip(silent, used, strict=True) if flag]
-        if not silent:
-            return idle
-        names = ", ".join(x.name for x in silent)
-        warnings.warn(
-            f"{type(self).__name__}: no statistics reached {names} although the gradient did (the module "
-            "is bypassed, compiled before the optimizer was made, or recomputed): trained by AdamW",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-        self._demote(silent)
+        old = [x for x in silent if self._has_curvature(x)]
+        new = [x for x in silent if x not in old]
+        owner = type(self).__name__
+        if old:
+            self._cut_off.update(old)
+            warnings.warn(
+                f"{owner}: no new statistics reach {', '.join(x.name for x in old)}: their factors stay as "
+                "they are (the hooks were removed, or the module is bypassed now)",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+        if new:
+            warnings.warn(
+                f"{owner}: no statistics reached {', '.join(x.name for x in new)} although the gradient did "
+                "(the module is bypassed, compiled before the optimizer was made, or recomputed; or the "
+                "hooks were removed): trained by AdamW",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+            self._demote(new)
         return idle
 
     def _demote(self, layers: list[KroneckerLayer]) -> None:
@@ -438,7 +470,7 @@ class KroneckerOptimizer(Optimizer):
             if "input_factor" in state:
                 add_counters(layer, state)
                 for key, value in state.items():
-                    if key.startswith(("output_", "input_")):
+                    if key.startswith(("output_", "input_")) and value.is_floating_point():
                         state[key] = value.to(factor_dtype(layer))
         # What AdamW has trained so far stays with it, and what has curvature keeps it.
         self._layers = list(self._all_layers)

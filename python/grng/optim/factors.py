@@ -31,7 +31,7 @@ def new_factors(layer: KroneckerLayer, *, spectral: bool = True) -> State:
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=layer.weight.device)
 
-    state: State = {"updates": 0}
+    state: State = {}
     for i, side in enumerate(SIDES):
         shape = layer.factor_shape(i)
         state[f"{side}_factor"] = zeros(*shape)
@@ -39,12 +39,18 @@ def new_factors(layer: KroneckerLayer, *, spectral: bool = True) -> State:
         if spectral and not layer.diagonal[i]:
             state[f"{side}_vector"] = zeros(*shape[:-1])
         state[f"{side}_residual"] = zeros()
+        state[f"{side}_updates"] = torch.zeros((), dtype=torch.int32, device=layer.weight.device)
     add_counters(layer, state)
     return state
 
 
 def add_counters(layer: KroneckerLayer, state: State) -> None:
-    """Add the counters of failures that a state lacks, at zero."""
+    """Add the counters that a state lacks: of failures, at zero, and of updates, which were one for both."""
+    both = state.pop("updates", 0)
+    for side in SIDES:
+        if f"{side}_updates" not in state:
+            count = torch.tensor(int(both), dtype=torch.int32, device=layer.weight.device)
+            state[f"{side}_updates"] = count
     for counter in COUNTERS:
         if counter not in state:
             state[counter] = torch.zeros((), dtype=torch.int32, device=layer.weight.device)
@@ -62,14 +68,18 @@ def update_factors(
     Source: Eschenhagen et al. 2023, "Kronecker-Factored Approximate Curvature for Modern Neural Network
     Architectures", and its scale of Λ.
     """
-    decay = corrected_decay(state["updates"], factor_decay)
-    update_factors_with(layer, state, records, decay, sharing)
+    decays = [corrected_decay(n, factor_decay) for n in updates_so_far(state)]
+    update_factors_with(layer, state, records, decays, sharing)
 
 
 def update_factors_with(
-    layer: KroneckerLayer, state: State, records: list[Record], decay: float, sharing: str
+    layer: KroneckerLayer,
+    state: State,
+    records: list[Record],
+    decays: Sequence[float | Tensor],
+    sharing: str,
 ) -> None:
-    """Do what :func:`update_factors` does, with a decay that is used as it is."""
+    """Do what :func:`update_factors` does, with decays, output side first, that are used as they are."""
     reduced = [_is_reduced(layer, r, sharing) for r in records]
     terms = [r.terms or layer.examples(r.layer_input) for r in records]
     rows = sum(
@@ -85,7 +95,7 @@ def update_factors_with(
         layer,
         state,
         records,
-        decay,
+        decays,
         input_weights=[1 / rows] * len(records),
         output_weights=[s / total for s in squares],
         reduced=reduced,
@@ -96,25 +106,30 @@ def add_statistics(
     layer: KroneckerLayer,
     state: State,
     records: list[Record],
-    decay: float,
+    decays: Sequence[float | Tensor],
     *,
     input_weights: Sequence[float],
     output_weights: Sequence[float],
     reduced: Sequence[bool],
 ) -> None:
-    """``factor <- decay·factor + (1 - decay)·Σ weight·(sum of squares of a record)``, both factors."""
+    """``factor <- decay·factor + (1 - decay)·Σ weight·(sum of squares of a record)``, both factors.
+
+    ``decays`` are that of the output and that of the input factor.
+    """
     # The first record that serves ages the factor, the others add to it: together one batch.
-    input_age: float | Tensor = decay
-    output_age: float | Tensor = decay
+    output_age, input_age = decays
+    output_share, input_share = (1 - decay for decay in decays)
+    output_info, input_info = [], []
     for i, record in enumerate(records):
         is_last = i == len(records) - 1
         info = layer.update_input_factor(
             state["input_factor"],
             record.layer_input,
             decay=input_age,
-            scale=(1 - decay) * input_weights[i],
+            scale=input_share * input_weights[i],
             reduce=reduced[i],
         )
+        input_info.append(info)
         input_age = input_age if is_last else torch.where(info == 0, 1.0, input_age)
         failed = info != 0
         grads = record.grads()
@@ -123,14 +138,26 @@ def add_statistics(
                 state["output_factor"],
                 grad,
                 decay=output_age,
-                scale=(1 - decay) * output_weights[i],
+                scale=output_share * output_weights[i],
                 reduce=reduced[i],
             )
+            output_info.append(info)
             if not (is_last and k == len(grads) - 1):
                 output_age = torch.where(info == 0, 1.0, output_age)
             failed = failed | (info != 0)
         state["factor_failures"] += failed
-    state["updates"] += 1
+    for side, info_of in zip(SIDES, (output_info, input_info), strict=True):
+        # A factor that is still zero, as its first statistics were bad, starts with the next ones.
+        served = info_of[0] == 0
+        for info in info_of[1:]:
+            served = served | (info == 0)
+        state[f"{side}_updates"] += served
+
+
+def updates_so_far(state: State) -> list[int | Tensor]:
+    """Return how often the output and the input factor were updated: on a device without waiting for it."""
+    counts = [state[f"{side}_updates"] for side in SIDES]
+    return [int(n) if n.is_cpu else n for n in counts]
 
 
 def _is_reduced(layer: KroneckerLayer, record: Record, sharing: str) -> bool:
@@ -142,8 +169,10 @@ def _is_reduced(layer: KroneckerLayer, record: Record, sharing: str) -> bool:
     return sharing == "reduce" or auto
 
 
-def corrected_decay(updates: int, decay: float) -> float:
+def corrected_decay(updates: int | Tensor, decay: float) -> float | Tensor:
     """Return the decay that keeps an EMA free of its zero start: 0 for the first update."""
+    if isinstance(updates, Tensor):
+        updates = updates.double()  # in fp32 the differences below would lose what matters
     return decay * (1 - decay**updates) / (1 - decay ** (updates + 1))
 
 

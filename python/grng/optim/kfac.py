@@ -21,6 +21,7 @@ from grng.optim.factors import (
     new_factors,
     preconditioned,
     update_factors_with,
+    updates_so_far,
 )
 
 CONVENTIONS = ("martens-grosse", "kfac-pytorch")
@@ -192,8 +193,8 @@ class KFAC(KroneckerOptimizer):
         decay = group["factor_decay"]
         if self._convention == "martens-grosse":
             # Martens & Grosse, section 5: no trace of the start.
-            decay = min(1 - 1 / (state["updates"] + 1), decay)
-            update_factors_with(layer, state, records, decay, "expand")
+            decays = [_decay_from_start(n, decay) for n in updates_so_far(state)]
+            update_factors_with(layer, state, records, decays, "expand")
         else:
             _update_like_kfac_pytorch(layer, state, records, decay)
 
@@ -258,11 +259,17 @@ def _update_like_kfac_pytorch(
         layer,
         state,
         records,
-        decay,
+        (decay, decay),
         input_weights=[1 / n for n in rows],
         output_weights=[s / n for s, n in zip(squares, rows, strict=True)],
         reduced=[False] * len(records),
     )
+
+
+def _decay_from_start(updates: int | Tensor, decay: float) -> float | Tensor:
+    if isinstance(updates, Tensor):
+        return (1 - 1 / (updates.double() + 1)).clamp(max=decay)
+    return min(1 - 1 / (updates + 1), decay)
 
 
 def _split_damping(state: State, damping: float) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
