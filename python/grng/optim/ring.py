@@ -82,9 +82,9 @@ class RING(KroneckerOptimizer):
     def __init__(
         self,
         model: nn.Module | Iterable[Any],
-        lr: float | Tensor = 1e-2,
+        lr: float | Tensor = 5e-3,
         *,
-        rho: float = 1e-2,
+        rho: float = 1e-3,
         refresh_every: int = 10,
         factor_decay: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.999),
