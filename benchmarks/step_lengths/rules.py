@@ -28,7 +28,7 @@ _DEFAULTS = {k: p.default for k, p in inspect.signature(RING).parameters.items()
 DEFAULT_LR: float = _DEFAULTS["lr"]
 # Far beyond any step: the region is measured and never cuts.
 _NO_REGION = 1e30
-RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+RATES = tuple(factor * DEFAULT_LR for factor in (0.1, 0.3, 1, 3, 10))
 ADAMW_RATES = (1e-3, 3e-3, 1e-2)
 
 

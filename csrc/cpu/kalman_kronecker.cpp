@@ -227,6 +227,7 @@ GRNG_INLINE void KroneckerBlocks::prepare_rows(const Slice& strip, float* room,
 }
 
 bool KroneckerBlocks::prepare(const KalmanGain& gain, const Threads& threads) {
+  if (blocks_.empty()) return true;
   std::vector<float> packed(static_cast<size_t>(padded_rows(outputs_) * outputs_));
   std::vector<int64_t> extents(static_cast<size_t>(outputs_));
   const int64_t room = outputs_ * kStrip<Avx512>;  // of the widest instruction set

@@ -199,7 +199,7 @@ def test_coefficients_are_kept_between_refreshes_or_found_at_every_step():
         states = [opt.state[x.weight] for x in layers]
         direction = flat(preconditioned(layers, states, [x.grads() for x in layers])[0])
         opt.step()
-        found[rule], updates = shared["coefficients"], states[0]["updates"]
+        found[rule], updates = shared["coefficients"], states[0]["input_updates"]
         assert updates == 3  # at 0, 1, 2
         mu = found[rule][1] if rule is quadratic.QuadraticMomentumAlways else kept[1].clamp(0, 0.9)
         step = combined((found[rule][0], direction), (mu, previous))
@@ -273,7 +273,7 @@ def test_warm_up_takes_adamws_steps_and_then_its_own():
     opt = grafting.WarmUp(models[0], lr=3e-3, weight_decay=0.1)
     adamw = torch.optim.AdamW(models[1].parameters(), lr=3e-3, weight_decay=0.1)
     assert_equal(train(opt, models[0], 20), train(adamw, models[1], 20))
-    assert opt.state[opt._layers[0].weight]["updates"] == 6  # at 0, 1, 2, 4, 8, 10
+    assert opt.state[opt._layers[0].weight]["input_updates"] == 6  # at 0, 1, 2, 4, 8, 10
     mine, theirs = train(opt, models[0], 1), train(adamw, models[1], 1)
     assert (mine[0] - theirs[0]).abs().max() > 1e-5
 
@@ -369,7 +369,7 @@ def test_the_reduction_of_the_loss_is_compared_with_that_of_the_model(lr):
 
 def test_a_short_step_reduces_the_loss_as_predicted_and_shrinks_the_damping():
     model = small()
-    opt = grafting.AdaptiveDamping(model, lr=1e-4, fisher="exact", weight_decay=0.0)
+    opt = grafting.AdaptiveDamping(model, lr=1e-4, rho=1e-2, fisher="exact", weight_decay=0.0)
     opt.batch_loss = lambda: grafting.loss_on(model, X, Y)
     train(opt, model, 5)
     assert opt.noted["reduction_ratio"] == pytest.approx([1.0] * 4, abs=2e-2)
@@ -411,13 +411,13 @@ def run(out, *options):
 def test_a_study_is_resumed_and_drawn(little_data, tmp_path, capsys):
     run(tmp_path, "--rules", "graft,adamw:lr=0.003")
     first = json.loads((tmp_path / "mlp.json").read_text())
-    run(tmp_path, "--rules", "graft,no-region,graft:lr=0.1,adamw:lr=0.003")
+    run(tmp_path, "--rules", "graft,no-region,graft:lr=0.05,adamw:lr=0.003")
     second = json.loads((tmp_path / "mlp.json").read_text())
     assert "mlp: 2 runs of 6 steps to go" in capsys.readouterr().out
     # What was there was not run again, but for seconds the same would come out.
     assert second["runs"][:2] == first["runs"]
     labels = [r["rule"] for r in second["runs"]]
-    assert labels == ["graft", "adamw:lr=0.003", "no-region", "graft:lr=0.1"]
+    assert labels == ["graft", "adamw:lr=0.003", "no-region", "graft:lr=0.05"]
     graft = second["runs"][0]
     assert len(graft["record"]["step_loss"]) == 6
     assert graft["noted"]["kl_largest"] <= 0.01 * 1.001
