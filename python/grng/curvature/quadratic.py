@@ -42,12 +42,14 @@ def fisher_along(
     if not found:
         return None
     parts = [_summed(s).square().sum() * squares[seen_in] for (seen_in, _), s in found.items()]
-    return torch.stack(parts).sum() / sum(terms.values())
+    # The layers of a model may be on several devices.
+    return torch.stack([p.to(parts[0].device) for p in parts]).sum() / sum(terms.values())
 
 
 def _summed(scores: list[Tensor]) -> Tensor:
     """Add the scores of all layers; of a layer that was fed ``[examples * positions, d]``, by example."""
     examples = min(len(s) for s in scores)
+    scores = [s.to(scores[0].device) for s in scores]
     whole = [s for s in scores if len(s) % examples == 0]
     # What fits no example counts for itself.
     odd = torch.cat([s.new_zeros(0) for s in scores[:1]] + [s for s in scores if len(s) % examples])

@@ -16,7 +16,7 @@ from grng.curvature.capture import Capture
 from grng.curvature.find import find_layers
 from grng.curvature.fisher import check_outputs, exact_losses, loss_terms, sampled_loss
 from grng.curvature.layers import KroneckerLayer
-from grng.optim.factors import add_counters, factor_dtype
+from grng.optim.factors import COUNTERS, add_counters, factor_dtype
 from grng.optim.grafting import adam_moments
 
 KRONECKER, ADAMW = "kronecker", "adamw"
@@ -527,6 +527,23 @@ class KroneckerOptimizer(Optimizer):
             "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows
         ]
         return "\n".join([*lines, f"Fisher: {self._fisher}"])
+
+    def diagnostics(self) -> dict[str, float]:
+        """Return scalars for a logger: counters, and per layer the residual of its last inverses.
+
+        Waits for the device.
+        """
+        report = {
+            "step": float(self.param_groups[0]["step"]),
+            "kronecker_layers": float(len(self._layers)),
+            "skipped_steps_in_a_row": float(self._failures),
+        }
+        for layer in self._layers:
+            state = self.state[layer.weight]
+            if "input_factor" in state:
+                for key in ("input_residual", "output_residual", *COUNTERS):
+                    report[f"{layer.name}/{key}"] = float(state[key])
+        return report
 
 
 def _shape_text(parameter: nn.Parameter) -> str:

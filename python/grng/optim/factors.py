@@ -10,6 +10,7 @@ from torch import Tensor
 import grng_kernels as kernels
 from grng.curvature.diagonal import diagonal_damped_inverse
 from grng.curvature.layers import KroneckerLayer, Record
+from grng.optim.devices import by_device, stacked
 
 State = dict[str, Any]
 SIDES = ("output", "input")
@@ -206,8 +207,7 @@ def refresh_inverses(layers: list[KroneckerLayer], states: list[State], rho: flo
             if layer.diagonal[i]:
                 inverse, info = diagonal_damped_inverse(state[f"{side}_factor"], rho)
                 _keep(Part(state, side, None), inverse, info)
-    parts = dense_parts(layers, states)
-    if parts:
+    for parts in by_device(dense_parts(layers, states), lambda part: part.of("factor")):
         result = kernels.damped_inverse(
             [p.of("factor") for p in parts],
             rho=rho,
@@ -274,16 +274,16 @@ def preconditioned(
             lefts.append(_part(state["output_inverse"], block))
             rights.append(_part(state["input_inverse"], block))
             owners.append(i)
-    if grads:
-        results, products = kernels.precondition(
-            grads, lefts, rights, bias_grad=columns, return_dot=True
-        )
-        for owner, result, product in zip(owners, results, products, strict=True):
+    calls = list(zip(owners, grads, lefts, rights, columns, strict=True))
+    for call in by_device(calls, lambda given: given[1]):
+        here, gs, ls, rs, ends = (list(column) for column in zip(*call, strict=True))
+        results, products = kernels.precondition(gs, ls, rs, bias_grad=ends, return_dot=True)
+        for owner, result, product in zip(here, results, products, strict=True):
             blocks[owner].append(result)
             so_far = dots[owner]
             dots[owner] = product if so_far is None else so_far + product
     directions = [layer.join(found) for layer, found in zip(layers, blocks, strict=True)]
-    return directions, torch.stack([d for d in dots if d is not None])
+    return directions, stacked([d for d in dots if d is not None])
 
 
 def _diagonal_product(

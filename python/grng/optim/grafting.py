@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grng.optim.devices import stacked
+
 State = dict[str, Any]
 
 
@@ -71,11 +73,11 @@ def grafted(
     largest = _per_layer(torch._foreach_norm(flat, float("inf")), sizes).amax(1)
     targets = _per_layer(torch._foreach_norm(wanted), sizes).square().sum(1).sqrt()
     usable = torch.isfinite(largest) & (largest > 0)
-    near = torch._foreach_div(flat, _per_parameter(torch.where(usable, largest, 1.0), sizes))
+    near = torch._foreach_div(flat, _per_parameter(torch.where(usable, largest, 1.0), directions))
     norms = _per_layer(torch._foreach_norm(near), sizes).square().sum(1).sqrt()
-    factors = _per_parameter(targets / torch.where(usable, norms, 1.0), sizes)
+    factors = _per_parameter(targets / torch.where(usable, norms, 1.0), directions)
     serves = usable | (targets == 0)
-    flags = _per_parameter(serves, sizes)
+    flags = _per_parameter(serves, directions)
     torch._foreach_mul_(near, factors)
     return [
         torch.where(flag, new, old) for flag, new, old in zip(flags, near, wanted, strict=True)
@@ -90,8 +92,9 @@ def _per_layer(values: tuple[Tensor, ...] | list[Tensor], sizes: list[int]) -> T
         row = [v.float() if v.dtype != torch.float64 else v for v in values[done : done + n]]
         table.append(torch.stack([*row, *[torch.zeros_like(row[0])] * (wide - n)]))
         done += n
-    return torch.stack(table)
+    return stacked(table)
 
 
-def _per_parameter(values: Tensor, sizes: list[int]) -> list[Tensor]:
-    return [value for value, n in zip(values.unbind(), sizes, strict=True) for _ in range(n)]
+def _per_parameter(values: Tensor, like: list[list[Tensor]]) -> list[Tensor]:
+    """Repeat the number of each layer for its tensors, where they are."""
+    return [value.to(t.device) for value, ts in zip(values.unbind(), like, strict=True) for t in ts]

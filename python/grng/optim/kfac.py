@@ -12,6 +12,7 @@ from grng.curvature.convolution import ConvolutionLayer
 from grng.curvature.fisher import FISHERS
 from grng.curvature.layers import KroneckerLayer, Record
 from grng.optim.base import KroneckerOptimizer, check_hyperparameter
+from grng.optim.devices import by_device
 from grng.optim.factors import (
     SIDES,
     State,
@@ -19,10 +20,10 @@ from grng.optim.factors import (
     dense_parts,
     keep_inverses,
     new_factors,
-    preconditioned,
     update_factors_with,
     updates_so_far,
 )
+from grng.optim.kl_clip import clipped_directions
 
 CONVENTIONS = ("martens-grosse", "kfac-pytorch")
 DECAY_FORMS = ("sgd", "decoupled")
@@ -164,16 +165,13 @@ class KFAC(KroneckerOptimizer):
         if not layers:
             return
         states = [self.state[x.weight] for x in layers]
-        directions, products = preconditioned(layers, states, [x.grads() for x in layers])
-        form = products.sum()
-        scale = _kl_clip(form, group["lr"], group["kl_clip"])
-        # A layer whose factors vanished can have an inverse that overflows: such a step is left out.
-        in_range = torch.isfinite(form)
-        for layer, state, direction in zip(layers, states, directions, strict=True):
-            state["direction_failures"] += ~in_range
+        directions = clipped_directions(
+            layers, states, [x.grads() for x in layers], group["lr"], group["kl_clip"]
+        )
+        for layer, direction in zip(layers, directions, strict=True):
             for p, d in zip(layer.parameters, direction, strict=True):
                 if p.grad is not None:  # a bias may be frozen after the optimizer was made
-                    self._apply(group, p, torch.where(in_range, d * scale, 0.0))
+                    self._apply(group, p, d)
 
     def _apply(self, group: dict[str, Any], p: nn.Parameter, direction: Tensor) -> None:
         state, lr, decay = self.state[p], group["lr"], group["weight_decay"]
@@ -200,36 +198,21 @@ class KFAC(KroneckerOptimizer):
 
     def _refresh_inverses(self, group: dict[str, Any], layers: list[KroneckerLayer]) -> None:
         states = [self.state[x.weight] for x in layers]
-        damping: float | list[Tensor] = float(group["damping"])
+        parts = dense_parts(layers, states)
+        damping: list[Tensor] | None = None
         if self._convention == "martens-grosse":
             damping = [
                 d for s in states for both in _split_damping(s, group["damping"]) for d in both
             ]
-        parts = dense_parts(layers, states)
-        result = kernels.damped_inverse([p.of("factor") for p in parts], damping=damping)
-        keep_inverses(parts, result)
+        calls = list(enumerate(parts))
+        for call in by_device(calls, lambda given: given[1].of("factor")):
+            result = kernels.damped_inverse(
+                [part.of("factor") for _, part in call],
+                damping=[damping[i] for i, _ in call] if damping else float(group["damping"]),
+            )
+            keep_inverses([part for _, part in call], result)
         for state in states:
             state["refreshes"] += 1
-
-    def diagnostics(self) -> dict[str, float]:
-        """Return scalars for a logger: counters, and per layer the residual of its last inverses.
-
-        Waits for the device.
-        """
-        report = {
-            "step": float(self.param_groups[0]["step"]),
-            "kronecker_layers": float(len(self._layers)),
-            "skipped_steps_in_a_row": float(self._failures),
-        }
-        for layer in self._layers:
-            state = self.state[layer.weight]
-            if "input_factor" in state:
-                for key in (
-                    "input_residual", "output_residual", "inverse_failures", "factor_failures",
-                    "direction_failures",
-                ):  # fmt: skip
-                    report[f"{layer.name}/{key}"] = float(state[key])
-        return report
 
 
 def _new_state(layer: KroneckerLayer, *, identity: bool) -> State:
@@ -287,11 +270,3 @@ def _split_damping(state: State, damping: float) -> tuple[tuple[Tensor, ...], tu
     pi = torch.where((means[0] > 0) & (means[1] > 0), pi, 1.0).clamp(1 / LARGEST_PI, LARGEST_PI)
     root = damping**0.5
     return (root / pi).view(-1).unbind(), (root * pi).view(-1).unbind()
-
-
-def _kl_clip(form: Tensor, lr: float | Tensor, bound: float | None) -> float | Tensor:
-    """Return ``min(1, √(bound / |lr² ⟨D, G⟩|))`` as a tensor on the device, ``form`` being ``⟨D, G⟩``."""
-    if bound is None:
-        return 1.0
-    smallest = torch.finfo(form.dtype).tiny
-    return (bound / (lr * lr * form).abs().clamp(min=smallest)).sqrt().clamp(max=1.0)

@@ -11,8 +11,10 @@ from grng.curvature.fisher import FISHERS
 from grng.curvature.layers import SHARINGS, KroneckerLayer
 from grng.curvature.quadratic import fisher_along
 from grng.optim.base import ADAMW_EPS, KroneckerOptimizer, check_betas, check_hyperparameter
+from grng.optim.devices import by_device, stacked
 from grng.optim.factors import new_factors, preconditioned, refresh_inverses, update_factors
 from grng.optim.grafting import adam_moments, grafted
+from grng.optim.kl_clip import clipped_directions
 
 STEP_LENGTHS = ("graft", "kl_clip")
 
@@ -192,9 +194,12 @@ class RING(KroneckerOptimizer):
         cut = [d[: len(ps)] for d, ps in zip(directions, used, strict=True)]
         final, serves = grafted(cut, steps)
         for layer, flag in zip(layers, serves.unbind(), strict=True):
-            self.state[layer.weight]["direction_failures"] += ~flag
+            failures = self.state[layer.weight]["direction_failures"]
+            failures += (~flag).to(failures.device)
         if group["max_kl"] is not None:
-            torch._foreach_mul_(final, self._trust(group, layers, cut, final))
+            trust = self._trust(group, layers, cut, final)
+            for together in by_device(final, lambda step: step):
+                torch._foreach_mul_(together, trust.to(together[0].device))
         self._apply(group, [p for ps in used for p in ps], final)
 
     def _trust(
@@ -211,18 +216,19 @@ class RING(KroneckerOptimizer):
         """
         taken = iter(steps)
         sorted_steps = [[next(taken) for _ in d] for d in like]
-        norm = torch.stack(torch._foreach_norm(steps)).square().sum()
+        norm = stacked(torch._foreach_norm(steps)).square().sum()
         shared = self.state[self._all_layers[0].weight]
         # A layer without statistics would count in the length of the step and not in its information.
         if all(self._capture.complete(x) for x in layers):
             form = fisher_along(layers, self._capture.complete, sorted_steps)
-            old = shared.get("fisher_ratio", torch.zeros_like(norm))
+            old = shared.get("fisher_ratio", torch.zeros_like(norm)).to(norm.device)
             if form is not None:
+                form = form.to(norm)
                 serves = (norm > 0) & torch.isfinite(form)
-                shared["fisher_ratio"] = torch.where(serves, form.to(norm.dtype) / norm, old)
+                shared["fisher_ratio"] = torch.where(serves, form / norm, old)
         if "fisher_ratio" not in shared:
             return torch.ones_like(norm)
-        divergence = 0.5 * group["lr"] ** 2 * shared["fisher_ratio"] * norm
+        divergence = 0.5 * group["lr"] ** 2 * shared["fisher_ratio"].to(norm.device) * norm
         smallest = torch.finfo(divergence.dtype).tiny
         return (group["max_kl"] / divergence.clamp(min=smallest)).sqrt().clamp(max=1.0)
 
@@ -240,11 +246,9 @@ class RING(KroneckerOptimizer):
 
     def _clipped_step(self, group: dict[str, Any], layers: list[KroneckerLayer]) -> None:
         states = [self.state[x.weight] for x in layers]
-        directions, products = preconditioned(layers, states, [_grads(x) for x in layers])
-        form = products.sum()
-        length = group["lr"] * _kl_clip(form, group["lr"], group["kl_clip"])
-        # A layer whose factors vanished can have an inverse that overflows: such a step is left out.
-        in_range = torch.isfinite(form)
+        directions = clipped_directions(
+            layers, states, [_grads(x) for x in layers], group["lr"], group["kl_clip"]
+        )
         for layer, direction in zip(layers, directions, strict=True):
             # Steps, not directions: clipping bounds lr·D, so a direction that was clipped for one learning
             # rate must not be scaled by a later, larger one (a warm-up would undo the clip).
@@ -254,32 +258,8 @@ class RING(KroneckerOptimizer):
                 state = self.state[p]
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(d)
-                step = state["momentum_buffer"].mul_(group["betas"][0])
-                step.add_(torch.where(in_range, d * length, 0.0))
+                step = state["momentum_buffer"].mul_(group["betas"][0]).add_(group["lr"] * d)
                 p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(step.to(p.dtype))
-
-    def diagnostics(self) -> dict[str, float]:
-        """Return scalars for a logger: counters, and per layer the residual of its last inverses.
-
-        Waits for the device.
-        """
-        report = {
-            "step": float(self.param_groups[0]["step"]),
-            "kronecker_layers": float(len(self._layers)),
-            "skipped_steps_in_a_row": float(self._failures),
-        }
-        for layer in self._layers:
-            state = self.state[layer.weight]
-            if "input_factor" in state:
-                for key in (
-                    "input_residual",
-                    "output_residual",
-                    "inverse_failures",
-                    "factor_failures",
-                    "direction_failures",
-                ):
-                    report[f"{layer.name}/{key}"] = float(state[key])
-        return report
 
 
 def _in_state_dtype(parameter: nn.Parameter) -> Tensor:
@@ -295,12 +275,3 @@ def _grads(layer: KroneckerLayer) -> tuple[Tensor, Tensor | None]:
     if layer.bias.grad is None:
         return _in_state_dtype(layer.weight), torch.zeros_like(layer.bias)
     return _in_state_dtype(layer.weight), layer.bias.grad
-
-
-def _kl_clip(form: Tensor, lr: float | Tensor, bound: float | None) -> float | Tensor:
-    """Return ``min(1, √(bound / (lr² ⟨D, G⟩)))`` as a tensor on the device, ``form`` being ``⟨D, G⟩``."""
-    if bound is None:
-        return 1.0
-    # ⟨D, G⟩ is positive for positive definite inverses; rounding near zero must not reach the root.
-    smallest = torch.finfo(form.dtype).tiny
-    return (bound / (lr * lr * form).clamp(min=smallest)).sqrt().clamp(max=1.0)
