@@ -58,19 +58,27 @@ def add_counters(layer: KroneckerLayer, state: State) -> None:
 
 
 def update_factors(
-    layer: KroneckerLayer, state: State, records: list[Record], factor_decay: float, sharing: str
-) -> None:
+    layer: KroneckerLayer,
+    state: State,
+    records: list[Record],
+    factor_decay: float,
+    sharing: str,
+    *,
+    input_infos: list[Tensor] | None = None,
+) -> list[Tensor]:
     """Average the statistics of one step into a layer's factors, as if its passes were one large batch.
 
     With ``T`` terms of the loss, of which ``g`` are the gradients of the layer's outputs (of their sum) and
     ``a`` its inputs: ``Γ = mean of a aᵀ`` over all rows, ``Λ = Σ g gᵀ / T`` (*expand*); *reduce* takes the
     mean of the inputs and the sum of the gradients over the positions of each example first.
 
+    ``input_infos``: see :func:`add_statistics`, whose result is returned.
+
     Source: Eschenhagen et al. 2023, "Kronecker-Factored Approximate Curvature for Modern Neural Network
     Architectures", and its scale of Λ.
     """
     decays = [corrected_decay(n, factor_decay) for n in updates_so_far(state)]
-    update_factors_with(layer, state, records, decays, sharing)
+    return update_factors_with(layer, state, records, decays, sharing, input_infos=input_infos)
 
 
 def update_factors_with(
@@ -79,9 +87,11 @@ def update_factors_with(
     records: list[Record],
     decays: Sequence[float | Tensor],
     sharing: str,
-) -> None:
+    *,
+    input_infos: list[Tensor] | None = None,
+) -> list[Tensor]:
     """Do what :func:`update_factors` does, with decays, output side first, that are used as they are."""
-    reduced = [_is_reduced(layer, r, sharing) for r in records]
+    reduced = [is_reduced(layer, r, sharing) for r in records]
     terms = [r.terms or layer.examples(r.layer_input) for r in records]
     rows = sum(
         layer.examples(r.layer_input) * (1 if reduce else layer.positions(r.layer_input))
@@ -92,7 +102,7 @@ def update_factors_with(
     total = sum(passes.values())
     # Sampled labels: their sum was differentiated. A mean loss: each gradient was divided by T.
     squares = [1 if r.sampled else n**2 for r, n in zip(records, terms, strict=True)]
-    add_statistics(
+    return add_statistics(
         layer,
         state,
         records,
@@ -100,6 +110,7 @@ def update_factors_with(
         input_weights=[1 / rows] * len(records),
         output_weights=[s / total for s in squares],
         reduced=reduced,
+        input_infos=input_infos,
     )
 
 
@@ -112,47 +123,71 @@ def add_statistics(
     input_weights: Sequence[float],
     output_weights: Sequence[float],
     reduced: Sequence[bool],
-) -> None:
+    input_infos: list[Tensor] | None = None,
+) -> list[Tensor]:
     """``factor <- decay·factor + (1 - decay)·Σ weight·(sum of squares of a record)``, both factors.
 
-    ``decays`` are that of the output and that of the input factor.
+    ``decays`` are that of the output and that of the input factor. ``input_infos``, what this returned for a
+    layer with the same inputs, means that its input factor is here already.
+
+    Returns:
+        ``Info`` of each record's inputs.
     """
-    # The first record that serves ages the factor, the others add to it: together one batch.
-    output_age, input_age = decays
-    output_share, input_share = (1 - decay for decay in decays)
-    output_info, input_info = [], []
+    if input_infos is None:
+        input_infos = _add_inputs(layer, state, records, decays[1], input_weights, reduced)
+    # The first gradient that serves ages the factor, the others add to it: together one batch.
+    age, share = decays[0], 1 - decays[0]
+    infos: list[Tensor] = []
     for i, record in enumerate(records):
-        is_last = i == len(records) - 1
-        info = layer.update_input_factor(
-            state["input_factor"],
-            record.layer_input,
-            decay=input_age,
-            scale=input_share * input_weights[i],
-            reduce=reduced[i],
-        )
-        input_info.append(info)
-        input_age = input_age if is_last else torch.where(info == 0, 1.0, input_age)
-        failed = info != 0
-        grads = record.grads()
-        for k, grad in enumerate(grads):
+        failed = input_infos[i] != 0
+        for grad in record.grads():
+            if infos:
+                age = torch.where(infos[-1] == 0, 1.0, age)
             info = layer.update_output_factor(
                 state["output_factor"],
                 grad,
-                decay=output_age,
-                scale=output_share * output_weights[i],
+                decay=age,
+                scale=share * output_weights[i],
                 reduce=reduced[i],
             )
-            output_info.append(info)
-            if not (is_last and k == len(grads) - 1):
-                output_age = torch.where(info == 0, 1.0, output_age)
+            infos.append(info)
             failed = failed | (info != 0)
         state["factor_failures"] += failed
-    for side, info_of in zip(SIDES, (output_info, input_info), strict=True):
-        # A factor that is still zero, as its first statistics were bad, starts with the next ones.
-        served = info_of[0] == 0
-        for info in info_of[1:]:
-            served = served | (info == 0)
-        state[f"{side}_updates"] += served
+    _count(state, "output", infos)
+    return input_infos
+
+
+def _add_inputs(
+    layer: KroneckerLayer,
+    state: State,
+    records: list[Record],
+    decay: float | Tensor,
+    weights: Sequence[float],
+    reduced: Sequence[bool],
+) -> list[Tensor]:
+    age, share = decay, 1 - decay
+    infos: list[Tensor] = []
+    for i, record in enumerate(records):
+        if infos:
+            age = torch.where(infos[-1] == 0, 1.0, age)
+        info = layer.update_input_factor(
+            state["input_factor"],
+            record.layer_input,
+            decay=age,
+            scale=share * weights[i],
+            reduce=reduced[i],
+        )
+        infos.append(info)
+    _count(state, "input", infos)
+    return infos
+
+
+def _count(state: State, side: str, infos: list[Tensor]) -> None:
+    # A factor that is still zero, as its first statistics were bad, starts with the next ones.
+    served = infos[0] == 0
+    for info in infos[1:]:
+        served = served | (info == 0)
+    state[f"{side}_updates"] += served
 
 
 def updates_so_far(state: State) -> list[int | Tensor]:
@@ -161,7 +196,8 @@ def updates_so_far(state: State) -> list[int | Tensor]:
     return [int(n) if n.is_cpu else n for n in counts]
 
 
-def _is_reduced(layer: KroneckerLayer, record: Record, sharing: str) -> bool:
+def is_reduced(layer: KroneckerLayer, record: Record, sharing: str) -> bool:
+    """Return whether a row of the statistics is an example, and not each of its positions."""
     examples, positions = layer.examples(record.layer_input), layer.positions(record.layer_input)
     if positions == 1:
         return False
@@ -183,6 +219,8 @@ class Part(NamedTuple):
     state: State
     side: str
     block: int | None
+    # States whose input factor is equal to this one: they get the same inverse.
+    followers: tuple[State, ...] = ()
 
     def of(self, kind: str) -> Tensor:
         """Return its part of the state ``kind``: "factor", "inverse" or "vector"."""
@@ -192,28 +230,56 @@ class Part(NamedTuple):
 def dense_parts(layers: list[KroneckerLayer], states: list[State]) -> list[Part]:
     """Return all dense matrices of the factors, by layers, sides (output, input) and blocks."""
     return [
-        Part(state, side, block)
+        part
         for layer, state in zip(layers, states, strict=True)
-        for i, side in enumerate(SIDES)
-        if not layer.diagonal[i]
-        for block in ([None] if layer.blocks == 1 else range(layer.blocks))
+        for part in _parts(layer, state)
+        if part.of("factor").dim() > 1
     ]
 
 
-def refresh_inverses(layers: list[KroneckerLayer], states: list[State], rho: float) -> None:
-    """Invert the factors with spectral damping; a failed inverse is not used, the previous one stays."""
-    for layer, state in zip(layers, states, strict=True):
-        for i, side in enumerate(SIDES):
-            if layer.diagonal[i]:
-                inverse, info = diagonal_damped_inverse(state[f"{side}_factor"], rho)
-                _keep(Part(state, side, None), inverse, info)
-    for parts in by_device(dense_parts(layers, states), lambda part: part.of("factor")):
+def _parts(layer: KroneckerLayer, state: State) -> list[Part]:
+    return [
+        Part(state, side, block)
+        for i, side in enumerate(SIDES)
+        for block in ([None] if layer.diagonal[i] or layer.blocks == 1 else range(layer.blocks))
+    ]
+
+
+def refresh_inverses(
+    layers: list[KroneckerLayer],
+    states: list[State],
+    rho: float,
+    leaders: Sequence[State] | None = None,
+) -> None:
+    """Invert the factors with spectral damping; a failed inverse is not used, the previous one stays.
+
+    ``leaders`` are for each state the first one of the list with an equal input factor, itself if no other.
+    """
+    parts = []
+    for i, layer in enumerate(layers):
+        state, followers = states[i], ()
+        if leaders is not None:
+            followers = tuple(
+                s for s, leader in zip(states, leaders, strict=True) if leader is state is not s
+            )
+        for part in _parts(layer, state):
+            if part.side == "output":
+                parts.append(part)
+            elif leaders is None or leaders[i] is state:
+                parts.append(part._replace(followers=followers))
+    for part in parts:
+        factor = part.of("factor")
+        if factor.dim() == 1:
+            _keep(part, *diagonal_damped_inverse(factor, rho))
+    for together in by_device(
+        [p for p in parts if p.of("factor").dim() > 1], lambda p: p.of("factor")
+    ):
         result = kernels.damped_inverse(
-            [p.of("factor") for p in parts],
+            [p.of("factor") for p in together],
             rho=rho,
-            spectral_vector=[p.of("vector") for p in parts],
+            spectral_vector=[p.of("vector") for p in together],
         )
-        keep_inverses(parts, result)
+        keep_inverses(together, result)
 
 
 def keep_inverses(parts: list[Part], result: kernels.DampedInverse) -> None:
@@ -226,6 +292,8 @@ def keep_inverses(parts: list[Part], result: kernels.DampedInverse) -> None:
         _keep(part, inverse, info)
         largest = part.state[f"{part.side}_residual"]
         largest.copy_(torch.maximum(largest, residual))
+        for state in part.followers:
+            state["input_residual"].copy_(largest)
 
 
 def _part(tensor: Tensor, block: int | None) -> Tensor:
@@ -237,6 +305,11 @@ def _keep(part: Part, inverse: Tensor, info: Tensor) -> None:
     target = part.of("inverse")
     target.copy_(torch.where(info == 0, inverse, target))
     part.state["inverse_failures"] += info != 0
+    for state in part.followers:
+        for kind in ("inverse", "vector"):
+            if f"{part.side}_{kind}" in state:
+                _part(state[f"{part.side}_{kind}"], part.block).copy_(part.of(kind))
+        state["inverse_failures"] += info != 0
 
 
 def preconditioned(

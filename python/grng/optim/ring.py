@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from grng.curvature.fisher import FISHERS
-from grng.curvature.layers import SHARINGS, KroneckerLayer
+from grng.curvature.layers import SHARINGS, KroneckerLayer, Record
 from grng.curvature.quadratic import fisher_along
 from grng.optim.base import ADAMW_EPS, KroneckerOptimizer, check_betas, check_hyperparameter
 from grng.optim.devices import by_device, stacked
 from grng.optim.factors import new_factors, preconditioned, refresh_inverses, update_factors
 from grng.optim.grafting import adam_moments, grafted
 from grng.optim.kl_clip import clipped_directions
+from grng.optim.shared_inputs import SharedInputs, copy_input_factor
 
 STEP_LENGTHS = ("graft", "kl_clip")
 
@@ -122,6 +123,7 @@ class RING(KroneckerOptimizer):
                     f"{owner}: {name} must be one of {', '.join(choices)}, got {value!r}"
                 )
         self._step_length, self._sharing, self._stagger = step_length, sharing, stagger
+        self._inputs = SharedInputs()
         defaults = dict(
             lr=lr,
             rho=rho,
@@ -143,6 +145,12 @@ class RING(KroneckerOptimizer):
             fisher=fisher,
         )
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See the base class."""
+        super().load_state_dict(state_dict)
+        states = [(x, self.state.get(x.weight, {})) for x in self._layers]
+        self._inputs.recall([(x, s) for x, s in states if "input_factor" in s])
+
     def _update_layers(self, group: dict[str, Any], layers: list[KroneckerLayer]) -> None:
         self._refresh(group, layers)
         layers = [x for x in layers if self._has_curvature(x)]
@@ -157,23 +165,58 @@ class RING(KroneckerOptimizer):
         """Average the statistics that came with this step into the factors, and invert what is due."""
         step, every = group["step"], group["refresh_every"]
         due = self._refresh_due(step, every)
-        stale = []
-        for place, layer in enumerate(layers):
-            state = self.state[layer.weight]
-            records = self._capture.complete(layer)
+        updates, new = [], set()
+        for layer in layers:
+            state, records = self.state[layer.weight], self._capture.complete(layer)
             is_new = "input_factor" not in state
             if records and (due or is_new):
+                updates.append((layer, records))
                 if is_new:
                     state.update(new_factors(layer))
-                update_factors(layer, state, records, group["factor_decay"], self._sharing)
-                state["stale"] = 1
-            if is_new or not self._stagger or step < every or place % every == step % every:
-                stale += [layer] if state.get("stale") else []
+                    new.add(layer)
+        self._average(group, updates)
+        leaders = self._inputs.leaders(layers)
+        # Layers that share an inverse have one turn.
+        places = {x: i for i, x in enumerate(dict.fromkeys(leaders.values()))}
+        stale = [
+            x
+            for x in layers
+            if (
+                x in new
+                or not self._stagger
+                or step < every
+                or (step - places[leaders[x]]) % every == 0
+            )
+            and self.state[x.weight].get("stale")
+        ]
         if stale:
             states = [self.state[x.weight] for x in stale]
-            refresh_inverses(stale, states, group["rho"])
+            leaders = self._inputs.leaders(stale)
+            refresh_inverses(
+                stale, states, group["rho"], [self.state[leaders[x].weight] for x in stale]
+            )
             for state in states:
                 state["stale"] = 0
+
+    def _average(
+        self, group: dict[str, Any], updates: list[tuple[KroneckerLayer, list[Record]]]
+    ) -> None:
+        """Average statistics into the factors; those of inputs once for all layers that are fed the same."""
+        leaders = self._inputs.advance(updates, self._sharing)
+        infos: dict[KroneckerLayer, list[Tensor]] = {}
+        for layer, records in updates:
+            state, leader = self.state[layer.weight], leaders[layer]
+            if leader is not layer:
+                copy_input_factor(self.state[leader.weight], state)
+            infos[layer] = update_factors(
+                layer,
+                state,
+                records,
+                group["factor_decay"],
+                self._sharing,
+                input_infos=infos.get(leader),
+            )
+            state["stale"] = 1
 
     def _grafted_step(self, group: dict[str, Any], layers: list[KroneckerLayer]) -> None:
         used = [[p for p in x.parameters if p.grad is not None] for x in layers]
