@@ -140,7 +140,8 @@ class Capture:
         """Return whether outputs are new; the mark that they no longer are lives as long as their graph."""
         if outputs.grad_fn is None:
             return True
-        seen = outputs.grad_fn.metadata.setdefault("observed by grng", weakref.WeakSet())
+        marks: dict[Any, Any] = cast(Any, outputs.grad_fn).metadata
+        seen = marks.setdefault("observed by grng", weakref.WeakSet())
         known = self in seen
         seen.add(self)
         return not known

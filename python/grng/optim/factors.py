@@ -257,7 +257,8 @@ def refresh_inverses(
     """
     parts = []
     for i, layer in enumerate(layers):
-        state, followers = states[i], ()
+        state = states[i]
+        followers: tuple[State, ...] = ()
         if leaders is not None:
             followers = tuple(
                 s for s, leader in zip(states, leaders, strict=True) if leader is state is not s
