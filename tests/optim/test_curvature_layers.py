@@ -280,7 +280,7 @@ def test_diagonal_sides_are_the_diagonals_of_the_dense_ones(kind, sharing):
     x = torch.randn(shape, dtype=torch.float64)
     states, said = [], []
     for most in (8192, 4, 2):
-        opt = RING(model, lr=0.0, fisher="exact", sharing=sharing, max_factor_dim=most)
+        opt = RING(model, lr=0.0, rho=1e-2, fisher="exact", sharing=sharing, max_factor_dim=most)
         observed_step(model, opt, x)
         states.append(opt.state[model.layer.weight])
         said.append(opt.explain())
