@@ -3,6 +3,7 @@
 
 import copy
 import io
+import pickle
 import warnings
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from grng import KFAC, RING
+from grng import KFAC, RENG, RING
 from grng.optim.base import PreconditionerError
 
 
@@ -214,10 +215,71 @@ def test_a_layer_called_with_a_keyword():
     assert "input_factor" in opt.state[model.layer.weight]
 
 
-@pytest.mark.parametrize("what", [copy.copy, copy.deepcopy])
-def test_copies_are_refused_with_the_way_out(what):
-    with pytest.raises(TypeError, match="load_state_dict"):
-        what(RING(nn.Linear(4, 3)))
+def a_model():
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.ReLU())
+    return nn.ModuleDict({"body": body, "left": nn.Linear(6, 3), "right": nn.Linear(6, 3)})
+
+
+def train(model, opt, batches, seed):
+    """Two heads on the same input, whose statistics are shared."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(batches):
+        hidden = model["body"](torch.randn(8, 4, generator=generator))
+        out = model["left"](hidden) + model["right"](hidden)
+        if not isinstance(opt, RENG):
+            opt.observe(out)
+        loss = F.cross_entropy(out, torch.randint(0, 3, (8,), generator=generator))
+        opt.backward(loss) if isinstance(opt, RENG) else loss.backward()
+        opt.step()
+        opt.zero_grad()
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+@pytest.mark.parametrize(
+    "build",
+    [
+        RING,
+        lambda m: RING(m, stagger=True, refresh_every=3),
+        lambda m: RING(m, step_length="kl_clip"),
+        RENG,
+        KFAC,
+    ],
+)
+@pytest.mark.parametrize("steps", [0, 1, 5, 11])
+def test_a_model_and_its_optimizer_are_copied_together_and_go_on_bitwise(build, way, steps):
+    model = a_model()
+    opt = build(model)
+    opt.register_step_pre_hook(lambda *_: None)  # is no part of a copy, as in every torch optimizer
+    train(model, opt, steps, 1)
+    before = copy.deepcopy(model.state_dict())
+    twin, twins = way((model, opt))
+    train(twin, twins, 12, 2)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key])
+    train(model, opt, 12, 2)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, twin.state_dict()[key])
+    assert twins.diagnostics() == opt.diagnostics() and twins.explain() == opt.explain()
+
+
+def test_a_copy_of_a_scheduled_optimizer_steps_its_own_model():
+    model = a_model()
+    opt = RING(model)
+    torch.optim.lr_scheduler.LinearLR(opt)  # binds a step to the instance
+    before = copy.deepcopy(model.state_dict())
+    twin, twins = copy.deepcopy((model, opt))
+    train(twin, twins, 2, 1)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert any(not torch.equal(v, before[k]) for k, v in twin.state_dict().items())
+
+
+def test_what_a_copied_optimizer_had_recorded_stays_behind():
+    model = a_model()
+    opt = RING(model)
+    model["left"](model["body"](torch.randn(8, 4))).sum().backward()
+    _, twins = copy.deepcopy((model, opt))
+    assert not any(twins._capture.records.values()) and any(opt._capture.records.values())
 
 
 def test_added_parameters_are_trained():

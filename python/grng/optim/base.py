@@ -489,16 +489,23 @@ class KroneckerOptimizer(Optimizer):
                     )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Refuse to be copied or pickled: the copy would have no model to watch.
+        """Everything but hooks and what they recorded: copy or pickle it together with its model.
 
-        Raises:
-            TypeError: Always.
+        Of an optimizer alone a copy has its own copy of the modules with curvature.
         """
-        owner = type(self).__name__
-        raise TypeError(
-            f"{owner}: it watches its model through hooks and cannot be copied or pickled; make a new one "
-            f"for the copy of the model, {owner}(model), and load_state_dict(optimizer.state_dict()) into it"
-        )
+        # A scheduler puts a step on the instance that is bound to it: the copy's would step the original.
+        # Hooks on steps are left behind by every torch optimizer.
+        left = {"step", "_capture"}
+        return {
+            name: value
+            for name, value in self.__dict__.items()
+            if name not in left and not name.startswith("_optimizer_")
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Watch the modules that came with the copy."""
+        super().__setstate__(state)
+        self._capture = Capture(list(self._all_layers), self._statistics_wanted)
 
     def _name_of(self, parameter: nn.Parameter) -> str:
         return self._names.get(parameter, "a parameter")
