@@ -640,3 +640,31 @@ def test_betas_are_those_of_adamw_too():
 def test_a_learning_rate_with_a_dimension_is_named(optimizer):
     with pytest.raises(ValueError, match=f"{optimizer.__name__}: lr must be a number"):
         optimizer(nn.Linear(4, 3), lr=torch.tensor([0.1]))
+
+
+def test_a_grad_scaler_changes_nothing_but_the_steps_it_skips():
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    scaled = copy.deepcopy(plain)
+    opts = [RING(m, refresh_every=3) for m in (plain, scaled)]
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=4)
+    for i in range(12):
+        x, y = torch.randn(8, 4), torch.randint(0, 3, (8,))
+        bad = i in (0, 5, 6)  # overflows: the scaler skips the step
+        for model, opt in zip((plain, scaled), opts, strict=True):
+            if bad and model is plain:
+                continue
+            out = model(x * (float("inf") if bad else 1.0))
+            if not bad:
+                opt.observe(out)
+            loss = F.cross_entropy(out, y)
+            if model is plain:
+                loss.backward()
+                opt.step()
+            else:
+                scaler.scale(loss).backward()
+                scaler.step(opt)
+                scaler.update()
+            opt.zero_grad()
+    for p, q in zip(plain.parameters(), scaled.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=1e-4, atol=1e-6)
