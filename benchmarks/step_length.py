@@ -61,7 +61,7 @@ def main(given: Sequence[str] | None = None) -> None:
             (rule, seed)
             for seed in options.seeds
             for rule in options.rules
-            if not store.has(rule.label, seed, config.steps)
+            if not store.has(rule.label, seed, config.steps, study.run_settings(rule, config))
         ]
         print(f"{name}: {len(wanted)} runs of {config.steps} steps to go", flush=True)
         if not wanted:

@@ -28,12 +28,12 @@ class Row:
 
     @property
     def loss(self) -> float | None:
-        """Mean over the runs that came to their end; None if none did."""
+        """Mean over the seeds; None if one of them did not come to its end."""
         return _mean(self.losses)
 
     @property
     def accuracy(self) -> float | None:
-        """Mean over the runs that came to their end; None if none did."""
+        """Mean over the seeds; None if one of them did not come to its end."""
         return _mean(self.accuracies)
 
 
@@ -60,7 +60,7 @@ class ModelRows:
 
 def _mean(values: tuple[float | None, ...]) -> float | None:
     known = [v for v in values if v is not None]
-    return statistics.fmean(known) if known else None
+    return statistics.fmean(known) if len(known) == len(values) > 0 else None
 
 
 def read(folder: Path) -> list[ModelRows]:
@@ -93,7 +93,9 @@ def _of_model(name: str, content: dict[str, Any]) -> ModelRows | None:
 
 def _row(rule: rules.Rule, runs: list[dict[str, Any]], chance: float) -> Row:
     keys = dict.fromkeys(k for r in runs for k in r["noted"])
-    noted = {k: _mean(tuple(r["noted"].get(k) for r in runs)) for k in keys}
+    noted = {
+        k: _mean(tuple(r["noted"][k] for r in runs if r["noted"].get(k) is not None)) for k in keys
+    }
     return Row(
         label=rule.label,
         title=rule.title,
@@ -142,7 +144,7 @@ def _number(value: float | None, form: str) -> str:
 
 def _spread(values: tuple[float | None, ...]) -> str:
     known = [100 * v for v in values if v is not None]
-    if not known:
-        return "diverged"
+    if len(known) < len(values):
+        return f"{len(values) - len(known)} of {len(values)} diverged"
     mean = f"{statistics.fmean(known):.1f}"
     return mean if len(known) == 1 else f"{mean} ({min(known):.1f} to {max(known):.1f})"

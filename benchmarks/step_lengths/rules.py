@@ -13,6 +13,7 @@ from torch import nn
 
 from grng import RING
 from grng.compare.protocols import Protocol
+from grng.optim.base import ADAMW
 from step_lengths.damping import ModelFloor
 from step_lengths.grafting import AdaptiveDamping, MomentumAfter, MoreStatistics, WarmUp
 from step_lengths.quadratic import (
@@ -30,6 +31,8 @@ DEFAULT_LR: float = _DEFAULTS["lr"]
 _NO_REGION = 1e30
 RATES = tuple(factor * DEFAULT_LR for factor in (0.1, 0.3, 1, 3, 10))
 ADAMW_RATES = (1e-3, 3e-3, 1e-2)
+# Beside that of the rule itself.
+KL_CLIP_RATES = (3e-3, 0.3)
 
 
 @dataclass(frozen=True)
@@ -44,15 +47,34 @@ class Rule:
     protocol: Protocol = "observe-backward"
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        """The optimizer for this model."""
-        target: Any = model
+        """The optimizer for this model; what AdamW trains in it is trained the same under every rule."""
         if not issubclass(self.factory, RING):  # type: ignore[arg-type]
-            target = [p for p in model.parameters() if p.requires_grad]
-        return self.factory(target, **self.options)
+            return self.factory([p for p in model.parameters() if p.requires_grad], **self.options)
+        built = self.factory(model, **self.options)
+        for group in built.param_groups:
+            if group["kind"] == ADAMW:
+                group["weight_decay"] = _DEFAULTS["weight_decay"]
+        return built
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that decides a run of this rule, fit for JSON: other settings, another run."""
+        given = inspect.signature(self.factory).parameters
+        constants = {
+            name: value
+            for base in reversed(self.factory.__mro__)  # type: ignore[attr-defined]
+            if base.__module__.startswith("step_lengths")
+            for name, value in vars(base).items()
+            if isinstance(value, (int, float)) and not name.startswith("_")
+        }
+        defaults = {k: p.default for k, p in given.items() if p.default is not p.empty}
+        if issubclass(self.factory, RING):  # type: ignore[arg-type]
+            defaults = {**{k: v for k, v in _DEFAULTS.items() if k != "model"}, **defaults}
+        settled = {**defaults, **constants, **self.options}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in settled.items()}
 
 
 # lr = 1 is the minimum of the model. What AdamW trains, and the decay of the weights in a step, as in the
-# default.
+# default (Rule.build sees to what AdamW trains).
 _MODELLED = {
     "lr": 1.0,
     "adamw_lr": DEFAULT_LR,
@@ -63,7 +85,10 @@ RULES: tuple[Rule, ...] = (
     Rule("graft", "default: AdamW's length per layer, trust region", Watched),
     Rule("no-region", "AdamW's length, no trust region", Watched, {"max_kl": _NO_REGION}),
     Rule(
-        "kl-clip", "KL clip in K-FAC's own metric", Watched, {"step_length": "kl_clip", "lr": 0.03}
+        "kl-clip",
+        "KL clip in K-FAC's own metric",
+        Watched,
+        {"step_length": "kl_clip", "lr": 0.03, "adamw_lr": DEFAULT_LR},
     ),
     Rule("quadratic", "exact model along D", QuadraticDirection, _MODELLED),
     Rule(
@@ -105,6 +130,15 @@ RATE_RULES: tuple[Rule, ...] = (
         for lr in RATES
         # The default rate is that of the rule itself.
         if lr != DEFAULT_LR
+    ),
+    *(
+        Rule(
+            f"kl-clip:lr={lr:g}",
+            f"KL clip in K-FAC's own metric, lr {lr:g}",
+            Watched,
+            {"step_length": "kl_clip", "lr": lr, "adamw_lr": DEFAULT_LR},
+        )
+        for lr in KL_CLIP_RATES
     ),
     *(
         Rule(f"adamw:lr={lr:g}", f"AdamW, lr {lr:g}", torch.optim.AdamW, {"lr": lr}, "backward")

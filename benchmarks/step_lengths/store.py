@@ -35,9 +35,12 @@ class Store:
             raise ValueError(f"{self.path}: must be a {SCHEMA} result of version {VERSION}")
         return content
 
-    def has(self, rule: str, seed: int, steps: int | None) -> bool:
-        """Whether this run is there."""
-        return (rule, seed, steps) in [_key(r) for r in self.load()["runs"]]
+    def has(self, rule: str, seed: int, steps: int | None, settings: dict[str, Any]) -> bool:
+        """Whether this run is there, with these settings; one with others would be replaced."""
+        wanted = json.loads(json.dumps(settings))
+        return any(
+            _key(r) == (rule, seed, steps) and r["settings"] == wanted for r in self.load()["runs"]
+        )
 
     def add(self, about: dict[str, Any], run: dict[str, Any]) -> None:
         """Add a run, and what is known of all of them.

@@ -90,11 +90,21 @@ def run(rule: Rule, seed: int, config: CompareConfig, data: ClassificationData) 
         "rule": rule.label,
         "seed": seed,
         "steps": config.steps,
-        "options": dict(rule.options),
+        "settings": run_settings(rule, config),
         "rate": _rate(rule, optimizer),
         "git": environment.git_state(),
         "noted": summary(getattr(optimizer, "noted", {})),
         "record": record.to_json(),
+    }
+
+
+def run_settings(rule: Rule, config: CompareConfig) -> dict[str, Any]:
+    """What a run with the same rule, seed and steps must have in common to be the same run."""
+    return {
+        **rule.settings(),
+        "train_limit": config.train_limit,
+        "batch_size": config.batch_size,
+        "warmup_fraction": config.warmup_fraction,
     }
 
 

@@ -21,7 +21,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import plot_step_length  # noqa: E402
 import step_length  # noqa: E402
-from step_lengths import damping, grafting, quadratic, rules, study  # noqa: E402
+from step_lengths import damping, grafting, quadratic, rows, rules, study  # noqa: E402
 from step_lengths.watched import Watched, kronecker_form  # noqa: E402
 
 X = torch.randn(12, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -472,3 +472,27 @@ def test_another_file_is_not_overwritten(little_data, tmp_path):
     with pytest.raises(ValueError, match="must be a grng-step-length result"):
         run(tmp_path, "--rules", "graft")
     assert (tmp_path / "mlp.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("rule", rules.RULES, ids=lambda rule: rule.label)
+def test_what_adamw_trains_is_trained_the_same_under_every_rule(rule):
+    usual = rules.GRAFT.build(small()).param_groups[1]
+    group = rule.build(small()).param_groups[1]
+    assert group["kind"] == "adamw"
+    for key in ("lr", "weight_decay"):
+        assert group[key] == usual[key]
+
+
+def test_a_run_with_other_settings_is_made_again(little_data, tmp_path, capsys, monkeypatch):
+    run(tmp_path, "--rules", "graft")
+    floor = dataclasses.replace(rules.GRAFT, options={"rho": 0.5})
+    monkeypatch.setitem(rules.ALL, "graft", floor)
+    capsys.readouterr()
+    run(tmp_path, "--rules", "graft")
+    assert "1 runs of" in capsys.readouterr().out
+    [kept] = json.loads((tmp_path / "mlp.json").read_text())["runs"]
+    assert kept["settings"]["rho"] == 0.5
+
+
+def test_a_rule_with_a_diverged_seed_has_no_mean():
+    assert rows._mean((0.5, None)) is None and rows._mean((0.5, 0.7)) == pytest.approx(0.6)
