@@ -193,12 +193,16 @@ class KroneckerOptimizer(Optimizer):
             self._capture.observe(losses, loss_terms(outputs))
 
     def _statistics_wanted(self, layer: KroneckerLayer) -> bool:
-        """Return whether the next step refreshes the curvature, or this layer has none yet."""
-        group = self.param_groups[0]
+        """Return whether the next step refreshes the curvature of this layer, or it has none yet."""
         return self._is_trained(layer) and (
-            self._refresh_due(group["step"], group["refresh_every"])
-            or not self._has_curvature(layer)
+            self._is_due(layer, self.param_groups[0]) or not self._has_curvature(layer)
         )
+
+    def _is_due(self, layer: KroneckerLayer, group: dict[str, Any]) -> bool:
+        """Return whether the schedule refreshes a layer, or has missed it as the layer was not used then."""
+        step, every = group["step"], group["refresh_every"]
+        updated = self.state.get(layer.weight, {}).get("updated_at", step)
+        return self._refresh_due(step, every) or step - updated >= every
 
     def _is_trained(self, layer: KroneckerLayer) -> bool:
         return layer in self._layers and layer.weight.requires_grad

@@ -46,7 +46,8 @@ class RING(KroneckerOptimizer):
         lr: Learning rate: for ``step_length="graft"`` AdamW's, or a larger one, which ``max_kl`` cuts where
             it is too large; ``"kl_clip"`` wants about 0.03.
         rho: Relative damping ρ, > 0. The condition number of each damped factor is at most ``1 + 1/√rho``.
-        refresh_every: S of Lazy Fisher: steps between refreshes (more often in the first S steps).
+        refresh_every: S of Lazy Fisher: steps between refreshes (more often in the first S steps). A layer
+            that was not used at a refresh has its own as soon as its statistics are S steps old.
         factor_decay: EMA decay of the factors per refresh.
         betas: Decays of the averages of the gradient, which is preconditioned, and of its square; for what
             AdamW trains too.
@@ -149,7 +150,12 @@ class RING(KroneckerOptimizer):
         """See the base class."""
         super().load_state_dict(state_dict)
         states = [(x, self.state.get(x.weight, {})) for x in self._layers]
-        self._inputs.recall([(x, s) for x, s in states if "input_factor" in s])
+        states = [(x, s) for x, s in states if "input_factor" in s]
+        for _, state in states:
+            # An older version did not say when.
+            for key in ("updated_at", "stale_since"):
+                state.setdefault(key, self.param_groups[0]["step"])
+        self._inputs.recall(states)
 
     def _update_layers(self, group: dict[str, Any], layers: list[KroneckerLayer]) -> None:
         self._refresh(group, layers)
@@ -164,12 +170,11 @@ class RING(KroneckerOptimizer):
     def _refresh(self, group: dict[str, Any], layers: list[KroneckerLayer]) -> None:
         """Average the statistics that came with this step into the factors, and invert what is due."""
         step, every = group["step"], group["refresh_every"]
-        due = self._refresh_due(step, every)
         updates, new = [], set()
         for layer in layers:
             state, records = self.state[layer.weight], self._capture.complete(layer)
             is_new = "input_factor" not in state
-            if records and (due or is_new):
+            if records and (is_new or self._is_due(layer, group)):
                 updates.append((layer, records))
                 if is_new:
                     state.update(new_factors(layer))
@@ -186,6 +191,8 @@ class RING(KroneckerOptimizer):
                 or not self._stagger
                 or step < every
                 or (step - places[leaders[x]]) % every == 0
+                # A layer that was not used at its turn.
+                or step - self.state[x.weight].get("stale_since", step) >= every
             )
             and self.state[x.weight].get("stale")
         ]
@@ -216,7 +223,9 @@ class RING(KroneckerOptimizer):
                 self._sharing,
                 input_infos=infos.get(leader),
             )
-            state["stale"] = 1
+            state["updated_at"] = group["step"]
+            if not state.get("stale"):
+                state["stale"], state["stale_since"] = 1, group["step"]
 
     def _grafted_step(self, group: dict[str, Any], layers: list[KroneckerLayer]) -> None:
         used = [[p for p in x.parameters if p.grad is not None] for x in layers]
