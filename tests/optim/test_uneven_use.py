@@ -85,3 +85,48 @@ def test_the_ages_of_layers_survive_a_checkpoint_and_older_ones_load():
     list(train(twin, older, range(13, 40)))
     for layer in older._layers:
         assert int(older.state[layer.weight]["output_updates"]) >= 7
+
+
+# ---- the trust region ----
+
+
+def ratio_of(opt):
+    return opt.state[opt._all_layers[0].weight]["fisher_ratio"].clone()
+
+
+def test_zero_gradients_of_a_resting_head_do_not_freeze_the_trust_region():
+    torch.manual_seed(0)
+    model = Heads()
+    opt = RING(model, refresh_every=EVERY)
+    ratios = {k: ratio_of(opt) for k in train(model, opt, range(31), set_to_none=False)}
+    changes = [k for k in range(1, 31) if not torch.equal(ratios[k], ratios[k - 1])]
+    assert {10, 15, 20, 25, 30} <= set(changes)
+
+
+def test_a_layer_that_lost_its_hooks_does_not_freeze_the_trust_region():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    opt = RING(model, refresh_every=2, fisher="exact", max_kl=1e9, weight_decay=0.0)
+
+    def step(x):
+        opt.zero_grad()
+        out = model(x)
+        opt.observe(out)
+        F.cross_entropy(out, torch.arange(len(x)) % 3).backward()
+        opt.step()
+
+    xs = torch.randn(7, 8, 4, dtype=torch.float64)
+    step(xs[0])
+    model[0]._forward_hooks.clear()
+    with pytest.warns(RuntimeWarning, match="no new statistics reach 0"):
+        for x in xs[1:6]:
+            step(x)
+    before = [p.detach().clone() for p in model[2].parameters()]
+    hidden = model[1](model[0](xs[6])).detach()
+    logits = model[2](hidden).detach()
+    step(xs[6])  # step 6, a refresh
+    moved = [b - p.detach() for p, b in zip(model[2].parameters(), before, strict=True)]
+    change, p = F.linear(hidden, *moved), logits.softmax(-1)
+    form = ((p * change.square()).sum(-1) - (p * change).sum(-1).square()).mean()
+    length = sum(m.square().sum() for m in moved)
+    torch.testing.assert_close(ratio_of(opt), form / length)

@@ -35,7 +35,8 @@ class RING(KroneckerOptimizer):
 
     so that curvature decides where to go, AdamW's step how far each layer goes, and a trust region how far
     all of them together. ``ΔᵀFΔ`` is the Fisher information along the whole step, layers together: measured
-    at each refresh from the statistics at hand, and between taken to be proportional to ``‖Δ‖²``. Linear
+    at each refresh from the statistics at hand, and between, and for layers that have none there, taken to
+    be proportional to ``‖Δ‖²``. Linear
     layers (any leading dimensions), 1-d and 2-d convolutions (grouped too) and transformers' ``Conv1D`` have
     curvature; everything else is trained by AdamW in the same object, and :meth:`explain` says what and why.
     One device-to-host wait per step checks that the gradients are finite.
@@ -264,20 +265,31 @@ class RING(KroneckerOptimizer):
         """The part of the step, 0-d in (0, 1], that changes the model's outputs by at most ``max_kl``.
 
         The Fisher information along the step is measured where there are statistics; between, its ratio to
-        the squared length of the step is taken to stay.
+        the squared length of the step is taken to stay. Layers whose statistics are missing at a refresh are
+        taken to have the ratio of the others.
         """
         taken = iter(steps)
         sorted_steps = [[next(taken) for _ in d] for d in like]
         norm = stacked(torch._foreach_norm(steps)).square().sum()
         shared = self.state[self._all_layers[0].weight]
-        # A layer without statistics would count in the length of the step and not in its information.
-        if all(self._capture.complete(x) for x in layers):
-            form = fisher_along(layers, self._capture.complete, sorted_steps)
+        known = [i for i, x in enumerate(layers) if self._capture.complete(x)]
+        # Between the refreshes of all, the few layers that missed the last one do not speak for the others.
+        if len(known) == len(layers) or self._refresh_due(group["step"], group["refresh_every"]):
+            form = fisher_along(
+                [layers[i] for i in known],
+                self._capture.complete,
+                [sorted_steps[i] for i in known],
+            )
             old = shared.get("fisher_ratio", torch.zeros_like(norm)).to(norm.device)
             if form is not None:
+                # A layer without statistics would count in the length of the step, not in its information.
+                length = norm
+                if len(known) < len(layers):
+                    measured = [step for i in known for step in sorted_steps[i]]
+                    length = stacked(torch._foreach_norm(measured)).square().sum().to(norm)
                 form = form.to(norm)
-                serves = (norm > 0) & torch.isfinite(form)
-                shared["fisher_ratio"] = torch.where(serves, form / norm, old)
+                serves = (length > 0) & torch.isfinite(form)
+                shared["fisher_ratio"] = torch.where(serves, form / length, old)
         if "fisher_ratio" not in shared:
             return torch.ones_like(norm)
         divergence = 0.5 * group["lr"] ** 2 * shared["fisher_ratio"].to(norm.device) * norm
