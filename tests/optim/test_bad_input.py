@@ -239,6 +239,19 @@ def test_outputs_of_a_wrong_shape_are_named(optimizer, make, error, said):
         opt.observe(make(out))
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("likelihood", ["gaussian", "categorical"])
+@pytest.mark.parametrize("fisher", ["sampled", "empirical"])
+def test_one_output_per_example_needs_a_dimension_of_its_own(optimizer, likelihood, fisher):
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1))
+    opt = optimizer(model, fisher=fisher)
+    out = model(torch.randn(8, 4))
+    with pytest.raises(ValueError, match=r"got \[8\]: .* outputs\.unsqueeze\(-1\)"):
+        opt.observe(out.squeeze(-1), likelihood=likelihood)
+    opt.observe(out.squeeze(-1).unsqueeze(-1), likelihood="gaussian")
+    assert {r.terms for rs in opt._capture.records.values() for r in rs} == {8}
+
+
 # ---- the first statistics are bad ----
 
 

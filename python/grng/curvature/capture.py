@@ -129,6 +129,15 @@ class Capture:
             if not record.passed and id(record) in self._edges
         ]
 
+    def is_batched(self) -> bool:
+        """Return whether a forward pass that waits was not of a single example."""
+        waiting = {id(record) for record in self.waiting()}
+        return any(
+            id(record) in waiting and layer.examples(record.layer_input) != 1
+            for layer, records in self.records.items()
+            for record in records
+        )
+
     def announce(self, terms: int) -> None:
         """Tell the forward passes that wait how many terms of the loss they lead to."""
         for record in self.waiting():

@@ -162,7 +162,8 @@ class KroneckerOptimizer(Optimizer):
 
         Args:
             outputs: The model's outputs, one loss term for each leading index: logits ``[..., C]``, or means
-                for ``likelihood="gaussian"``.
+                for ``likelihood="gaussian"``. One number for each example is ``[N, 1]``; ``[C]`` are the
+                outputs of one example, where every layer was fed one example.
             likelihood: ``"categorical"`` or ``"gaussian"`` (unit variance).
 
         Raises:
@@ -175,6 +176,12 @@ class KroneckerOptimizer(Optimizer):
         check_outputs(outputs, likelihood)
         if not outputs.requires_grad:
             raise ValueError("observe: outputs must be attached to the graph of the forward pass")
+        if outputs.dim() == 1 and self._capture.is_batched():
+            raise ValueError(
+                "observe: outputs must have shape [..., C], one term of the loss for each leading index, got "
+                f"{list(outputs.shape)}: for one output per example give outputs.unsqueeze(-1), for one "
+                "example of C outputs outputs.unsqueeze(0)"
+            )
         if not self._capture.is_new(outputs):
             return
         if self._fisher_kind == "empirical":
