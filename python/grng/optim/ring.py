@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """RING: regularised implicit natural gradient."""
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from grng.curvature.fisher import FISHERS
 from grng.curvature.layers import SHARINGS, KroneckerLayer, Record
-from grng.curvature.quadratic import fisher_along
+from grng.curvature.quadratic import fisher_along, out_of_order
 from grng.optim.base import ADAMW_EPS, KroneckerOptimizer, check_betas, check_hyperparameter
 from grng.optim.devices import by_device, stacked
 from grng.optim.factors import new_factors, preconditioned, refresh_inverses, update_factors
@@ -58,7 +59,8 @@ class RING(KroneckerOptimizer):
         max_kl: Largest KL divergence between the model's predictions before and after one step, per term of
             the loss, as the Fisher information predicts it; None switches it off. Only for
             ``step_length="graft"``; what AdamW trains is not counted. Without :meth:`observe` the loss is
-            taken to be the mean over the examples, unscaled. Examples come first in every layer's input.
+            taken to be the mean over the examples, unscaled. Examples come first in every layer's input;
+            layers that are seen to have them elsewhere are left out of the measure, with a warning.
         kl_clip: Bound of the KL change of one step, as the factors predict it; None switches it off. Only
             for ``step_length="kl_clip"``.
         fisher: ``"sampled"`` labels where :meth:`observe` is called, else the gradients of the loss;
@@ -126,6 +128,7 @@ class RING(KroneckerOptimizer):
                 )
         self._step_length, self._sharing, self._stagger = step_length, sharing, stagger
         self._inputs = SharedInputs()
+        self._said_out_of_order = False
         defaults = dict(
             lr=lr,
             rho=rho,
@@ -272,7 +275,7 @@ class RING(KroneckerOptimizer):
         sorted_steps = [[next(taken) for _ in d] for d in like]
         norm = stacked(torch._foreach_norm(steps)).square().sum()
         shared = self.state[self._all_layers[0].weight]
-        known = [i for i, x in enumerate(layers) if self._capture.complete(x)]
+        known = self._in_order([i for i, x in enumerate(layers) if self._capture.complete(x)], layers)
         # Between the refreshes of all, the few layers that missed the last one do not speak for the others.
         if len(known) == len(layers) or self._refresh_due(group["step"], group["refresh_every"]):
             form = fisher_along(
@@ -295,6 +298,21 @@ class RING(KroneckerOptimizer):
         divergence = 0.5 * group["lr"] ** 2 * shared["fisher_ratio"].to(norm.device) * norm
         smallest = torch.finfo(divergence.dtype).tiny
         return (group["max_kl"] / divergence.clamp(min=smallest)).sqrt().clamp(max=1.0)
+
+    def _in_order(self, known: list[int], layers: list[KroneckerLayer]) -> list[int]:
+        """Leave out the layers whose inputs have another order than the examples, with one warning."""
+        strangers = out_of_order([layers[i] for i in known], self._capture.complete)
+        if strangers and not self._said_out_of_order:
+            self._said_out_of_order = True
+            names = ", ".join(layers[i].name for i in known if layers[i] in strangers)
+            warnings.warn(
+                f"{type(self).__name__}: the inputs of {names} do not have the examples of the loss in their "
+                "leading dimension: the trust region is measured without these layers. Examples must come "
+                "first in every layer's input (batch_first=True)",
+                RuntimeWarning,
+                stacklevel=7,
+            )
+        return [i for i in known if layers[i] not in strangers]
 
     def _apply(
         self, group: dict[str, Any], params: list[nn.Parameter], steps: list[Tensor]
