@@ -200,6 +200,45 @@ def test_a_batch_that_is_not_finite_leaves_parameters_and_state_and_is_counted(o
     assert all(moved(model, before))
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_statistics_of_an_input_that_was_overwritten_are_dropped_and_counted(optimizer):
+    model = net(torch.float64)
+    opt = optimizer(model, lr=0.0)
+    buffer, xs = torch.zeros(8, 4, dtype=torch.float64), torch.randn(2, 8, 4, dtype=torch.float64)
+    for x in xs:
+        buffer.copy_(x)
+        out = model(buffer)
+        opt.observe(out)
+        F.cross_entropy(out, torch.arange(8) % CLASSES).backward()
+    with pytest.warns(RuntimeWarning, match=r"the input of 0 was changed in place .* clone\(\)"):
+        opt.step()
+    rows = torch.cat([xs[1], xs.new_ones(8, 1)], 1)
+    torch.testing.assert_close(opt.state[model[0].weight]["input_factor"], rows.T @ rows / 8)
+    report = opt.diagnostics()
+    assert report["0/factor_failures"] == 1 and report["2/factor_failures"] == 0
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_layer_whose_only_input_was_overwritten_is_still_trained(optimizer, late):
+    model = net()
+    opt = optimizer(model, refresh_every=1)
+    if late:
+        step(model, opt)
+        factor = opt.state[model[0].weight]["input_factor"].clone()
+    before, x = copies(model), torch.randn(8, 4)
+    out = model(x)
+    opt.observe(out)
+    F.cross_entropy(out, torch.arange(8) % CLASSES).backward()
+    x.zero_()
+    with pytest.warns(RuntimeWarning, match="the input of 0 was changed in place"):
+        opt.step()
+    assert all(moved(model, before))
+    if late:
+        assert torch.equal(opt.state[model[0].weight]["input_factor"], factor)
+    assert opt.explain().count("its input was overwritten") == (0 if late else 2)
+
+
 # ---- arguments ----
 
 
@@ -286,9 +325,8 @@ def test_a_factor_starts_with_its_first_good_statistics(
             F.cross_entropy(out, torch.arange(8) % CLASSES).backward()
             if k == 0:
                 ((record,),) = opt._capture.records.values()
-                (record.layer_input if bad == "input" else record.output_grad).view(-1)[3] = (
-                    torch.nan
-                )
+                spoiled_one = record.layer_input if bad == "input" else record.output_grad
+                spoiled_one.data.view(-1)[3] = torch.nan
             opt.step()
             opt.zero_grad()
         runs[spoiled] = opt.state[model.weight]

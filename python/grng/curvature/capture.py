@@ -67,7 +67,9 @@ class Capture:
             return
         self._make_room(layer)
         for found in layer.passes(args, kwargs, output):
-            record = Record(found.layer_input, round=self._rounds[layer])
+            x = found.layer_input
+            version = None if x.is_inference() else x._version
+            record = Record(x, round=self._rounds[layer], version=version)
             self.records[layer].append(record)
             self._edges[id(record)] = (found.edge, found.arrange)
             found.listen(self._receiver(layer, record))
@@ -221,12 +223,16 @@ class Capture:
             self._wanted = before
 
     def complete(self, layer: KroneckerLayer) -> list[Record]:
-        """Return the records of a layer that have both parts and any rows."""
+        """Return the records of a layer that have both parts, as they were recorded, and any rows."""
         return [
             r
             for r in self.records[layer]
-            if r.output_grad is not None and r.layer_input.numel() > 0
+            if r.output_grad is not None and r.layer_input.numel() > 0 and not r.is_overwritten()
         ]
+
+    def overwritten(self, layer: KroneckerLayer) -> int:
+        """Return how many records of a layer cannot serve, as their input was changed in place since."""
+        return sum(r.output_grad is not None and r.is_overwritten() for r in self.records[layer])
 
     def only_empty(self, layer: KroneckerLayer) -> bool:
         """Return whether a layer was used, but only with empty batches."""

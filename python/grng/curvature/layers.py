@@ -52,6 +52,12 @@ class Record:
     # Whether the loss was differentiated, and its gradient then zeroed.
     passed: bool = False
     outdated: bool = False
+    # That of the input when it was recorded, which keeps no copy; None where torch counts none.
+    version: int | None = None
+
+    def is_overwritten(self) -> bool:
+        """Return whether the input was changed in place since."""
+        return self.version is not None and self.layer_input._version != self.version
 
     def grads(self) -> list[Tensor]:
         """Return all gradients of the output."""

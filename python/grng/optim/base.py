@@ -74,6 +74,10 @@ class KroneckerOptimizer(Optimizer):
     State per parameter, all tensors or numbers: for a layer its factors, inverses and momentum under the
     weight; ``exp_avg``, ``exp_avg_sq``, ``step`` for AdamW. It keeps its dtype through ``load_state_dict``.
 
+    What a layer was fed is not copied: it must stay as it is until the step. Statistics of an input that was
+    overwritten before it, as a static buffer is for the next micro-batch, are dropped, with one warning, and
+    counted in ``factor_failures``.
+
     Under ``torch.compile`` statistics are taken between compiled parts: the graph breaks after each layer
     with curvature, and ``fullgraph=True`` is an error that says so. Make the optimizer before the first call
     of the compiled model; later, ``torch._dynamo.reset()`` lets the hooks be seen, else its layers are left
@@ -104,6 +108,7 @@ class KroneckerOptimizer(Optimizer):
         self._reasons: dict[nn.Parameter, str] = {}
         self._layers: list[KroneckerLayer] = []
         self._cut_off: set[KroneckerLayer] = set()  # whose hooks went, as was said
+        self._said_overwritten = False
         self._adamw_lr = adamw_lr
         self._observations = 0
         self._failures, self._max_failures = 0, max_failures
@@ -249,6 +254,7 @@ class KroneckerOptimizer(Optimizer):
         curved: set[nn.Parameter] = set()
         for group in self.param_groups:
             if group["kind"] == KRONECKER:
+                overwritten = self._find_overwritten()
                 idle = self._demote_silent()
                 layers = [x for x in self._layers if x.weight.grad is not None]
                 curved.update(p for x in layers for p in x.parameters)
@@ -256,6 +262,9 @@ class KroneckerOptimizer(Optimizer):
                 if layers:
                     self._note_fisher(layers)
                     self._update_layers(group, layers)
+                for x, count in overwritten.items():
+                    if self._has_curvature(x):
+                        self.state[x.weight]["factor_failures"] += count
             group["step"] += 1
         left = [
             p
@@ -342,6 +351,21 @@ class KroneckerOptimizer(Optimizer):
             )
         return False
 
+    def _find_overwritten(self) -> dict[KroneckerLayer, int]:
+        """Return how many inputs of each layer were overwritten, where any was; warn once."""
+        counts = {x: self._capture.overwritten(x) for x in self._layers}
+        found = {x: count for x, count in counts.items() if count}
+        if found and not self._said_overwritten:
+            self._said_overwritten = True
+            warnings.warn(
+                f"{type(self).__name__}: the input of {', '.join(x.name for x in found)} was changed in place "
+                "between the forward pass and step(): its statistics are dropped. Give the model a new tensor, "
+                "or a clone() of a static buffer",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        return found
+
     def _demote_silent(self) -> list[KroneckerLayer]:
         """Find layers whose hooks never ran although they were used: they get gradients, but no statistics.
 
@@ -358,6 +382,7 @@ class KroneckerOptimizer(Optimizer):
             and not self._capture.complete(x)
             and not self._capture.only_empty(x)
             and x not in self._cut_off
+            and not (self._has_curvature(x) and self._capture.overwritten(x))
             and (self._statistics_wanted(x) or not self._has_curvature(x))
         ]
         if not silent:
@@ -387,8 +412,9 @@ class KroneckerOptimizer(Optimizer):
         if new:
             warnings.warn(
                 f"{owner}: no statistics reached {', '.join(x.name for x in new)} although the gradient did "
-                "(the module is bypassed, compiled before the optimizer was made, or recomputed; or the "
-                "hooks were removed): trained by AdamW",
+                "(the module is bypassed, compiled before the optimizer was made, or recomputed; the "
+                "forward pass ran before the optimizer was made; its input was overwritten; or the hooks were "
+                "removed): trained by AdamW",
                 RuntimeWarning,
                 stacklevel=5,
             )
@@ -398,7 +424,9 @@ class KroneckerOptimizer(Optimizer):
     def _demote(self, layers: list[KroneckerLayer]) -> None:
         self._layers = [x for x in self._layers if x not in layers]
         for x in layers:
-            self._reasons.update({p: "its module's hooks never ran" for p in x.parameters})
+            spoiled = self._capture.overwritten(x)
+            why = "its input was overwritten" if spoiled else "its module's hooks never ran"
+            self._reasons.update({p: why for p in x.parameters})
 
     def _adamw_step(self, group: dict[str, Any], candidates: list[nn.Parameter]) -> None:
         params: list[Tensor] = [p for p in candidates if p.grad is not None]

@@ -275,7 +275,9 @@ class RING(KroneckerOptimizer):
         sorted_steps = [[next(taken) for _ in d] for d in like]
         norm = stacked(torch._foreach_norm(steps)).square().sum()
         shared = self.state[self._all_layers[0].weight]
-        known = self._in_order([i for i, x in enumerate(layers) if self._capture.complete(x)], layers)
+        found = self._capture
+        known = [i for i, x in enumerate(layers) if found.complete(x) and not found.overwritten(x)]
+        known = self._in_order(known, layers)
         # Between the refreshes of all, the few layers that missed the last one do not speak for the others.
         if len(known) == len(layers) or self._refresh_due(group["step"], group["refresh_every"]):
             form = fisher_along(
