@@ -130,3 +130,35 @@ def test_gradients_that_are_put_back_by_hand_keep_their_statistics():
         warnings.simplefilter("error")
         opt.step()
     torch.testing.assert_close(opt.state[model.weight]["input_factor"], mean_square([x]))
+
+
+@pytest.mark.parametrize("optimizer", [RING, KFAC])
+def test_a_loss_in_two_parts_has_the_statistics_of_their_sum(optimizer):
+    torch.manual_seed(0)
+    model, (x,) = linear(), inputs(1, rows=8)
+    factors = []
+    for parts in ((1.0,), (0.01, 0.99)):
+        opt = optimizer(model, lr=0.0, fisher="empirical")
+        loss = F.cross_entropy(model(x), torch.arange(8) % CLASSES)
+        for part in parts:
+            (part * loss).backward(retain_graph=True)
+        opt.step()
+        opt.zero_grad()
+        factors.append(opt.state[model.weight]["output_factor"])
+    assert factors[0].any()
+    torch.testing.assert_close(factors[1], factors[0])
+
+
+def test_a_second_derivative_is_no_further_part_of_the_loss():
+    torch.manual_seed(0)
+    model, (x,) = linear(), inputs(1, rows=8)
+    factors = []
+    for penalty in (0.0, 3.0):
+        opt = RING(model, lr=0.0, fisher="empirical")
+        loss = F.cross_entropy(model(x), torch.arange(8) % CLASSES)
+        (grad,) = torch.autograd.grad(loss, [model.weight], create_graph=True)
+        (loss + penalty * grad.square().sum()).backward()
+        opt.step()
+        opt.zero_grad()
+        factors.append(opt.state[model.weight]["output_factor"])
+    assert factors[0].any() and torch.equal(*factors)

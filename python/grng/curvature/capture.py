@@ -116,9 +116,15 @@ class Capture:
             if not self._observing:
                 record.passed = True
                 self._ended.add(layer)
+            if self._observing or record.sampled:
+                return
             # The gradient of the loss: used where no labels were sampled (empirical Fisher).
-            if not self._observing and record.output_grad is None:
+            if record.output_grad is None:
                 record.output_grad = grad.detach()
+                record.is_differentiable = torch.is_grad_enabled()
+            elif not record.is_differentiable:
+                # A further part of the loss: .grad has the sum too.
+                record.output_grad = record.output_grad + grad.detach()
 
         return on_grad
 

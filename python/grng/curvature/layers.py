@@ -41,6 +41,8 @@ class Record:
     further_grads: list[Tensor] = field(default_factory=list)
     # The place of the first gradient among those of all heads.
     first: int = 0
+    # Whether the gradient came with a graph of its own: what follows is part of a second derivative.
+    is_differentiable: bool = False
     # Gradient of a sampled label (summed over the terms) or of the loss (their mean).
     sampled: bool = False
     # Terms of the loss that this pass contributed to; None where nobody said.
