@@ -51,6 +51,8 @@ class Record:
     observation: int = 0
     # Which backward pass of its layer since the last step this one belongs to.
     round: int = 0
+    # Which forward pass of the model it belongs to, as far as can be seen.
+    forward: int = 0
     # Whether the loss was differentiated, and its gradient then zeroed.
     passed: bool = False
     outdated: bool = False
