@@ -239,6 +239,39 @@ def test_a_layer_whose_only_input_was_overwritten_is_still_trained(optimizer, la
     assert opt.explain().count("its input was overwritten") == (0 if late else 2)
 
 
+# ---- parameters that are in no group ----
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_parameter_that_is_unfrozen_later_is_named_once(optimizer):
+    model = net()
+    model[0].requires_grad_(False)
+    opt = optimizer(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(model, opt)
+    model[0].requires_grad_(True)
+    before = copies(model)
+    with pytest.warns(UserWarning, match=r"0\.weight, 0\.bias had requires_grad=False") as said:
+        for _ in range(2):
+            step(model, opt)
+    assert len(said) == 1
+    assert moved(model, before) == [False, False, True, True]
+
+
+def test_a_parameter_that_is_unfrozen_and_added_is_trained_in_silence():
+    model = net()
+    model[0].requires_grad_(False)
+    opt = RING(model)
+    model[0].requires_grad_(True)
+    opt.add_param_group({"params": list(model[0].parameters())})
+    before = copies(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(model, opt)
+    assert all(moved(model, before))
+
+
 # ---- arguments ----
 
 

@@ -69,7 +69,8 @@ class KroneckerOptimizer(Optimizer):
     A subclass implements :meth:`_update_layers`. Parameters that no supported layer owns form a second
     parameter group, ``kind="adamw"``, with its own learning rate: learning-rate schedulers scale both. It is
     there even when it is empty: layers whose statistics never come are trained with its settings, and stay
-    in their group, so that groups and checkpoints keep their form.
+    in their group, so that groups and checkpoints keep their form. Parameters that are frozen when the
+    optimizer is made are in no group: a later gradient of theirs is not used, with one warning.
 
     State per parameter, all tensors or numbers: for a layer its factors, inverses and momentum under the
     weight; ``exp_avg``, ``exp_avg_sq``, ``step`` for AdamW. It keeps its dtype through ``load_state_dict``.
@@ -114,6 +115,7 @@ class KroneckerOptimizer(Optimizer):
         self._failures, self._max_failures = 0, max_failures
         self._fisher_kind, self._fisher = fisher, "not yet"
         self._names: dict[nn.Parameter, str] = {}
+        self._outside: list[nn.Parameter] = []  # frozen when the groups were made
         adamw_defaults = {"kind": ADAMW, "lr": adamw_lr}
         if isinstance(model, nn.Module):
             groups = self._groups_of(model, adamw_defaults, max_factor_dim)
@@ -136,6 +138,7 @@ class KroneckerOptimizer(Optimizer):
             model, max_factor_dim=max_factor_dim, diagonal=self._diagonal_factors
         )
         self._names = {p: name for name, p in model.named_parameters()}
+        self._outside = [p for p in self._names if not p.requires_grad]
         groups = []
         if self._layers:
             owned = [p for layer in self._layers for p in layer.parameters]
@@ -248,6 +251,7 @@ class KroneckerOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_places()
+        self._check_outside()
         if not self._gradients_are_finite():
             self._forget()
             return loss
@@ -320,6 +324,24 @@ class KroneckerOptimizer(Optimizer):
                     f"after the optimizer got its state ({factor.dtype}, {factor.device}); make the "
                     "optimizer after that, or load its state_dict into a new one"
                 )
+
+    def _check_outside(self) -> None:
+        """Warn once of parameters of the model that have a gradient and are in no group."""
+        found = [p for p in self._outside if p.grad is not None and p.requires_grad]
+        if found:
+            inside = {p for g in self.param_groups for p in g["params"]}
+            found = [p for p in found if p not in inside]
+        if found:
+            self._outside = []
+            names = [self._name_of(p) for p in found]
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            warnings.warn(
+                f"{type(self).__name__}: {', '.join(names[:5])}{more} had requires_grad=False when the "
+                "optimizer was made, and are not trained: make it after unfreezing, or give them to "
+                "add_param_group, to be trained by AdamW",
+                UserWarning,
+                stacklevel=4,
+            )
 
     def _gradients_are_finite(self) -> bool:
         """Check all gradients, with one wait for the device; a bad step changes nothing and is counted.
