@@ -272,6 +272,30 @@ def test_a_parameter_that_is_unfrozen_and_added_is_trained_in_silence():
     assert all(moved(model, before))
 
 
+# ---- bare parameters, sparse gradients ----
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_parameters_without_their_model_are_said_to_have_no_curvature(optimizer):
+    model = net()
+    with pytest.warns(UserWarning, match=rf"AdamW\. Pass the model itself, .*\(model\)") as said:
+        optimizer(model.parameters())
+    assert len(said) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer(model)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_sparse_gradient_is_named_and_nothing_is_changed(optimizer):
+    model = nn.Sequential(nn.Embedding(10, 4, sparse=True), nn.Linear(4, CLASSES))
+    opt = optimizer(model)
+    before = copies(model)
+    with pytest.raises(RuntimeError, match=r"gradient of 0\.weight is sparse: .* not supported"):
+        step(model, opt, x=torch.arange(8))
+    assert not any(moved(model, before))
+
+
 # ---- arguments ----
 
 

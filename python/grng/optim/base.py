@@ -121,6 +121,12 @@ class KroneckerOptimizer(Optimizer):
             groups = self._groups_of(model, adamw_defaults, max_factor_dim)
         else:
             # Bare parameters: no module says what their gradients are made of.
+            warnings.warn(
+                f"{owner}: given parameters and not a model, which alone says what their gradients are made of: "
+                f"all of them are trained by AdamW. Pass the model itself, {owner}(model), for curvature",
+                UserWarning,
+                stacklevel=3,
+            )
             groups = [
                 {**adamw_defaults, **g}
                 if isinstance(g, dict)
@@ -244,7 +250,8 @@ class KroneckerOptimizer(Optimizer):
 
         Raises:
             PreconditionerError: Non-finite gradients for more than ``max_failures`` steps in a row.
-            RuntimeError: The model was moved or cast after the optimizer got its state; nothing is changed.
+            RuntimeError: The model was moved or cast after the optimizer got its state, or a gradient is sparse;
+                nothing is changed.
         """
         loss = None
         if closure is not None:
@@ -308,11 +315,18 @@ class KroneckerOptimizer(Optimizer):
                 self._fisher = "empirical: observe() was not called, or could not reach all layers"
 
     def _check_places(self) -> None:
-        """Check that the factors still are where, and as wide as, their weights want them.
+        """Check that the factors still are where, and as wide as, their weights want them; and the gradients.
 
         Raises:
-            RuntimeError: They are not.
+            RuntimeError: They are not, or a gradient is sparse.
         """
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and p.grad.is_sparse:
+                    raise RuntimeError(
+                        f"{type(self).__name__}: the gradient of {self._name_of(p)} is sparse: sparse gradients "
+                        "are not supported (make the nn.Embedding with sparse=False)"
+                    )
         for x in self._layers:
             factor = self.state.get(x.weight, {}).get("input_factor")
             if factor is None or x.weight.grad is None:
