@@ -60,7 +60,11 @@ class RING(KroneckerOptimizer):
             the loss, as the Fisher information predicts it; None switches it off. Only for
             ``step_length="graft"``; what AdamW trains is not counted. Without :meth:`observe` the loss is
             taken to be the mean over the examples, unscaled. Examples come first in every layer's input;
-            layers that are seen to have them elsewhere are left out of the measure, with a warning.
+            layers that are seen to have them elsewhere are left out of the measure, with a warning. With
+            ``likelihood="gaussian"`` it is in units of the outputs, whose variance is taken to be one: scale
+            the targets to about that, or switch it off, else large targets are reached slowly. Sampled labels
+            both precondition the step and measure it, which underestimates the divergence where batches are
+            small; ``fisher="exact"`` does not draw any.
         kl_clip: Bound of the KL change of one step, as the factors predict it; None switches it off. Only
             for ``step_length="kl_clip"``.
         fisher: ``"sampled"`` labels where :meth:`observe` is called, else the gradients of the loss;
