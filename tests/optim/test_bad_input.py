@@ -278,7 +278,7 @@ def test_a_parameter_that_is_unfrozen_and_added_is_trained_in_silence():
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_parameters_without_their_model_are_said_to_have_no_curvature(optimizer):
     model = net()
-    with pytest.warns(UserWarning, match=rf"AdamW\. Pass the model itself, .*\(model\)") as said:
+    with pytest.warns(UserWarning, match=r"AdamW\. Pass the model itself, .*\(model\)") as said:
         optimizer(model.parameters())
     assert len(said) == 1
     with warnings.catch_warnings():

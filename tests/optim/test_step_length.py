@@ -264,7 +264,9 @@ def test_layers_that_are_fed_positions_first_are_left_out_of_the_form(positions)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         wanted = true_form(model, x, step)
     torch.testing.assert_close(form, wanted, rtol=1e-9, atol=0)
-    with pytest.warns(RuntimeWarning, match=r"inputs of layer\.linear1, layer\.linear2 .*batch_first"):
+    with pytest.warns(
+        RuntimeWarning, match=r"inputs of layer\.linear1, layer\.linear2 .*batch_first"
+    ):
         opt.step()
     assert opt.state[opt._all_layers[0].weight]["fisher_ratio"] > 0
     with warnings.catch_warnings():
@@ -291,9 +293,18 @@ def test_layers_that_are_fed_positions_first_are_left_out_of_the_form(positions)
     ids=str,
 )
 def test_leading_dimensions_that_are_not_of_examples(shapes, terms, strangers):
-    layers = [LinearLayer(str(i), m := nn.Linear(6, 2), m.weight, m.bias) for i in range(len(shapes))]
+    layers = [
+        LinearLayer(str(i), m := nn.Linear(6, 2), m.weight, m.bias) for i in range(len(shapes))
+    ]
     records = {
-        x: [Record(torch.zeros(s), torch.zeros(*s[:-1], 2), terms=terms, observation=terms and 1 or 0)]
+        x: [
+            Record(
+                torch.zeros(s),
+                torch.zeros(*s[:-1], 2),
+                terms=terms,
+                observation=int(terms is not None),
+            )
+        ]
         for x, s in zip(layers, shapes, strict=True)
     }
     assert out_of_order(layers, records.__getitem__) == {layers[i] for i in strangers}

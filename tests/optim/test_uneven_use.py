@@ -54,7 +54,7 @@ def test_a_layer_that_misses_the_refreshes_has_its_own(stagger, every):
             last, before, inverted = seen[i]
             changed = before is None or not torch.equal(before, inverse)
             seen[i] = (count, inverse, k if changed else inverted)
-            # Used in every other step: a refresh is at most one step late; a staggered inverse, one turn more.
+            # Used in every other step: a refresh is at most one step late, a staggered inverse one turn more.
             assert k - state["updated_at"] <= every
             assert k - seen[i][2] <= (2 * every + 2 if stagger else every)
             assert count >= last

@@ -34,9 +34,9 @@ class Capture:
     not there, and the gradient of the loss serves instead.
 
     Records are those of one large batch until a step clears them. Where steps do not come, a new forward pass
-    drops what :meth:`outdate` marked, and what is older than :data:`MOST_ROUNDS` backward passes, or that many
-    forward passes without one: those of a validation that does not switch gradients off, whose graphs are kept
-    alive here.
+    drops what :meth:`outdate` marked, and what is older than :data:`MOST_ROUNDS` backward passes, or that
+    many forward passes without one: those of a validation that does not switch gradients off, whose graphs
+    are kept alive here.
     """
 
     # Of all captures: what one of them differentiates is no gradient of the loss to the others either.
@@ -79,9 +79,7 @@ class Capture:
         for found in layer.passes(args, kwargs, output):
             x = found.layer_input
             version = None if x.is_inference() else x._version
-            record = Record(
-                x, round=self._rounds[layer], forward=self._forward, version=version
-            )
+            record = Record(x, round=self._rounds[layer], forward=self._forward, version=version)
             self.records[layer].append(record)
             self._edges[id(record)] = (found.edge, found.arrange)
             found.listen(self._receiver(layer, record))
@@ -129,8 +127,8 @@ class Capture:
         if not self._warned_forward:
             self._warned_forward = True
             warnings.warn(
-                f"grng: more than {MOST_ROUNDS} forward passes without a backward pass: the statistics of older "
-                "ones are dropped. Validate under torch.no_grad()",
+                f"grng: more than {MOST_ROUNDS} forward passes without a backward pass: the statistics of "
+                "older ones are dropped. Validate under torch.no_grad()",
                 RuntimeWarning,
                 stacklevel=2,
             )

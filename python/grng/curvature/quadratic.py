@@ -64,10 +64,10 @@ def out_of_order(
 ) -> set[KroneckerLayer]:
     """Return the layers whose scores :func:`fisher_along` could not add to those of the same examples.
 
-    Their leading dimension is that of the positions, where another layer of the same pass, an attention module
-    that was told so or one with a row for each term of the loss, shows that the examples are the second; or it
-    fits no number of examples that fits the terms of the loss. Layers that all have the same order are not
-    found, nor is a leading dimension that could be one of flattened examples and positions.
+    Their leading dimension is that of the positions, where another layer of the same pass, an attention
+    module that was told so or one with a row for each term of the loss, shows that the examples are the
+    second; or it fits no number of examples that fits the terms of the loss. Layers that all have the same
+    order are not found, nor is a leading dimension that could be one of flattened examples and positions.
     """
     together: dict[int, list[tuple[KroneckerLayer, Record]]] = {}
     for layer in layers:

@@ -122,8 +122,8 @@ class KroneckerOptimizer(Optimizer):
         else:
             # Bare parameters: no module says what their gradients are made of.
             warnings.warn(
-                f"{owner}: given parameters and not a model, which alone says what their gradients are made of: "
-                f"all of them are trained by AdamW. Pass the model itself, {owner}(model), for curvature",
+                f"{owner}: given parameters and not a model, which alone says what their gradients are made "
+                f"of: all of them are trained by AdamW. Pass the model itself, {owner}(model), for curvature",
                 UserWarning,
                 stacklevel=3,
             )
@@ -250,8 +250,8 @@ class KroneckerOptimizer(Optimizer):
 
         Raises:
             PreconditionerError: Non-finite gradients for more than ``max_failures`` steps in a row.
-            RuntimeError: The model was moved or cast after the optimizer got its state, or a gradient is sparse;
-                nothing is changed.
+            RuntimeError: The model was moved or cast after the optimizer got its state, or a gradient is
+                sparse; nothing is changed.
         """
         loss = None
         if closure is not None:
@@ -324,8 +324,8 @@ class KroneckerOptimizer(Optimizer):
             for p in group["params"]:
                 if p.grad is not None and p.grad.is_sparse:
                     raise RuntimeError(
-                        f"{type(self).__name__}: the gradient of {self._name_of(p)} is sparse: sparse gradients "
-                        "are not supported (make the nn.Embedding with sparse=False)"
+                        f"{type(self).__name__}: the gradient of {self._name_of(p)} is sparse: sparse "
+                        "gradients are not supported (make the nn.Embedding with sparse=False)"
                     )
         for x in self._layers:
             factor = self.state.get(x.weight, {}).get("input_factor")
@@ -394,9 +394,9 @@ class KroneckerOptimizer(Optimizer):
         if found and not self._said_overwritten:
             self._said_overwritten = True
             warnings.warn(
-                f"{type(self).__name__}: the input of {', '.join(x.name for x in found)} was changed in place "
-                "between the forward pass and step(): its statistics are dropped. Give the model a new tensor, "
-                "or a clone() of a static buffer",
+                f"{type(self).__name__}: the input of {', '.join(x.name for x in found)} was changed in "
+                "place between the forward pass and step(): its statistics are dropped. Give the model a new "
+                "tensor, or a clone() of a static buffer",
                 RuntimeWarning,
                 stacklevel=4,
             )
@@ -449,8 +449,8 @@ class KroneckerOptimizer(Optimizer):
             warnings.warn(
                 f"{owner}: no statistics reached {', '.join(x.name for x in new)} although the gradient did "
                 "(the module is bypassed, compiled before the optimizer was made, or recomputed; the "
-                "forward pass ran before the optimizer was made; its input was overwritten; or the hooks were "
-                "removed): trained by AdamW",
+                "forward pass ran before the optimizer was made; its input was overwritten; or the hooks "
+                "were removed): trained by AdamW",
                 RuntimeWarning,
                 stacklevel=5,
             )
