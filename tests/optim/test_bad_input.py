@@ -200,6 +200,102 @@ def test_a_batch_that_is_not_finite_leaves_parameters_and_state_and_is_counted(o
     assert all(moved(model, before))
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_statistics_of_an_input_that_was_overwritten_are_dropped_and_counted(optimizer):
+    model = net(torch.float64)
+    opt = optimizer(model, lr=0.0)
+    buffer, xs = torch.zeros(8, 4, dtype=torch.float64), torch.randn(2, 8, 4, dtype=torch.float64)
+    for x in xs:
+        buffer.copy_(x)
+        out = model(buffer)
+        opt.observe(out)
+        F.cross_entropy(out, torch.arange(8) % CLASSES).backward()
+    with pytest.warns(RuntimeWarning, match=r"the input of 0 was changed in place .* clone\(\)"):
+        opt.step()
+    rows = torch.cat([xs[1], xs.new_ones(8, 1)], 1)
+    torch.testing.assert_close(opt.state[model[0].weight]["input_factor"], rows.T @ rows / 8)
+    report = opt.diagnostics()
+    assert report["0/factor_failures"] == 1 and report["2/factor_failures"] == 0
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_layer_whose_only_input_was_overwritten_is_still_trained(optimizer, late):
+    model = net()
+    opt = optimizer(model, refresh_every=1)
+    if late:
+        step(model, opt)
+        factor = opt.state[model[0].weight]["input_factor"].clone()
+    before, x = copies(model), torch.randn(8, 4)
+    out = model(x)
+    opt.observe(out)
+    F.cross_entropy(out, torch.arange(8) % CLASSES).backward()
+    x.zero_()
+    with pytest.warns(RuntimeWarning, match="the input of 0 was changed in place"):
+        opt.step()
+    assert all(moved(model, before))
+    if late:
+        assert torch.equal(opt.state[model[0].weight]["input_factor"], factor)
+    assert opt.explain().count("its input was overwritten") == (0 if late else 2)
+
+
+# ---- parameters that are in no group ----
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_parameter_that_is_unfrozen_later_is_named_once(optimizer):
+    model = net()
+    model[0].requires_grad_(False)
+    opt = optimizer(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(model, opt)
+    model[0].requires_grad_(True)
+    before = copies(model)
+    with pytest.warns(UserWarning, match=r"0\.weight, 0\.bias had requires_grad=False") as said:
+        for _ in range(2):
+            step(model, opt)
+    assert len(said) == 1
+    assert moved(model, before) == [False, False, True, True]
+
+
+def test_a_parameter_that_is_unfrozen_and_added_is_trained_in_silence():
+    model = net()
+    model[0].requires_grad_(False)
+    opt = RING(model)
+    model[0].requires_grad_(True)
+    opt.add_param_group({"params": list(model[0].parameters())})
+    before = copies(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(model, opt)
+    assert all(moved(model, before))
+
+
+# ---- bare parameters, sparse gradients ----
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_parameters_without_their_model_are_said_to_have_no_curvature(optimizer):
+    model = net()
+    with pytest.warns(UserWarning, match=r"AdamW\. Pass the model itself, .*\(model\)") as said:
+        optimizer(model.parameters())
+    assert len(said) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer(model)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_sparse_gradient_is_named_and_nothing_is_changed(optimizer):
+    model = nn.Sequential(nn.Embedding(10, 4, sparse=True), nn.Linear(4, CLASSES))
+    opt = optimizer(model)
+    before = copies(model)
+    with pytest.raises(RuntimeError, match=r"gradient of 0\.weight is sparse: .* not supported"):
+        step(model, opt, x=torch.arange(8))
+    assert not any(moved(model, before))
+
+
 # ---- arguments ----
 
 
@@ -239,6 +335,19 @@ def test_outputs_of_a_wrong_shape_are_named(optimizer, make, error, said):
         opt.observe(make(out))
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("likelihood", ["gaussian", "categorical"])
+@pytest.mark.parametrize("fisher", ["sampled", "empirical"])
+def test_one_output_per_example_needs_a_dimension_of_its_own(optimizer, likelihood, fisher):
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1))
+    opt = optimizer(model, fisher=fisher)
+    out = model(torch.randn(8, 4))
+    with pytest.raises(ValueError, match=r"got \[8\]: .* outputs\.unsqueeze\(-1\)"):
+        opt.observe(out.squeeze(-1), likelihood=likelihood)
+    opt.observe(out.squeeze(-1).unsqueeze(-1), likelihood="gaussian")
+    assert {r.terms for rs in opt._capture.records.values() for r in rs} == {8}
+
+
 # ---- the first statistics are bad ----
 
 
@@ -273,9 +382,8 @@ def test_a_factor_starts_with_its_first_good_statistics(
             F.cross_entropy(out, torch.arange(8) % CLASSES).backward()
             if k == 0:
                 ((record,),) = opt._capture.records.values()
-                (record.layer_input if bad == "input" else record.output_grad).view(-1)[3] = (
-                    torch.nan
-                )
+                spoiled_one = record.layer_input if bad == "input" else record.output_grad
+                spoiled_one.data.view(-1)[3] = torch.nan
             opt.step()
             opt.zero_grad()
         runs[spoiled] = opt.state[model.weight]

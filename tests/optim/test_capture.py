@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which forward passes a step takes its statistics from, and that memory stays bounded."""
 
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from grng import KFAC, RING
-from grng.curvature.capture import MOST_ROUNDS
+from grng.curvature.capture import MOST_ROUNDS, MOST_WAITING
 
 CLASSES = 3
 
@@ -130,3 +132,71 @@ def test_gradients_that_are_put_back_by_hand_keep_their_statistics():
         warnings.simplefilter("error")
         opt.step()
     torch.testing.assert_close(opt.state[model.weight]["input_factor"], mean_square([x]))
+
+
+@pytest.mark.parametrize("optimizer", [RING, KFAC])
+def test_a_loss_in_two_parts_has_the_statistics_of_their_sum(optimizer):
+    torch.manual_seed(0)
+    model, (x,) = linear(), inputs(1, rows=8)
+    factors = []
+    for parts in ((1.0,), (0.01, 0.99)):
+        opt = optimizer(model, lr=0.0, fisher="empirical")
+        loss = F.cross_entropy(model(x), torch.arange(8) % CLASSES)
+        for part in parts:
+            (part * loss).backward(retain_graph=True)
+        opt.step()
+        opt.zero_grad()
+        factors.append(opt.state[model.weight]["output_factor"])
+    assert factors[0].any()
+    torch.testing.assert_close(factors[1], factors[0])
+
+
+def test_a_second_derivative_is_no_further_part_of_the_loss():
+    torch.manual_seed(0)
+    model, (x,) = linear(), inputs(1, rows=8)
+    factors = []
+    for penalty in (0.0, 3.0):
+        opt = RING(model, lr=0.0, fisher="empirical")
+        loss = F.cross_entropy(model(x), torch.arange(8) % CLASSES)
+        (grad,) = torch.autograd.grad(loss, [model.weight], create_graph=True)
+        (loss + penalty * grad.square().sum()).backward()
+        opt.step()
+        opt.zero_grad()
+        factors.append(opt.state[model.weight]["output_factor"])
+    assert factors[0].any() and torch.equal(*factors)
+
+
+@pytest.mark.parametrize("used", ["all", "some", "recurrent"])
+def test_forward_passes_without_a_backward_pass_keep_bounded_memory(used):
+    """A validation that does not switch gradients off, on a step that takes statistics."""
+    cell, head = nn.Linear(4, 4).double(), linear()
+    model = nn.ModuleList([cell, head, *([linear()] if used == "some" else [])])
+    opt = RING(model, lr=0.0)
+
+    def run(x):
+        for _ in range(2 if used == "recurrent" else 1):
+            x = cell(x).tanh()
+        return head(x)
+
+    most = MOST_WAITING if used == "some" else (MOST_ROUNDS + 1) * (2 if used == "recurrent" else 1)
+    kept = []
+    passes = 3 * MOST_WAITING // 2 if used == "some" else 500
+    with pytest.warns(RuntimeWarning, match=r"forward passes without a backward .*no_grad") as said:
+        for x in inputs(passes):
+            out = run(x)
+            kept.append(weakref.ref(out.grad_fn.metadata.setdefault("test", weakref.WeakSet())))
+            for records in opt._capture.records.values():
+                assert len(records) <= most
+    assert len(said) == 1
+    del out
+    gc.collect()
+    assert sum(ref() is not None for ref in kept) <= most
+    x = inputs(1)[0]
+    out = run(x)
+    opt.observe(out)
+    F.cross_entropy(out, torch.arange(2) % CLASSES).backward()
+    opt.step()
+    assert "input_factor" in opt.state[head.weight]
+    assert not any(opt._capture.records.values()) and not opt._capture._edges
+    if used == "all":
+        torch.testing.assert_close(opt.state[cell.weight]["input_factor"], mean_square([x]))

@@ -394,26 +394,51 @@ def test_a_bias_of_another_dtype_than_its_weight():
 # ---- parameters that no layer owns ----
 
 
-class Scaled(nn.Linear):
-    """A linear layer of a subclass, with a parameter of its own."""
+class WithGain(nn.Linear):
+    """A linear layer of a subclass, with a parameter of its own that its owner uses."""
 
     def __init__(self):
         super().__init__(4, 3)
         self.gain = nn.Parameter(torch.ones(3))
 
+
+class Scaled(WithGain):
+    """Its weight does not meet the rows as a linear layer's does."""
+
     def forward(self, x):
         return super().forward(x) * self.gain
 
 
+class Owner(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = WithGain()
+
+    def forward(self, x):
+        return self.layer(x) * self.layer.gain
+
+
 @pytest.mark.parametrize("optimizer", [RING, KFAC])
 def test_an_extra_parameter_of_a_layer_is_trained_and_explained(optimizer):
-    model = Scaled()
+    model = Owner()
     opt = optimizer(model)
-    assert "extra parameter of Scaled" in opt.explain()
+    assert "extra parameter of WithGain" in opt.explain()
     step(model, opt)
-    assert not torch.equal(model.gain, torch.ones(3))
-    assert "input_factor" in opt.state[model.weight]
+    assert not torch.equal(model.layer.gain, torch.ones(3))
+    assert "input_factor" in opt.state[model.layer.weight]
     assert sum(len(g["params"]) for g in opt.param_groups) == 3
+
+
+@pytest.mark.parametrize("optimizer", [RING, KFAC])
+def test_a_linear_layer_with_a_forward_of_its_own_is_left_to_adamw(optimizer):
+    model = nn.Sequential(Scaled(), nn.Linear(3, 3))
+    opt = optimizer(model)
+    assert opt.explain().count("Scaled has a forward of its own") == 3
+    before = [p.detach().clone() for p in model.parameters()]
+    step(model, opt)
+    assert not any(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    assert "input_factor" not in opt.state[model[0].weight]
+    assert "input_factor" in opt.state[model[1].weight]
 
 
 def test_a_lazy_layer_is_left_to_adamw():

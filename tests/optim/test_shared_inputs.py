@@ -48,7 +48,7 @@ def step(model, opt, seed, *, parts=1, spoil=None):
         (F.cross_entropy(out, torch.arange(8) % CLASSES) / parts).backward()
     if spoil is not None:
         records = opt._capture.records[next(x for x in opt._layers if x.name == "q")]
-        records[spoil].layer_input.view(-1)[3] = torch.nan
+        records[spoil].layer_input.data.view(-1)[3] = torch.nan
     opt.step()
     opt.zero_grad()
 

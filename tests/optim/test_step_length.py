@@ -2,6 +2,7 @@
 """How far RING steps: AdamW's length per layer, and the trust region in the true Fisher metric."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from torch import nn
 from torch.func import functional_call, jvp
 
 from grng import RING
-from grng.curvature.quadratic import fisher_along
+from grng.curvature.layers import LinearLayer, Record
+from grng.curvature.quadratic import fisher_along, out_of_order
 from grng.optim.grafting import adam_moments, grafted
 
 
@@ -239,6 +241,73 @@ def test_attention_and_flattened_heads_count_by_example(flat):
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         wanted = true_form(model, x, step)
     torch.testing.assert_close(form, wanted, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("positions", [4, 10], ids=["unlike", "a multiple"])
+def test_layers_that_are_fed_positions_first_are_left_out_of_the_form(positions):
+    torch.manual_seed(0)
+    model = Encoder(batch_first=False).double()
+    x = torch.randn(5, positions, 8, dtype=torch.float64)
+    opt = RING(model, fisher="exact", max_kl=1e9)
+    observed(model, opt, x)
+    strangers = out_of_order(opt._layers, opt._capture.complete)
+    assert {layer.name for layer in strangers} == {"layer.linear1", "layer.linear2"}
+    step, by_layer = random_step(model, opt)
+    kept = [i for i, layer in enumerate(opt._layers) if layer not in strangers]
+    owned = {id(p) for i in kept for p in opt._layers[i].parameters}
+    for n, p in model.named_parameters():
+        if id(p) not in owned:
+            step[n] = torch.zeros_like(p)
+    form = fisher_along(
+        [opt._layers[i] for i in kept], opt._capture.complete, [by_layer[i] for i in kept]
+    )
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        wanted = true_form(model, x, step)
+    torch.testing.assert_close(form, wanted, rtol=1e-9, atol=0)
+    with pytest.warns(
+        RuntimeWarning, match=r"inputs of layer\.linear1, layer\.linear2 .*batch_first"
+    ):
+        opt.step()
+    assert opt.state[opt._all_layers[0].weight]["fisher_ratio"] > 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt.zero_grad()
+        observed(model, opt, x)
+        opt.step()
+
+
+@pytest.mark.parametrize(
+    ("shapes", "terms", "strangers"),
+    [
+        ([(32, 4, 6), (32, 6)], 32, []),  # pooled
+        ([(8, 4, 6), (32, 6)], 32, []),  # flattened
+        ([(8, 4, 6), (8, 4, 6)], 32, []),  # a term for each position
+        ([(1, 32, 6), (32, 6)], 32, []),  # the same, of one example
+        ([(64, 49, 6), (16, 4, 6), (16, 6)], 16, []),  # windows
+        ([(32, 6), (0, 6)], 32, []),
+        ([(4, 32, 6), (32, 6)], 32, [0]),
+        ([(6, 32, 6), (32, 6)], 32, [0]),
+        ([(13, 6), (32, 6), (32, 4, 6)], 32, [0]),
+        ([(13, 6), (32, 6)], None, []),
+    ],
+    ids=str,
+)
+def test_leading_dimensions_that_are_not_of_examples(shapes, terms, strangers):
+    layers = [
+        LinearLayer(str(i), m := nn.Linear(6, 2), m.weight, m.bias) for i in range(len(shapes))
+    ]
+    records = {
+        x: [
+            Record(
+                torch.zeros(s),
+                torch.zeros(*s[:-1], 2),
+                terms=terms,
+                observation=int(terms is not None),
+            )
+        ]
+        for x, s in zip(layers, shapes, strict=True)
+    }
+    assert out_of_order(layers, records.__getitem__) == {layers[i] for i in strangers}
 
 
 def test_attention_keeps_its_curvature_under_autocast():

@@ -19,7 +19,10 @@ from torch.utils.hooks import RemovableHandle
 from grng.curvature.layers import KroneckerLayer, Record
 
 # Backward passes without a step whose statistics are kept: more than gradients are usually accumulated over.
+# As many forward passes may wait for their backward pass.
 MOST_ROUNDS = 128
+# Calls of one layer that may wait where a forward pass has no end to be seen, as not all layers are used.
+MOST_WAITING = 16 * MOST_ROUNDS
 
 
 class Capture:
@@ -31,7 +34,9 @@ class Capture:
     not there, and the gradient of the loss serves instead.
 
     Records are those of one large batch until a step clears them. Where steps do not come, a new forward pass
-    drops what :meth:`outdate` marked, and what is older than :data:`MOST_ROUNDS` backward passes.
+    drops what :meth:`outdate` marked, and what is older than :data:`MOST_ROUNDS` backward passes, or that
+    many forward passes without one: those of a validation that does not switch gradients off, whose graphs
+    are kept alive here.
     """
 
     # Of all captures: what one of them differentiates is no gradient of the loss to the others either.
@@ -50,6 +55,10 @@ class Capture:
         self._ended: set[KroneckerLayer] = set()
         self._outdated: set[KroneckerLayer] = set()
         self._warned = False
+        # A forward pass of the model ends when all its layers were called and the first one is called again.
+        self._forward = 0
+        self._called: dict[KroneckerLayer, None] = {}
+        self._warned_forward = False
         # The hooks live as long as the model, but must not keep a discarded optimizer alive.
         this = weakref.ref(self)
         handles = [
@@ -66,8 +75,11 @@ class Capture:
             # While observing: what activation checkpointing computes again is already recorded.
             return
         self._make_room(layer)
+        self._count_forward(layer)
         for found in layer.passes(args, kwargs, output):
-            record = Record(found.layer_input, round=self._rounds[layer])
+            x = found.layer_input
+            version = None if x.is_inference() else x._version
+            record = Record(x, round=self._rounds[layer], forward=self._forward, version=version)
             self.records[layer].append(record)
             self._edges[id(record)] = (found.edge, found.arrange)
             found.listen(self._receiver(layer, record))
@@ -92,6 +104,35 @@ class Capture:
             self._outdated.remove(layer)
             self._drop(layer, [r for r in self.records[layer] if r.outdated])
 
+    def _count_forward(self, layer: KroneckerLayer) -> None:
+        """Begin a new forward pass where the last one has ended; drop what waits for too long."""
+        if layer is next(iter(self._called), None) and all(
+            x in self._called or not self._wanted(x) for x in self.records
+        ):
+            self._called.clear()
+            self._forward += 1
+            for x, records in self.records.items():
+                oldest = self._forward - MOST_ROUNDS
+                if any(r.forward <= oldest and not r.passed for r in records):
+                    self._drop_waiting(x, [r for r in records if r.forward <= oldest])
+        self._called[layer] = None
+        count = len(self.records[layer])
+        if count and count % MOST_WAITING == 0:
+            waiting = [r for r in self.records[layer] if not r.passed]
+            if len(waiting) == MOST_WAITING:
+                self._drop_waiting(layer, waiting[: MOST_WAITING // 2])
+
+    def _drop_waiting(self, layer: KroneckerLayer, old: list[Record]) -> None:
+        self._drop(layer, [r for r in old if not r.passed])
+        if not self._warned_forward:
+            self._warned_forward = True
+            warnings.warn(
+                f"grng: more than {MOST_ROUNDS} forward passes without a backward pass: the statistics of "
+                "older ones are dropped. Validate under torch.no_grad()",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
     def _drop(self, layer: KroneckerLayer, old: list[Record]) -> None:
         for record in old:
             self._edges.pop(id(record), None)
@@ -114,9 +155,15 @@ class Capture:
             if not self._observing:
                 record.passed = True
                 self._ended.add(layer)
+            if self._observing or record.sampled:
+                return
             # The gradient of the loss: used where no labels were sampled (empirical Fisher).
-            if not self._observing and record.output_grad is None:
+            if record.output_grad is None:
                 record.output_grad = grad.detach()
+                record.is_differentiable = torch.is_grad_enabled()
+            elif not record.is_differentiable:
+                # A further part of the loss: .grad has the sum too.
+                record.output_grad = record.output_grad + grad.detach()
 
         return on_grad
 
@@ -128,6 +175,15 @@ class Capture:
             for record in records
             if not record.passed and id(record) in self._edges
         ]
+
+    def is_batched(self) -> bool:
+        """Return whether a forward pass that waits was not of a single example."""
+        waiting = {id(record) for record in self.waiting()}
+        return any(
+            id(record) in waiting and layer.examples(record.layer_input) != 1
+            for layer, records in self.records.items()
+            for record in records
+        )
 
     def announce(self, terms: int) -> None:
         """Tell the forward passes that wait how many terms of the loss they lead to."""
@@ -212,12 +268,16 @@ class Capture:
             self._wanted = before
 
     def complete(self, layer: KroneckerLayer) -> list[Record]:
-        """Return the records of a layer that have both parts and any rows."""
+        """Return the records of a layer that have both parts, as they were recorded, and any rows."""
         return [
             r
             for r in self.records[layer]
-            if r.output_grad is not None and r.layer_input.numel() > 0
+            if r.output_grad is not None and r.layer_input.numel() > 0 and not r.is_overwritten()
         ]
+
+    def overwritten(self, layer: KroneckerLayer) -> int:
+        """Return how many records of a layer cannot serve, as their input was changed in place since."""
+        return sum(r.output_grad is not None and r.is_overwritten() for r in self.records[layer])
 
     def only_empty(self, layer: KroneckerLayer) -> bool:
         """Return whether a layer was used, but only with empty batches."""
@@ -233,6 +293,8 @@ class Capture:
         self._rounds = dict.fromkeys(self.records, 0)
         self._ended.clear()
         self._outdated.clear()
+        self._forward = 0
+        self._called.clear()
 
 
 def _remove(handles: list[RemovableHandle]) -> None:

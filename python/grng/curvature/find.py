@@ -74,6 +74,8 @@ def _layer_of(
     """Return the layer that a module is, or why it is none."""
     cls = _class_for(module)
     if cls is None:
+        if isinstance(module, nn.Linear):
+            return f"{type(module).__name__} has a forward of its own"
         return f"{type(module).__name__} has no Kronecker factors here"
     reason = _why_not(module, owners)
     if reason is not None:
@@ -117,7 +119,8 @@ def _diagonal_sides(layer: KroneckerLayer, max_factor_dim: int) -> tuple[bool, b
 
 
 def _class_for(module: nn.Module) -> type[KroneckerLayer] | None:
-    if isinstance(module, nn.Linear):
+    # What a forward of its own does with the weight, its factors would not tell.
+    if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
         return LinearLayer
     if convolution.is_convolution(module):
         return ConvolutionLayer

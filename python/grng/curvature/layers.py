@@ -41,6 +41,8 @@ class Record:
     further_grads: list[Tensor] = field(default_factory=list)
     # The place of the first gradient among those of all heads.
     first: int = 0
+    # Whether the gradient came with a graph of its own: what follows is part of a second derivative.
+    is_differentiable: bool = False
     # Gradient of a sampled label (summed over the terms) or of the loss (their mean).
     sampled: bool = False
     # Terms of the loss that this pass contributed to; None where nobody said.
@@ -49,9 +51,17 @@ class Record:
     observation: int = 0
     # Which backward pass of its layer since the last step this one belongs to.
     round: int = 0
+    # Which forward pass of the model it belongs to, as far as can be seen.
+    forward: int = 0
     # Whether the loss was differentiated, and its gradient then zeroed.
     passed: bool = False
     outdated: bool = False
+    # That of the input when it was recorded, which keeps no copy; None where torch counts none.
+    version: int | None = None
+
+    def is_overwritten(self) -> bool:
+        """Return whether the input was changed in place since."""
+        return self.version is not None and self.layer_input._version != self.version
 
     def grads(self) -> list[Tensor]:
         """Return all gradients of the output."""

@@ -4,8 +4,10 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from grng.curvature.attention import ProjectionLayer
+from grng.curvature.convolution import ConvolutionLayer
 from grng.curvature.layers import KroneckerLayer, Record
 
 
@@ -55,3 +57,43 @@ def _summed(scores: list[Tensor]) -> Tensor:
     odd = torch.cat([s.new_zeros(0) for s in scores[:1]] + [s for s in scores if len(s) % examples])
     total = torch.stack([s.unflatten(0, (examples, -1)).sum(1) for s in whole]).sum(0)
     return torch.cat([total, odd.to(total.dtype)])
+
+
+def out_of_order(
+    layers: Sequence[KroneckerLayer], records: Callable[[KroneckerLayer], list[Record]]
+) -> set[KroneckerLayer]:
+    """Return the layers whose scores :func:`fisher_along` could not add to those of the same examples.
+
+    Their leading dimension is that of the positions, where another layer of the same pass, an attention
+    module that was told so or one with a row for each term of the loss, shows that the examples are the
+    second; or it fits no number of examples that fits the terms of the loss. Layers that all have the same
+    order are not found, nor is a leading dimension that could be one of flattened examples and positions.
+    """
+    together: dict[int, list[tuple[KroneckerLayer, Record]]] = {}
+    for layer in layers:
+        for i, record in enumerate(records(layer)):
+            together.setdefault(record.observation or -1 - i, []).append((layer, record))
+    return {layer for found in together.values() for layer in _strangers(found)}
+
+
+def _strangers(found: list[tuple[KroneckerLayer, Record]]) -> set[KroneckerLayer]:
+    given = [(x, x.examples(r.layer_input), r.layer_input.shape) for x, r in found]
+    terms = min((r.terms for _, r in found if r.terms), default=0)
+    told = [
+        n
+        for x, n, _ in given
+        if isinstance(x.module, nn.MultiheadAttention) and not x.module.batch_first
+    ]
+    examples = min(told) if told else terms if any(n == terms for _, n, _ in given) else 0
+    strangers = {
+        x
+        for x, n, shape in given
+        if not isinstance(x, (ProjectionLayer, ConvolutionLayer))
+        and len(shape) > 2
+        and 1 < n != shape[1] == examples
+    }
+    counts = [n for x, n, _ in given if x not in strangers]
+    fitting = [n for n in counts if n and terms % n == 0]
+    if terms and fitting and any(n % min(counts) for n in counts if min(counts)):
+        strangers |= {x for x, n, _ in given if n % min(fitting)}
+    return strangers

@@ -69,10 +69,15 @@ class KroneckerOptimizer(Optimizer):
     A subclass implements :meth:`_update_layers`. Parameters that no supported layer owns form a second
     parameter group, ``kind="adamw"``, with its own learning rate: learning-rate schedulers scale both. It is
     there even when it is empty: layers whose statistics never come are trained with its settings, and stay
-    in their group, so that groups and checkpoints keep their form.
+    in their group, so that groups and checkpoints keep their form. Parameters that are frozen when the
+    optimizer is made are in no group: a later gradient of theirs is not used, with one warning.
 
     State per parameter, all tensors or numbers: for a layer its factors, inverses and momentum under the
     weight; ``exp_avg``, ``exp_avg_sq``, ``step`` for AdamW. It keeps its dtype through ``load_state_dict``.
+
+    What a layer was fed is not copied: it must stay as it is until the step. Statistics of an input that was
+    overwritten before it, as a static buffer is for the next micro-batch, are dropped, with one warning, and
+    counted in ``factor_failures``.
 
     Under ``torch.compile`` statistics are taken between compiled parts: the graph breaks after each layer
     with curvature, and ``fullgraph=True`` is an error that says so. Make the optimizer before the first call
@@ -104,16 +109,24 @@ class KroneckerOptimizer(Optimizer):
         self._reasons: dict[nn.Parameter, str] = {}
         self._layers: list[KroneckerLayer] = []
         self._cut_off: set[KroneckerLayer] = set()  # whose hooks went, as was said
+        self._said_overwritten = False
         self._adamw_lr = adamw_lr
         self._observations = 0
         self._failures, self._max_failures = 0, max_failures
         self._fisher_kind, self._fisher = fisher, "not yet"
         self._names: dict[nn.Parameter, str] = {}
+        self._outside: list[nn.Parameter] = []  # frozen when the groups were made
         adamw_defaults = {"kind": ADAMW, "lr": adamw_lr}
         if isinstance(model, nn.Module):
             groups = self._groups_of(model, adamw_defaults, max_factor_dim)
         else:
             # Bare parameters: no module says what their gradients are made of.
+            warnings.warn(
+                f"{owner}: given parameters and not a model, which alone says what their gradients are made "
+                f"of: all of them are trained by AdamW. Pass the model itself, {owner}(model), for curvature",
+                UserWarning,
+                stacklevel=3,
+            )
             groups = [
                 {**adamw_defaults, **g}
                 if isinstance(g, dict)
@@ -131,6 +144,7 @@ class KroneckerOptimizer(Optimizer):
             model, max_factor_dim=max_factor_dim, diagonal=self._diagonal_factors
         )
         self._names = {p: name for name, p in model.named_parameters()}
+        self._outside = [p for p in self._names if not p.requires_grad]
         groups = []
         if self._layers:
             owned = [p for layer in self._layers for p in layer.parameters]
@@ -162,7 +176,8 @@ class KroneckerOptimizer(Optimizer):
 
         Args:
             outputs: The model's outputs, one loss term for each leading index: logits ``[..., C]``, or means
-                for ``likelihood="gaussian"``.
+                for ``likelihood="gaussian"``. One number for each example is ``[N, 1]``; ``[C]`` are the
+                outputs of one example, where every layer was fed one example.
             likelihood: ``"categorical"`` or ``"gaussian"`` (unit variance).
 
         Raises:
@@ -175,6 +190,12 @@ class KroneckerOptimizer(Optimizer):
         check_outputs(outputs, likelihood)
         if not outputs.requires_grad:
             raise ValueError("observe: outputs must be attached to the graph of the forward pass")
+        if outputs.dim() == 1 and self._capture.is_batched():
+            raise ValueError(
+                "observe: outputs must have shape [..., C], one term of the loss for each leading index, got "
+                f"{list(outputs.shape)}: for one output per example give outputs.unsqueeze(-1), for one "
+                "example of C outputs outputs.unsqueeze(0)"
+            )
         if not self._capture.is_new(outputs):
             return
         if self._fisher_kind == "empirical":
@@ -193,12 +214,16 @@ class KroneckerOptimizer(Optimizer):
             self._capture.observe(losses, loss_terms(outputs))
 
     def _statistics_wanted(self, layer: KroneckerLayer) -> bool:
-        """Return whether the next step refreshes the curvature, or this layer has none yet."""
-        group = self.param_groups[0]
+        """Return whether the next step refreshes the curvature of this layer, or it has none yet."""
         return self._is_trained(layer) and (
-            self._refresh_due(group["step"], group["refresh_every"])
-            or not self._has_curvature(layer)
+            self._is_due(layer, self.param_groups[0]) or not self._has_curvature(layer)
         )
+
+    def _is_due(self, layer: KroneckerLayer, group: dict[str, Any]) -> bool:
+        """Return whether the schedule refreshes a layer, or has missed it as the layer was not used then."""
+        step, every = group["step"], group["refresh_every"]
+        updated = self.state.get(layer.weight, {}).get("updated_at", step)
+        return self._refresh_due(step, every) or step - updated >= every
 
     def _is_trained(self, layer: KroneckerLayer) -> bool:
         return layer in self._layers and layer.weight.requires_grad
@@ -225,19 +250,22 @@ class KroneckerOptimizer(Optimizer):
 
         Raises:
             PreconditionerError: Non-finite gradients for more than ``max_failures`` steps in a row.
-            RuntimeError: The model was moved or cast after the optimizer got its state; nothing is changed.
+            RuntimeError: The model was moved or cast after the optimizer got its state, or a gradient is
+                sparse; nothing is changed.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self._check_places()
+        self._check_outside()
         if not self._gradients_are_finite():
             self._forget()
             return loss
         curved: set[nn.Parameter] = set()
         for group in self.param_groups:
             if group["kind"] == KRONECKER:
+                overwritten = self._find_overwritten()
                 idle = self._demote_silent()
                 layers = [x for x in self._layers if x.weight.grad is not None]
                 curved.update(p for x in layers for p in x.parameters)
@@ -245,6 +273,9 @@ class KroneckerOptimizer(Optimizer):
                 if layers:
                     self._note_fisher(layers)
                     self._update_layers(group, layers)
+                for x, count in overwritten.items():
+                    if self._has_curvature(x):
+                        self.state[x.weight]["factor_failures"] += count
             group["step"] += 1
         left = [
             p
@@ -284,11 +315,18 @@ class KroneckerOptimizer(Optimizer):
                 self._fisher = "empirical: observe() was not called, or could not reach all layers"
 
     def _check_places(self) -> None:
-        """Check that the factors still are where, and as wide as, their weights want them.
+        """Check that the factors still are where, and as wide as, their weights want them; and the gradients.
 
         Raises:
-            RuntimeError: They are not.
+            RuntimeError: They are not, or a gradient is sparse.
         """
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and p.grad.is_sparse:
+                    raise RuntimeError(
+                        f"{type(self).__name__}: the gradient of {self._name_of(p)} is sparse: sparse "
+                        "gradients are not supported (make the nn.Embedding with sparse=False)"
+                    )
         for x in self._layers:
             factor = self.state.get(x.weight, {}).get("input_factor")
             if factor is None or x.weight.grad is None:
@@ -300,6 +338,24 @@ class KroneckerOptimizer(Optimizer):
                     f"after the optimizer got its state ({factor.dtype}, {factor.device}); make the "
                     "optimizer after that, or load its state_dict into a new one"
                 )
+
+    def _check_outside(self) -> None:
+        """Warn once of parameters of the model that have a gradient and are in no group."""
+        found = [p for p in self._outside if p.grad is not None and p.requires_grad]
+        if found:
+            inside = {p for g in self.param_groups for p in g["params"]}
+            found = [p for p in found if p not in inside]
+        if found:
+            self._outside = []
+            names = [self._name_of(p) for p in found]
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            warnings.warn(
+                f"{type(self).__name__}: {', '.join(names[:5])}{more} had requires_grad=False when the "
+                "optimizer was made, and are not trained: make it after unfreezing, or give them to "
+                "add_param_group, to be trained by AdamW",
+                UserWarning,
+                stacklevel=4,
+            )
 
     def _gradients_are_finite(self) -> bool:
         """Check all gradients, with one wait for the device; a bad step changes nothing and is counted.
@@ -331,6 +387,21 @@ class KroneckerOptimizer(Optimizer):
             )
         return False
 
+    def _find_overwritten(self) -> dict[KroneckerLayer, int]:
+        """Return how many inputs of each layer were overwritten, where any was; warn once."""
+        counts = {x: self._capture.overwritten(x) for x in self._layers}
+        found = {x: count for x, count in counts.items() if count}
+        if found and not self._said_overwritten:
+            self._said_overwritten = True
+            warnings.warn(
+                f"{type(self).__name__}: the input of {', '.join(x.name for x in found)} was changed in "
+                "place between the forward pass and step(): its statistics are dropped. Give the model a new "
+                "tensor, or a clone() of a static buffer",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        return found
+
     def _demote_silent(self) -> list[KroneckerLayer]:
         """Find layers whose hooks never ran although they were used: they get gradients, but no statistics.
 
@@ -347,6 +418,7 @@ class KroneckerOptimizer(Optimizer):
             and not self._capture.complete(x)
             and not self._capture.only_empty(x)
             and x not in self._cut_off
+            and not (self._has_curvature(x) and self._capture.overwritten(x))
             and (self._statistics_wanted(x) or not self._has_curvature(x))
         ]
         if not silent:
@@ -376,8 +448,9 @@ class KroneckerOptimizer(Optimizer):
         if new:
             warnings.warn(
                 f"{owner}: no statistics reached {', '.join(x.name for x in new)} although the gradient did "
-                "(the module is bypassed, compiled before the optimizer was made, or recomputed; or the "
-                "hooks were removed): trained by AdamW",
+                "(the module is bypassed, compiled before the optimizer was made, or recomputed; the "
+                "forward pass ran before the optimizer was made; its input was overwritten; or the hooks "
+                "were removed): trained by AdamW",
                 RuntimeWarning,
                 stacklevel=5,
             )
@@ -387,7 +460,9 @@ class KroneckerOptimizer(Optimizer):
     def _demote(self, layers: list[KroneckerLayer]) -> None:
         self._layers = [x for x in self._layers if x not in layers]
         for x in layers:
-            self._reasons.update({p: "its module's hooks never ran" for p in x.parameters})
+            spoiled = self._capture.overwritten(x)
+            why = "its input was overwritten" if spoiled else "its module's hooks never ran"
+            self._reasons.update({p: why for p in x.parameters})
 
     def _adamw_step(self, group: dict[str, Any], candidates: list[nn.Parameter]) -> None:
         params: list[Tensor] = [p for p in candidates if p.grad is not None]

@@ -17,7 +17,8 @@ def clipped_directions(
 ) -> list[list[Tensor]]:
     """Return ``ν·P_Λ G P_Γ`` with ``ν = min(1, √(bound / (lr² Σ_layers ⟨D, G⟩)))``; no ``bound``, no ``ν``.
 
-    A layer whose factors vanished can have an inverse that overflows: such directions are zero, and counted.
+    A layer whose factors vanished can have an inverse that overflows. The sum is then not finite, and says
+    of no layer how far it may go: the directions of all layers are zero in that step, and all are counted.
 
     Args:
         layers: The layers.

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """RING: regularised implicit natural gradient."""
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from grng.curvature.fisher import FISHERS
 from grng.curvature.layers import SHARINGS, KroneckerLayer, Record
-from grng.curvature.quadratic import fisher_along
+from grng.curvature.quadratic import fisher_along, out_of_order
 from grng.optim.base import ADAMW_EPS, KroneckerOptimizer, check_betas, check_hyperparameter
 from grng.optim.devices import by_device, stacked
 from grng.optim.factors import new_factors, preconditioned, refresh_inverses, update_factors
@@ -35,7 +36,8 @@ class RING(KroneckerOptimizer):
 
     so that curvature decides where to go, AdamW's step how far each layer goes, and a trust region how far
     all of them together. ``ΔᵀFΔ`` is the Fisher information along the whole step, layers together: measured
-    at each refresh from the statistics at hand, and between taken to be proportional to ``‖Δ‖²``. Linear
+    at each refresh from the statistics at hand, and between, and for layers that have none there, taken to
+    be proportional to ``‖Δ‖²``. Linear
     layers (any leading dimensions), 1-d and 2-d convolutions (grouped too) and transformers' ``Conv1D`` have
     curvature; everything else is trained by AdamW in the same object, and :meth:`explain` says what and why.
     One device-to-host wait per step checks that the gradients are finite.
@@ -46,7 +48,8 @@ class RING(KroneckerOptimizer):
         lr: Learning rate: for ``step_length="graft"`` AdamW's, or a larger one, which ``max_kl`` cuts where
             it is too large; ``"kl_clip"`` wants about 0.03.
         rho: Relative damping ρ, > 0. The condition number of each damped factor is at most ``1 + 1/√rho``.
-        refresh_every: S of Lazy Fisher: steps between refreshes (more often in the first S steps).
+        refresh_every: S of Lazy Fisher: steps between refreshes (more often in the first S steps). A layer
+            that was not used at a refresh has its own as soon as its statistics are S steps old.
         factor_decay: EMA decay of the factors per refresh.
         betas: Decays of the averages of the gradient, which is preconditioned, and of its square; for what
             AdamW trains too.
@@ -56,7 +59,12 @@ class RING(KroneckerOptimizer):
         max_kl: Largest KL divergence between the model's predictions before and after one step, per term of
             the loss, as the Fisher information predicts it; None switches it off. Only for
             ``step_length="graft"``; what AdamW trains is not counted. Without :meth:`observe` the loss is
-            taken to be the mean over the examples, unscaled. Examples come first in every layer's input.
+            taken to be the mean over the examples, unscaled. Examples come first in every layer's input;
+            layers that are seen to have them elsewhere are left out of the measure, with a warning. With
+            ``likelihood="gaussian"`` it is in units of the outputs, whose variance is taken to be one: scale
+            the targets to about that, or switch it off, else large targets are reached slowly. Sampled labels
+            both precondition the step and measure it, which underestimates the divergence where batches are
+            small; ``fisher="exact"`` does not draw any.
         kl_clip: Bound of the KL change of one step, as the factors predict it; None switches it off. Only
             for ``step_length="kl_clip"``.
         fisher: ``"sampled"`` labels where :meth:`observe` is called, else the gradients of the loss;
@@ -124,6 +132,7 @@ class RING(KroneckerOptimizer):
                 )
         self._step_length, self._sharing, self._stagger = step_length, sharing, stagger
         self._inputs = SharedInputs()
+        self._said_out_of_order = False
         defaults = dict(
             lr=lr,
             rho=rho,
@@ -149,7 +158,12 @@ class RING(KroneckerOptimizer):
         """See the base class."""
         super().load_state_dict(state_dict)
         states = [(x, self.state.get(x.weight, {})) for x in self._layers]
-        self._inputs.recall([(x, s) for x, s in states if "input_factor" in s])
+        states = [(x, s) for x, s in states if "input_factor" in s]
+        for _, state in states:
+            # An older version did not say when.
+            for key in ("updated_at", "stale_since"):
+                state.setdefault(key, self.param_groups[0]["step"])
+        self._inputs.recall(states)
 
     def _update_layers(self, group: dict[str, Any], layers: list[KroneckerLayer]) -> None:
         self._refresh(group, layers)
@@ -164,12 +178,11 @@ class RING(KroneckerOptimizer):
     def _refresh(self, group: dict[str, Any], layers: list[KroneckerLayer]) -> None:
         """Average the statistics that came with this step into the factors, and invert what is due."""
         step, every = group["step"], group["refresh_every"]
-        due = self._refresh_due(step, every)
         updates, new = [], set()
         for layer in layers:
             state, records = self.state[layer.weight], self._capture.complete(layer)
             is_new = "input_factor" not in state
-            if records and (due or is_new):
+            if records and (is_new or self._is_due(layer, group)):
                 updates.append((layer, records))
                 if is_new:
                     state.update(new_factors(layer))
@@ -186,6 +199,8 @@ class RING(KroneckerOptimizer):
                 or not self._stagger
                 or step < every
                 or (step - places[leaders[x]]) % every == 0
+                # A layer that was not used at its turn.
+                or step - self.state[x.weight].get("stale_since", step) >= every
             )
             and self.state[x.weight].get("stale")
         ]
@@ -216,7 +231,9 @@ class RING(KroneckerOptimizer):
                 self._sharing,
                 input_infos=infos.get(leader),
             )
-            state["stale"] = 1
+            state["updated_at"] = group["step"]
+            if not state.get("stale"):
+                state["stale"], state["stale_since"] = 1, group["step"]
 
     def _grafted_step(self, group: dict[str, Any], layers: list[KroneckerLayer]) -> None:
         used = [[p for p in x.parameters if p.grad is not None] for x in layers]
@@ -255,25 +272,53 @@ class RING(KroneckerOptimizer):
         """The part of the step, 0-d in (0, 1], that changes the model's outputs by at most ``max_kl``.
 
         The Fisher information along the step is measured where there are statistics; between, its ratio to
-        the squared length of the step is taken to stay.
+        the squared length of the step is taken to stay. Layers whose statistics are missing at a refresh are
+        taken to have the ratio of the others.
         """
         taken = iter(steps)
         sorted_steps = [[next(taken) for _ in d] for d in like]
         norm = stacked(torch._foreach_norm(steps)).square().sum()
         shared = self.state[self._all_layers[0].weight]
-        # A layer without statistics would count in the length of the step and not in its information.
-        if all(self._capture.complete(x) for x in layers):
-            form = fisher_along(layers, self._capture.complete, sorted_steps)
+        found = self._capture
+        known = [i for i, x in enumerate(layers) if found.complete(x) and not found.overwritten(x)]
+        known = self._in_order(known, layers)
+        # Between the refreshes of all, the few layers that missed the last one do not speak for the others.
+        if len(known) == len(layers) or self._refresh_due(group["step"], group["refresh_every"]):
+            form = fisher_along(
+                [layers[i] for i in known],
+                self._capture.complete,
+                [sorted_steps[i] for i in known],
+            )
             old = shared.get("fisher_ratio", torch.zeros_like(norm)).to(norm.device)
             if form is not None:
+                # A layer without statistics would count in the length of the step, not in its information.
+                length = norm
+                if len(known) < len(layers):
+                    measured = [step for i in known for step in sorted_steps[i]]
+                    length = stacked(torch._foreach_norm(measured)).square().sum().to(norm)
                 form = form.to(norm)
-                serves = (norm > 0) & torch.isfinite(form)
-                shared["fisher_ratio"] = torch.where(serves, form / norm, old)
+                serves = (length > 0) & torch.isfinite(form)
+                shared["fisher_ratio"] = torch.where(serves, form / length, old)
         if "fisher_ratio" not in shared:
             return torch.ones_like(norm)
         divergence = 0.5 * group["lr"] ** 2 * shared["fisher_ratio"].to(norm.device) * norm
         smallest = torch.finfo(divergence.dtype).tiny
         return (group["max_kl"] / divergence.clamp(min=smallest)).sqrt().clamp(max=1.0)
+
+    def _in_order(self, known: list[int], layers: list[KroneckerLayer]) -> list[int]:
+        """Leave out the layers whose inputs have another order than the examples, with one warning."""
+        strangers = out_of_order([layers[i] for i in known], self._capture.complete)
+        if strangers and not self._said_out_of_order:
+            self._said_out_of_order = True
+            names = ", ".join(layers[i].name for i in known if layers[i] in strangers)
+            warnings.warn(
+                f"{type(self).__name__}: the inputs of {names} do not have the examples of the loss in their "
+                "leading dimension: the trust region is measured without these layers. Examples must come "
+                "first in every layer's input (batch_first=True)",
+                RuntimeWarning,
+                stacklevel=7,
+            )
+        return [i for i in known if layers[i] not in strangers]
 
     def _apply(
         self, group: dict[str, Any], params: list[nn.Parameter], steps: list[Tensor]

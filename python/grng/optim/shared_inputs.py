@@ -2,7 +2,8 @@
 """Layers that are fed the same tensor, as the three projections of attention: one input factor serves them.
 
 Their factors stay separate tensors in the state, but are averaged and inverted once, and copied: the steps
-are those that each layer alone would take.
+are those that each layer alone would take. Not so with ``stagger``: layers that share an inverse have one
+turn, so that inverses are refreshed at other steps than those of each layer alone.
 """
 
 from collections.abc import Hashable, Sequence
