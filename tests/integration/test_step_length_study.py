@@ -286,7 +286,7 @@ def test_statistics_of_every_step_but_inverses_of_few():
     decay = 0.95 ** (1 / 10)
     for n in range(8):
         rows = torch.cat([X, torch.ones(12, 1, dtype=X.dtype)], 1) * (1 + n)
-        train_on = rows[:, :4]
+        train_on = rows[:, :4].clone()
         backward(model, opt, x=train_on)
         rows[:, 4] = 1
         kept = decay * (1 - decay**n) / (1 - decay ** (n + 1))
