@@ -398,7 +398,7 @@ class KroneckerOptimizer(Optimizer):
                 "place between the forward pass and step(): its statistics are dropped. Give the model a new "
                 "tensor, or a clone() of a static buffer",
                 RuntimeWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
         return found
 
