@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures and table of step_length.py: ``plot_step_length.py [folder]``, any time, also half-way.
 
-Writes ``rules.png``, the rules side by side, and ``rates.png``, accuracy against the learning rate, next to
-the results, and prints the numbers behind them as Markdown.
+Writes ``rules.png``, the rules side by side, ``rates.png``, accuracy against the learning rate, and
+``table.md``, the numbers behind them, next to the results; prints the table.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ def main(given: Sequence[str] | None = None) -> None:
         models = rows.read(folder)
     except ValueError as error:
         parser.error(str(error))
-    print(rows.table(models))
+    table = rows.table(models)
+    print(table)
+    (folder / "table.md").write_text(table, encoding="utf-8")
     for name, draw in (("rules.png", pictures.draw_rules), ("rates.png", pictures.draw_rates)):
         try:
             draw(models, folder / name)

@@ -129,7 +129,7 @@ def draw_rates(models: list[ModelRows], out: Path) -> None:
     figure, axes = _pyplot().subplots(
         1,
         len(models),
-        figsize=(1 + 3.1 * len(models), 3.6),
+        figsize=(1 + 3.1 * len(models), 4.2),
         sharex=True,
         squeeze=False,
         layout="constrained",
@@ -156,13 +156,16 @@ def draw_rates(models: list[ModelRows], out: Path) -> None:
                 )
                 for rate, r in known:
                     ends = [100 * a for a in r.accuracies if a is not None]
-                    panel.vlines(rate, min(ends), max(ends), color=color, linewidth=3, alpha=0.3)
+                    if len(ends) > 1:
+                        panel.vlines(rate, min(ends), max(ends), color=color, linewidth=3, alpha=0.3)
             lost = [rate for rate, r in found if r.accuracy is None]
-            panel.plot(lost, [0] * len(lost), "x", color=color, clip_on=False)
+            if lost:  # an empty line that is not clipped has no size, which the layout cannot take
+                panel.plot(lost, [0] * len(lost), "x", color=color, clip_on=False)
         chance = 100 * model.about["chance"]
         panel.axhspan(0, chance, color="#EEEEEE", zorder=0)
-        panel.text(0.02, chance / 2, "collapsed", va="center", fontsize=8, color="#777777",
-                   transform=panel.get_yaxis_transform())  # fmt: skip
+        note = panel.text(0.02, chance / 2, "no better than chance", va="center", fontsize=8,
+                          color="#777777", transform=panel.get_yaxis_transform())  # fmt: skip
+        note.set_in_layout(False)
         panel.set_xscale("log")
         panel.set_ylim(0, None)
         panel.set_title(model.title, fontsize=10)
