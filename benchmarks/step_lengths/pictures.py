@@ -157,7 +157,9 @@ def draw_rates(models: list[ModelRows], out: Path) -> None:
                 for rate, r in known:
                     ends = [100 * a for a in r.accuracies if a is not None]
                     if len(ends) > 1:
-                        panel.vlines(rate, min(ends), max(ends), color=color, linewidth=3, alpha=0.3)
+                        panel.vlines(
+                            rate, min(ends), max(ends), color=color, linewidth=3, alpha=0.3
+                        )
             lost = [rate for rate, r in found if r.accuracy is None]
             if lost:  # an empty line that is not clipped has no size, which the layout cannot take
                 panel.plot(lost, [0] * len(lost), "x", color=color, clip_on=False)
