@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Natural-gradient optimizers that replace AdamW in one line, on the fused kernels of grng_kernels."""
 
-from grng.optim.base import PreconditionerError
+from grng.optim.checks import PreconditionerError
 from grng.optim.kfac import KFAC
 from grng.optim.loko import LoKO
 from grng.optim.reng import RENG

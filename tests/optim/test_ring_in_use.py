@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from grng import KFAC, RENG, RING
-from grng.optim.base import PreconditionerError
+from grng.optim.checks import PreconditionerError
 
 
 def step(model, opt, rows=8, *, width=4, scale=1.0):

@@ -43,17 +43,19 @@ def diagonal_factor_update_(
     return torch.where(finite, Info.OK, Info.NONFINITE_INPUT).to(torch.int32)
 
 
-def diagonal_damped_inverse(factor: Tensor, rho: float) -> tuple[Tensor, Tensor]:
-    """``1 / (factor + √rho·max(factor))`` and ``Info``: spectral damping of a diagonal matrix.
+def diagonal_damped_inverse(factor: Tensor, rho: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``1 / (factor + √rho·max(factor))``: spectral damping of a diagonal matrix.
 
     Args:
         factor: ``[N]``, not negative.
         rho: Relative regulariser, > 0.
 
     Returns:
-        The inverse ``[N]``, and ``Info``, int32, 0-d: not 0 where the factor is not finite.
+        The inverse ``[N]``; 0-d each: the damping, the norm, and ``Info``, int32, not 0 where the factor is
+        not finite.
     """
-    damping = (rho**0.5 * factor.max()).clamp(min=SMALLEST_DAMPING)
+    norm = factor.max()
+    damping = (rho**0.5 * norm).clamp(min=SMALLEST_DAMPING)
     inverse = 1 / (factor + damping)
-    finite = torch.isfinite(factor).all()
-    return inverse, torch.where(finite, Info.OK, Info.NONFINITE_INPUT).to(torch.int32)
+    info = torch.where(torch.isfinite(factor).all(), Info.OK, Info.NONFINITE_INPUT)
+    return inverse, damping, norm, info.to(torch.int32)

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all optimizers with Kronecker layers share: groups, routing, the AdamW fallback, state, reports."""
 
-import math
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,51 +15,16 @@ from grng.curvature.capture import Capture
 from grng.curvature.find import find_layers
 from grng.curvature.fisher import check_outputs, exact_losses, loss_terms, sampled_loss
 from grng.curvature.layers import KroneckerLayer
-from grng.optim.factors import COUNTERS, add_counters, factor_dtype
+from grng.optim.checks import PreconditionerError, check_hyperparameter
+from grng.optim.devices import stacked
+from grng.optim.factors import COUNTERS, State, add_counters, factor_dtype
+from grng.optim.finite import are_finite
 from grng.optim.grafting import adam_moments
+from grng.optim.inversions import describe_failures, forgive, most_in_a_row
+from grng.optim.strict import Strict, check_routes, check_strict, is_strict
 
 KRONECKER, ADAMW = "kronecker", "adamw"
-COUNTS = ("refresh_every", "max_factor_dim", "max_rows", "max_failures")
 ADAMW_BETAS, ADAMW_EPS = (0.9, 0.999), 1e-8
-
-
-class PreconditionerError(RuntimeError):
-    """The numerics failed too often in a row; the parameters are those of the last good step."""
-
-
-def check_hyperparameter(
-    owner: str, name: str, value: Any, *, low: float = 0.0, high: float = math.inf
-) -> None:
-    """Check a number in ``[low, high]``; a learning rate may also be a tensor, 0-d.
-
-    Raises:
-        ValueError: Out of range, NaN, or not a number; not a whole number for a count.
-    """
-    number = value
-    if isinstance(value, Tensor) and name == "lr" and value.dim() == 0:
-        number = float(value)
-    right = ")" if high == math.inf else "]"
-    known = isinstance(number, (int, float)) and not isinstance(number, bool)
-    if not (known and math.isfinite(number) and low <= number <= high):
-        raise ValueError(
-            f"{owner}: {name} must be a number in [{low}, {high}{right}, got {value!r}"
-        )
-    if name in COUNTS and not isinstance(value, int):
-        raise ValueError(
-            f"{owner}: {name} must be a whole number in [{low}, {high}{right}, got {value!r}"
-        )
-
-
-def check_betas(owner: str, betas: Any) -> None:
-    """Check AdamW's pair of decays.
-
-    Raises:
-        ValueError: Not two numbers in ``[0, 1)``.
-    """
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise ValueError(f"{owner}: betas must be two numbers in [0, 1), got {betas!r}")
-    for i, value in enumerate(betas):
-        check_hyperparameter(owner, f"betas[{i}]", value, high=1 - 1e-9)
 
 
 class KroneckerOptimizer(Optimizer):
@@ -92,6 +56,8 @@ class KroneckerOptimizer(Optimizer):
 
     # Whether a factor may keep only its diagonal; else layers with larger ones are trained by AdamW.
     _diagonal_factors = True
+    # The keyword that a failing inverse wants raised.
+    _damping = "rho"
 
     def __init__(
         self,
@@ -101,11 +67,16 @@ class KroneckerOptimizer(Optimizer):
         adamw_lr: float,
         max_factor_dim: int,
         max_failures: int = 3,
+        check_interval: int = 10,
+        strict: Strict = False,
         fisher: str = "sampled",
     ) -> None:
         owner = type(self).__name__
         check_hyperparameter(owner, "adamw_lr", adamw_lr)
         check_hyperparameter(owner, "max_factor_dim", max_factor_dim, low=1)
+        check_hyperparameter(owner, "max_failures", max_failures)
+        check_hyperparameter(owner, "check_interval", check_interval, low=1)
+        check_strict(owner, strict)
         self._reasons: dict[nn.Parameter, str] = {}
         self._layers: list[KroneckerLayer] = []
         self._cut_off: set[KroneckerLayer] = set()  # whose hooks went, as was said
@@ -113,6 +84,9 @@ class KroneckerOptimizer(Optimizer):
         self._adamw_lr = adamw_lr
         self._observations = 0
         self._failures, self._max_failures = 0, max_failures
+        self._check_interval, self._strict = check_interval, strict
+        # How many failures strict does not mind: those before it was there to see them.
+        self._excused: int | Tensor | None = 0
         self._fisher_kind, self._fisher = fisher, "not yet"
         self._names: dict[nn.Parameter, str] = {}
         self._outside: list[nn.Parameter] = []  # frozen when the groups were made
@@ -121,6 +95,11 @@ class KroneckerOptimizer(Optimizer):
             groups = self._groups_of(model, adamw_defaults, max_factor_dim)
         else:
             # Bare parameters: no module says what their gradients are made of.
+            if is_strict(strict):
+                raise ValueError(
+                    f"{owner}: strict, but given parameters and not a model: AdamW would train all of them. "
+                    f"Pass the model itself, {owner}(model)"
+                )
             warnings.warn(
                 f"{owner}: given parameters and not a model, which alone says what their gradients are made "
                 f"of: all of them are trained by AdamW. Pass the model itself, {owner}(model), for curvature",
@@ -153,6 +132,7 @@ class KroneckerOptimizer(Optimizer):
             groups.append({**adamw_defaults, "params": list(self._reasons)})
         else:
             raise ValueError(f"{type(self).__name__}: the model has no trainable parameters")
+        check_routes(type(self).__name__, model, self._reasons, self._names, self._strict)
         return groups
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -250,6 +230,8 @@ class KroneckerOptimizer(Optimizer):
 
         Raises:
             PreconditionerError: Non-finite gradients for more than ``max_failures`` steps in a row.
+                Inversions of one matrix that failed more than ``max_failures`` times in a row; with
+                ``strict`` every fallback.
             RuntimeError: The model was moved or cast after the optimizer got its state, or a gradient is
                 sparse; nothing is changed.
         """
@@ -259,7 +241,7 @@ class KroneckerOptimizer(Optimizer):
                 loss = closure()
         self._check_places()
         self._check_outside()
-        if not self._gradients_are_finite():
+        if not self._is_in_order():
             self._forget()
             return loss
         curved: set[nn.Parameter] = set()
@@ -313,6 +295,12 @@ class KroneckerOptimizer(Optimizer):
                 self._fisher = "exact" if self._fisher_kind == "exact" else "sampled labels"
             else:
                 self._fisher = "empirical: observe() was not called, or could not reach all layers"
+                if is_strict(self._strict):
+                    self._fall_back(
+                        'the statistics are of the gradients of the loss, as with fisher="empirical": '
+                        "observe() was not called, or could not reach all layers",
+                        above=4,
+                    )
 
     def _check_places(self) -> None:
         """Check that the factors still are where, and as wide as, their weights want them; and the gradients.
@@ -346,59 +334,126 @@ class KroneckerOptimizer(Optimizer):
             inside = {p for g in self.param_groups for p in g["params"]}
             found = [p for p in found if p not in inside]
         if found:
-            self._outside = []
             names = [self._name_of(p) for p in found]
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            warnings.warn(
-                f"{type(self).__name__}: {', '.join(names[:5])}{more} had requires_grad=False when the "
-                "optimizer was made, and are not trained: make it after unfreezing, or give them to "
-                "add_param_group, to be trained by AdamW",
-                UserWarning,
-                stacklevel=4,
+            self._fall_back(
+                f"{', '.join(names[:5])}{more} had requires_grad=False when the optimizer was made, and are "
+                "not trained: make it after unfreezing, or give them to add_param_group, to be trained by "
+                "AdamW",
+                above=4,
+                kind=UserWarning,
             )
+            self._outside = []
 
-    def _gradients_are_finite(self) -> bool:
-        """Check all gradients, with one wait for the device; a bad step changes nothing and is counted.
+    def _is_in_order(self) -> bool:
+        """Look at gradients and counters of failures, with one wait; a bad step changes nothing.
+
+        Returns:
+            Whether all gradients are finite.
 
         Raises:
-            PreconditionerError: The last of too many bad steps in a row.
+            PreconditionerError: Too many bad steps in a row, or too many inversions of a matrix; with
+                ``strict`` any failure.
         """
         with_grad = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
         if not with_grad:
             return True
-        norms = torch._foreach_norm([cast(Tensor, p.grad) for p in with_grad])
-        flags = torch.stack([torch.isfinite(n).to(norms[0].device) for n in norms])
-        if not bool(flags.all()):
-            # A norm can leave the range of its dtype where no element does.
-            exact = [torch.isfinite(cast(Tensor, p.grad)).all() for p in with_grad]
-            flags = torch.stack([f.to(norms[0].device) for f in exact])
-        if bool(flags.all()):
-            self._failures = 0
-            return True
+        grads = [cast(Tensor, p.grad) for p in with_grad]
+        finite, counted = are_finite(grads), self._counters_in_order()
+        if counted is not None:
+            finite = torch.cat([finite, counted.to(finite.device).view(1)])
+        if not bool(finite.all()):
+            finite = are_finite(grads, exact=True)
+            if not bool(finite.all()):
+                self._note_bad_step(with_grad[int((~finite).nonzero()[0])])
+                return False
+            if counted is not None and not bool(counted):
+                self._raise_failures()
+        self._failures = 0
+        return True
+
+    def _note_bad_step(self, parameter: nn.Parameter) -> None:
         self._failures += 1
         if self._failures > self._max_failures:
-            bad = with_grad[int((~flags).nonzero()[0])]
             self._forget()
             raise PreconditionerError(
                 f"{type(self).__name__}: non-finite gradients in {self._failures} steps in a row, now at "
-                f"step {self.param_groups[0]['step']}, first in {self._name_of(bad)} "
-                f"{list(bad.shape)}; the parameters are unchanged since. Lower the learning rate, or look "
-                "for the first non-finite loss."
+                f"step {self.param_groups[0]['step']}, first in {self._name_of(parameter)} "
+                f"{list(parameter.shape)}; the parameters are unchanged since. Lower the learning rate, or "
+                "look for the first non-finite loss."
             )
-        return False
+
+    # ---- failures that the device counts ----
+
+    def _with_curvature(self) -> tuple[list[KroneckerLayer], list[State]]:
+        layers = [x for x in self._layers if self._has_curvature(x)]
+        return layers, [self.state[x.weight] for x in layers]
+
+    def _counters_in_order(self) -> Tensor | None:
+        """Return whether few enough inversions failed, 0-d on a device; None where nobody looks."""
+        strict = is_strict(self._strict)
+        if not strict and self.param_groups[0]["step"] % self._check_interval != 0:
+            return None
+        states = self._with_curvature()[1]
+        if not states:
+            return None
+        if not strict:
+            return most_in_a_row(states) <= self._max_failures
+        total = stacked([s[counter] for s in states for counter in COUNTERS]).sum()
+        if self._excused is None:
+            self._excused = total
+        return total <= self._excused
+
+    def _raise_failures(self) -> NoReturn:
+        """Say what failed, and begin to count again: whoever goes on has as many tries as before.
+
+        Raises:
+            PreconditionerError: Always.
+        """
+        layers, states = self._with_curvature()
+        group, strict = self.param_groups[0], is_strict(self._strict)
+        what = describe_failures(layers, states, 0 if strict else self._max_failures)
+        if what is None:
+            counts = [
+                f"{int(s[counter])} {counter.replace('_', ' ')} in {x.name}"
+                for x, s in zip(layers, states, strict=True)
+                for counter in COUNTERS
+                if s[counter] > 0
+            ]
+            what = f"strict: {', '.join(counts)}"
+        forgive(states)
+        self._excused = None
+        self._forget()
+        raise PreconditionerError(
+            f"{type(self).__name__}: {what}, seen at step {group['step']}, which changed nothing. Where an "
+            f"inverse failed, the one before it is still used. Raise {self._damping} (it is "
+            f"{group[self._damping]:.3g}), lower the learning rate, or look for inputs out of range"
+        )
+
+    def _fall_back(self, message: str, *, above: int, kind: type[Warning] = RuntimeWarning) -> None:
+        """Warn of a fallback at the line ``above`` frames up from the caller; with ``strict`` raise.
+
+        Raises:
+            PreconditionerError: With ``strict``.
+        """
+        if is_strict(self._strict):
+            self._forget()
+            raise PreconditionerError(
+                f"{type(self).__name__}: strict refuses a fallback: {message}"
+            )
+        warnings.warn(f"{type(self).__name__}: {message}", kind, stacklevel=above + 2)
 
     def _find_overwritten(self) -> dict[KroneckerLayer, int]:
         """Return how many inputs of each layer were overwritten, where any was; warn once."""
         counts = {x: self._capture.overwritten(x) for x in self._layers}
         found = {x: count for x, count in counts.items() if count}
         if found and not self._said_overwritten:
-            self._said_overwritten = True
-            warnings.warn(
-                f"{type(self).__name__}: the input of {', '.join(x.name for x in found)} was changed in "
-                "place between the forward pass and step(): its statistics are dropped. Give the model a new "
-                "tensor, or a clone() of a static buffer",
-                RuntimeWarning,
-                stacklevel=5,
+            self._said_overwritten = not is_strict(self._strict)
+            self._fall_back(
+                f"the input of {', '.join(x.name for x in found)} was changed in place between the forward "
+                "pass and step(): its statistics are dropped. Give the model a new tensor, or a clone() of a "
+                "static buffer",
+                above=4,
             )
         return found
 
@@ -436,23 +491,20 @@ class KroneckerOptimizer(Optimizer):
         silent = [x for x, flag in zip(silent, used, strict=True) if flag]
         old = [x for x in silent if self._has_curvature(x)]
         new = [x for x in silent if x not in old]
-        owner = type(self).__name__
         if old:
-            self._cut_off.update(old)
-            warnings.warn(
-                f"{owner}: no new statistics reach {', '.join(x.name for x in old)}: their factors stay as "
-                "they are (the hooks were removed, or the module is bypassed now)",
-                RuntimeWarning,
-                stacklevel=5,
+            self._fall_back(
+                f"no new statistics reach {', '.join(x.name for x in old)}: their factors stay as they are "
+                "(the hooks were removed, or the module is bypassed now)",
+                above=4,
             )
+            self._cut_off.update(old)
         if new:
-            warnings.warn(
-                f"{owner}: no statistics reached {', '.join(x.name for x in new)} although the gradient did "
-                "(the module is bypassed, compiled before the optimizer was made, or recomputed; the "
-                "forward pass ran before the optimizer was made; its input was overwritten; or the hooks "
-                "were removed): trained by AdamW",
-                RuntimeWarning,
-                stacklevel=5,
+            self._fall_back(
+                f"no statistics reached {', '.join(x.name for x in new)} although the gradient did (the "
+                "module is bypassed, compiled before the optimizer was made, or recomputed; the forward "
+                "pass ran before the optimizer was made; its input was overwritten; or the hooks were "
+                "removed): trained by AdamW",
+                above=4,
             )
             self._demote(new)
         return idle
@@ -539,7 +591,7 @@ class KroneckerOptimizer(Optimizer):
             if momentum is not None and momentum.shape != p.shape:
                 del self.state[p]["momentum_buffer"]
         self._forget()
-        self._failures = 0
+        self._failures, self._excused = 0, None
         for layer in self._all_layers:
             state = self.state.get(layer.weight, {})
             if "input_factor" in state:

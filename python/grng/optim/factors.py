@@ -11,6 +11,7 @@ import grng_kernels as kernels
 from grng.curvature.diagonal import diagonal_damped_inverse
 from grng.curvature.layers import KroneckerLayer, Record
 from grng.optim.devices import by_device, stacked
+from grng.optim.inversions import KEY, Outcome, new_inversions, note_inversions
 
 State = dict[str, Any]
 SIDES = ("output", "input")
@@ -22,15 +23,19 @@ def factor_dtype(layer: KroneckerLayer) -> torch.dtype:
     return torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
 
 
-def new_factors(layer: KroneckerLayer, *, spectral: bool = True) -> State:
+def new_factors(
+    layer: KroneckerLayer, *, spectral: bool = True, device: torch.device | str | None = None
+) -> State:
     """Return the state of a layer's factors before the first statistics: zeros.
 
-    ``spectral`` damping needs a vector for the norm of each dense factor.
+    ``spectral`` damping needs a vector for the norm of each dense factor. ``device`` is that of the weight;
+    ``"meta"`` tells what there will be, without memory.
     """
     dtype = factor_dtype(layer)
+    device = layer.weight.device if device is None else device
 
     def zeros(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=dtype, device=layer.weight.device)
+        return torch.zeros(shape, dtype=dtype, device=device)
 
     state: State = {}
     for i, side in enumerate(SIDES):
@@ -40,21 +45,25 @@ def new_factors(layer: KroneckerLayer, *, spectral: bool = True) -> State:
         if spectral and not layer.diagonal[i]:
             state[f"{side}_vector"] = zeros(*shape[:-1])
         state[f"{side}_residual"] = zeros()
-        state[f"{side}_updates"] = torch.zeros((), dtype=torch.int32, device=layer.weight.device)
-    add_counters(layer, state)
+        state[f"{side}_updates"] = torch.zeros((), dtype=torch.int32, device=device)
+    add_counters(layer, state, device=device)
     return state
 
 
-def add_counters(layer: KroneckerLayer, state: State) -> None:
+def add_counters(
+    layer: KroneckerLayer, state: State, *, device: torch.device | str | None = None
+) -> None:
     """Add the counters that a state lacks: of failures, at zero, and of updates, which were one for both."""
+    device = layer.weight.device if device is None else device
     both = state.pop("updates", 0)
     for side in SIDES:
         if f"{side}_updates" not in state:
-            count = torch.tensor(int(both), dtype=torch.int32, device=layer.weight.device)
-            state[f"{side}_updates"] = count
+            state[f"{side}_updates"] = torch.tensor(int(both), dtype=torch.int32, device=device)
     for counter in COUNTERS:
         if counter not in state:
-            state[counter] = torch.zeros((), dtype=torch.int32, device=layer.weight.device)
+            state[counter] = torch.zeros((), dtype=torch.int32, device=device)
+    if KEY not in state:
+        state.update(new_inversions(layer, factor_dtype(layer), device))
 
 
 def update_factors(
@@ -268,10 +277,13 @@ def refresh_inverses(
                 parts.append(part)
             elif leaders is None or leaders[i] is state:
                 parts.append(part._replace(followers=followers))
+    found: list[tuple[Part, Outcome]] = []
     for part in parts:
         factor = part.of("factor")
         if factor.dim() == 1:
-            _keep(part, *diagonal_damped_inverse(factor, rho))
+            inverse, *rest = diagonal_damped_inverse(factor, rho)
+            found.append((part, Outcome(*rest)))
+            _keep(part, inverse, rest[-1])
     for together in by_device(
         [p for p in parts if p.of("factor").dim() > 1], lambda p: p.of("factor")
     ):
@@ -280,11 +292,16 @@ def refresh_inverses(
             rho=rho,
             spectral_vector=[p.of("vector") for p in together],
         )
-        keep_inverses(together, result)
+        found += _keep_all(together, result)
+    _note(found)
 
 
 def keep_inverses(parts: list[Part], result: kernels.DampedInverse) -> None:
     """Put inverses into the state, where they did not fail, with the largest residual of each side."""
+    _note(_keep_all(parts, result))
+
+
+def _keep_all(parts: list[Part], result: kernels.DampedInverse) -> list[tuple[Part, Outcome]]:
     for part in parts:
         part.state[f"{part.side}_residual"].zero_()
     for part, inverse, info, residual in zip(
@@ -295,6 +312,8 @@ def keep_inverses(parts: list[Part], result: kernels.DampedInverse) -> None:
         largest.copy_(torch.maximum(largest, residual))
         for state in part.followers:
             state["input_residual"].copy_(largest)
+    outcomes = map(Outcome, result.damping, result.spectral_norm, result.info)
+    return list(zip(parts, outcomes, strict=True))
 
 
 def _part(tensor: Tensor, block: int | None) -> Tensor:
@@ -305,12 +324,27 @@ def _keep(part: Part, inverse: Tensor, info: Tensor) -> None:
     # No wait for the device: what failed is replaced by what was there.
     target = part.of("inverse")
     target.copy_(torch.where(info == 0, inverse, target))
-    part.state["inverse_failures"] += info != 0
     for state in part.followers:
         for kind in ("inverse", "vector"):
             if f"{part.side}_{kind}" in state:
                 _part(state[f"{part.side}_{kind}"], part.block).copy_(part.of(kind))
-        state["inverse_failures"] += info != 0
+
+
+def _note(found: list[tuple[Part, Outcome]]) -> None:
+    """Note how inversions went, of the layers and of those that share the inverse."""
+    states: dict[int, State] = {}
+    rows: dict[int, list[Outcome | None]] = {}
+    for part, outcome in found:
+        for state in (part.state, *part.followers):
+            key = id(state)
+            if key not in states:
+                states[key], rows[key] = state, [None] * len(state[KEY])
+            # The blocks of the output side come first, those of the input side last.
+            blocks = 1 if part.block is None else len(state[f"{part.side}_factor"])
+            first = 0 if part.side == "output" else len(rows[key]) - blocks
+            rows[key][first + (part.block or 0)] = outcome
+    if states:
+        note_inversions(list(states.values()), list(rows.values()))
 
 
 def preconditioned(

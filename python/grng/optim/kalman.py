@@ -21,7 +21,7 @@ from grng.curvature.prior import (
     update_coherence,
 )
 from grng.curvature.rows import Rows
-from grng.optim.base import PreconditionerError, check_hyperparameter
+from grng.optim.checks import PreconditionerError, check_hyperparameter
 from grng.optim.output_noise import OutputNoise
 
 # One filter has one observation: these cannot differ between the groups.

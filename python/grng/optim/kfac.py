@@ -11,7 +11,8 @@ import grng_kernels as kernels
 from grng.curvature.convolution import ConvolutionLayer
 from grng.curvature.fisher import FISHERS
 from grng.curvature.layers import KroneckerLayer, Record
-from grng.optim.base import KroneckerOptimizer, check_hyperparameter
+from grng.optim.base import KroneckerOptimizer
+from grng.optim.checks import check_hyperparameter
 from grng.optim.devices import by_device
 from grng.optim.factors import (
     SIDES,
@@ -24,6 +25,7 @@ from grng.optim.factors import (
     updates_so_far,
 )
 from grng.optim.kl_clip import clipped_directions
+from grng.optim.strict import Strict
 
 CONVENTIONS = ("martens-grosse", "kfac-pytorch")
 DECAY_FORMS = ("sgd", "decoupled")
@@ -86,15 +88,20 @@ class KFAC(KroneckerOptimizer):
         kl_clip: Bound of the predicted KL change of one step, on the device; None switches it off.
         adamw_lr: Learning rate of the parameters trained by AdamW.
         max_factor_dim: Layers with a larger factor are trained by AdamW.
+        max_failures: As in :class:`grng.RING`, with the looks at every ``check_interval`` steps.
+        check_interval: See ``max_failures``.
+        strict: As in :class:`grng.RING`.
 
     Raises:
-        ValueError: A hyperparameter is out of range, or the model has no trainable parameter.
+        ValueError: A hyperparameter is out of range, the model has no trainable parameter, or ``strict`` and
+            AdamW would train a matrix.
 
     Source: Martens & Grosse 2015, "Optimizing Neural Networks with Kronecker-factored Approximate
     Curvature", sections 4 to 6, without its learned step size and damping; Pauloski et al. 2021, "KAISA".
     """
 
     _diagonal_factors = False
+    _damping = "damping"
 
     def __init__(
         self,
@@ -113,6 +120,9 @@ class KFAC(KroneckerOptimizer):
         kl_clip: float | None = 1e-3,
         adamw_lr: float = 1e-3,
         max_factor_dim: int = 8192,
+        max_failures: int = 3,
+        check_interval: int = 10,
+        strict: Strict = False,
     ) -> None:
         check_hyperparameter("KFAC", "lr", lr)
         check_hyperparameter("KFAC", "damping", damping, low=1e-30)
@@ -144,7 +154,14 @@ class KFAC(KroneckerOptimizer):
             kl_clip=kl_clip,
         )
         super().__init__(
-            model, defaults, adamw_lr=adamw_lr, max_factor_dim=max_factor_dim, fisher=fisher
+            model,
+            defaults,
+            adamw_lr=adamw_lr,
+            max_factor_dim=max_factor_dim,
+            max_failures=max_failures,
+            check_interval=check_interval,
+            strict=strict,
+            fisher=fisher,
         )
 
     def _statistics_wanted(self, layer: KroneckerLayer) -> bool:
@@ -213,6 +230,7 @@ class KFAC(KroneckerOptimizer):
             keep_inverses([part for _, part in call], result)
         for state in states:
             state["refreshes"] += 1
+            state["inverted_at"] = group["step"]
 
 
 def _new_state(layer: KroneckerLayer, *, identity: bool) -> State:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grng.optim.base import check_hyperparameter
+from grng.optim.checks import check_hyperparameter
 from grng.optim.ring import RING
 
 METHODS = ("double_backprop", "finite_difference")

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """RING: regularised implicit natural gradient."""
 
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,12 +10,14 @@ from torch import Tensor, nn
 from grng.curvature.fisher import FISHERS
 from grng.curvature.layers import SHARINGS, KroneckerLayer, Record
 from grng.curvature.quadratic import fisher_along, out_of_order
-from grng.optim.base import ADAMW_EPS, KroneckerOptimizer, check_betas, check_hyperparameter
+from grng.optim.base import ADAMW_EPS, KroneckerOptimizer
+from grng.optim.checks import check_betas, check_hyperparameter
 from grng.optim.devices import by_device, stacked
 from grng.optim.factors import new_factors, preconditioned, refresh_inverses, update_factors
 from grng.optim.grafting import adam_moments, grafted
 from grng.optim.kl_clip import clipped_directions
 from grng.optim.shared_inputs import SharedInputs, copy_input_factor
+from grng.optim.strict import Strict, is_strict
 
 STEP_LENGTHS = ("graft", "kl_clip")
 
@@ -79,10 +80,22 @@ class RING(KroneckerOptimizer):
         max_factor_dim: Largest order of a dense factor of a linear layer; of a longer side, as of the long
             side of LoRA's weights, only the diagonal is kept. Larger convolutions are trained by AdamW.
         max_failures: Steps in a row with non-finite gradients, which change nothing, before
-            :class:`PreconditionerError`.
+            :class:`PreconditionerError`; and failed inversions in a row of one matrix, whose previous inverse
+            is used meanwhile. The count begins anew when all matrices of the layer are inverted without one.
+        check_interval: Steps between looks at that count, which the device keeps; a look waits for nothing
+            that the step does not wait for anyway.
+        strict: Whether fallbacks are errors; or, for the same, a tuple of the module classes whose matrices
+            AdamW may train nevertheless, as ``(nn.Embedding,)``. At construction: parameters of two or more
+            dimensions that AdamW would train. In a step, before parameters change: layers that no statistics
+            reach, inputs that were overwritten, statistics without :meth:`observe` unless
+            ``fisher="empirical"``, gradients of parameters that were frozen at construction; in the step
+            after: any inverse, statistics or direction that failed. Steps with non-finite gradients are
+            skipped as ever, and what :meth:`add_param_group` adds is trained by AdamW. Looking costs a little
+            in every step.
 
     Raises:
-        ValueError: A hyperparameter is out of range, or the model has no trainable parameter.
+        ValueError: A hyperparameter is out of range, the model has no trainable parameter, or ``strict`` and
+            AdamW would train a matrix.
 
     Source: Dash et al. 2026, "Gradient Regularized Natural Gradients" (RING, Lazy Fisher), for the direction;
     Eschenhagen et al. 2023 for shared weights; Agarwal et al. 2020 for grafting; Martens & Grosse 2015,
@@ -109,6 +122,8 @@ class RING(KroneckerOptimizer):
         adamw_lr: float | None = None,
         max_factor_dim: int = 8192,
         max_failures: int = 3,
+        check_interval: int = 10,
+        strict: Strict = False,
     ) -> None:
         owner = type(self).__name__
         check_hyperparameter(owner, "lr", lr)
@@ -117,7 +132,6 @@ class RING(KroneckerOptimizer):
         check_hyperparameter(owner, "factor_decay", factor_decay, high=1 - 1e-6)
         check_betas(owner, betas)
         check_hyperparameter(owner, "weight_decay", weight_decay)
-        check_hyperparameter(owner, "max_failures", max_failures)
         for name, bound in (("kl_clip", kl_clip), ("max_kl", max_kl)):
             if bound is not None:
                 check_hyperparameter(owner, name, bound, low=1e-30)
@@ -151,6 +165,8 @@ class RING(KroneckerOptimizer):
             adamw_lr=adamw_lr,
             max_factor_dim=max_factor_dim,
             max_failures=max_failures,
+            check_interval=check_interval,
+            strict=strict,
             fisher=fisher,
         )
 
@@ -211,7 +227,7 @@ class RING(KroneckerOptimizer):
                 stale, states, group["rho"], [self.state[leaders[x].weight] for x in stale]
             )
             for state in states:
-                state["stale"] = 0
+                state["stale"], state["inverted_at"] = 0, step
 
     def _average(
         self, group: dict[str, Any], updates: list[tuple[KroneckerLayer, list[Record]]]
@@ -309,14 +325,13 @@ class RING(KroneckerOptimizer):
         """Leave out the layers whose inputs have another order than the examples, with one warning."""
         strangers = out_of_order([layers[i] for i in known], self._capture.complete)
         if strangers and not self._said_out_of_order:
-            self._said_out_of_order = True
+            self._said_out_of_order = not is_strict(self._strict)
             names = ", ".join(layers[i].name for i in known if layers[i] in strangers)
-            warnings.warn(
-                f"{type(self).__name__}: the inputs of {names} do not have the examples of the loss in their "
-                "leading dimension: the trust region is measured without these layers. Examples must come "
-                "first in every layer's input (batch_first=True)",
-                RuntimeWarning,
-                stacklevel=7,
+            self._fall_back(
+                f"the inputs of {names} do not have the examples of the loss in their leading dimension: the "
+                "trust region is measured without these layers. Examples must come first in every layer's "
+                "input (batch_first=True)",
+                above=6,
             )
         return [i for i in known if layers[i] not in strangers]
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from grng.curvature.fisher import sampled_loss
-from grng.optim.base import PreconditionerError, check_hyperparameter
+from grng.optim.checks import PreconditionerError, check_hyperparameter
 
 MAX_FAILURES = 3
 
