@@ -8,6 +8,7 @@ from grng.optim.reng import RENG
 from grng.optim.ring import RING
 from grng.optim.rkalman import RKalman
 from grng.optim.sophia import SophiaG, SophiaH
+from grng.reports.memory import MemoryEstimate, memory_estimate
 from grng_kernels import __version__
 
 __all__ = [
@@ -15,9 +16,11 @@ __all__ = [
     "RENG",
     "RING",
     "LoKO",
+    "MemoryEstimate",
     "PreconditionerError",
     "RKalman",
     "SophiaG",
     "SophiaH",
     "__version__",
+    "memory_estimate",
 ]

@@ -328,7 +328,7 @@ def test_the_curvature_is_that_of_the_loss_without_penalty(method, fisher):
             got, want = opt.state[a.weight][key], other.state[b.weight][key]
             assert want.any()
             torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
-    assert opt.explain() == other.explain()
+    assert opt.explain().replace("RENG", "RING") == other.explain()
 
 
 @pytest.mark.parametrize("method", reng.METHODS)

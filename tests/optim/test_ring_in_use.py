@@ -153,7 +153,7 @@ def test_cross_attention_with_separate_projections_is_left_to_adamw():
     q, k = torch.randn(2, 3, 8), torch.randn(2, 4, 6)
     attention(q, k, k)[0].square().mean().backward()
     opt.step()
-    text = opt.explain()
+    text = opt.explain(full=True)
     assert text.count("MultiheadAttention has no Kronecker factors here") >= 3
     assert "out_proj.weight" in text
 

@@ -462,10 +462,10 @@ def test_explain_says_which():
     assert "none yet" in optimizer.explain()
     x, y, _ = data(4)
     feed(optimizer, model, x[:1], y[:1])
-    lines = {line.split()[0]: line.split()[-1] for line in optimizer.explain().splitlines()}
+    lines = {line.split()[0]: line.split()[-1] for line in optimizer.explain().splitlines() if line}
     assert lines["2.weight"] == "factored" and lines["2.bias"] == "dense"
     feed(optimizer, model, x, y, 4)
-    lines = {line.split()[0]: line.split()[-1] for line in optimizer.explain().splitlines()}
+    lines = {line.split()[0]: line.split()[-1] for line in optimizer.explain().splitlines() if line}
     assert lines["2.weight"] == "dense"
 
 

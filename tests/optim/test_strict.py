@@ -62,7 +62,8 @@ def test_matrices_that_adamw_would_train_are_named(optimizer):
     with pytest.raises(
         ValueError,
         match=rf"{optimizer.__name__}: strict, but AdamW would train embed.weight \[7, 4\] \(Embedding has "
-        r"no Kronecker factors here\); deep.weight \[3, 2, 2, 2, 2\] \(Conv3d has no.*strict=\(nn.Embedding,\)",
+        r"no Kronecker factors here\); deep.weight \[3, 2, 2, 2, 2\] \(Conv3d has no.*"
+        r"strict=\(nn.Embedding,\)",
     ):
         optimizer(model, strict=True)
     with pytest.raises(ValueError, match=r"would train deep.weight \[3, 2, 2, 2, 2\] \(Conv3d"):

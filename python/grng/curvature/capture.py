@@ -65,7 +65,8 @@ class Capture:
             layer.module.register_forward_hook(_ForwardHook(this, layer), with_kwargs=True)
             for layer in layers
         ]
-        weakref.finalize(self, _remove, handles).atexit = False
+        self._finalizer = weakref.finalize(self, _remove, handles)
+        self._finalizer.atexit = False
 
     def start_records(
         self, layer: KroneckerLayer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -283,6 +284,11 @@ class Capture:
         """Return whether a layer was used, but only with empty batches."""
         records = self.records[layer]
         return bool(records) and all(r.layer_input.numel() == 0 for r in records)
+
+    def close(self) -> None:
+        """Take the hooks off, and forget everything recorded."""
+        self._finalizer()
+        self.clear()
 
     def clear(self) -> None:
         """Forget everything recorded."""

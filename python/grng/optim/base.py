@@ -3,31 +3,27 @@
 
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
-from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from grng.curvature.capture import Capture
 from grng.curvature.find import find_layers
 from grng.curvature.fisher import check_outputs, exact_losses, loss_terms, sampled_loss
 from grng.curvature.layers import KroneckerLayer
-from grng.optim.checks import PreconditionerError, check_hyperparameter
-from grng.optim.devices import stacked
-from grng.optim.factors import COUNTERS, State, add_counters, factor_dtype
-from grng.optim.finite import are_finite
+from grng.optim.checks import check_hyperparameter
+from grng.optim.factors import add_counters, factor_dtype
 from grng.optim.grafting import adam_moments
-from grng.optim.inversions import describe_failures, forgive, most_in_a_row
+from grng.optim.reporting import ReportingOptimizer
 from grng.optim.strict import Strict, check_routes, check_strict, is_strict
 
 KRONECKER, ADAMW = "kronecker", "adamw"
 ADAMW_BETAS, ADAMW_EPS = (0.9, 0.999), 1e-8
 
 
-class KroneckerOptimizer(Optimizer):
+class KroneckerOptimizer(ReportingOptimizer):
     """Base of the optimizers that precondition with Kronecker factors.
 
     A subclass implements :meth:`_update_layers`. Parameters that no supported layer owns form a second
@@ -56,8 +52,6 @@ class KroneckerOptimizer(Optimizer):
 
     # Whether a factor may keep only its diagonal; else layers with larger ones are trained by AdamW.
     _diagonal_factors = True
-    # The keyword that a failing inverse wants raised.
-    _damping = "rho"
 
     def __init__(
         self,
@@ -87,6 +81,7 @@ class KroneckerOptimizer(Optimizer):
         self._check_interval, self._strict = check_interval, strict
         # How many failures strict does not mind: those before it was there to see them.
         self._excused: int | Tensor | None = 0
+        self._kept: Tensor | None = None  # the part of the last step that was taken
         self._fisher_kind, self._fisher = fisher, "not yet"
         self._names: dict[nn.Parameter, str] = {}
         self._outside: list[nn.Parameter] = []  # frozen when the groups were made
@@ -208,9 +203,6 @@ class KroneckerOptimizer(Optimizer):
     def _is_trained(self, layer: KroneckerLayer) -> bool:
         return layer in self._layers and layer.weight.requires_grad
 
-    def _has_curvature(self, layer: KroneckerLayer) -> bool:
-        return "input_factor" in self.state.get(layer.weight, {})
-
     @staticmethod
     def _refresh_due(step: int, refresh_every: int) -> bool:
         # Early factors rest on few batches and age fast: refresh after 1, 2, 4, ... steps at first.
@@ -326,195 +318,6 @@ class KroneckerOptimizer(Optimizer):
                     f"after the optimizer got its state ({factor.dtype}, {factor.device}); make the "
                     "optimizer after that, or load its state_dict into a new one"
                 )
-
-    def _check_outside(self) -> None:
-        """Warn once of parameters of the model that have a gradient and are in no group."""
-        found = [p for p in self._outside if p.grad is not None and p.requires_grad]
-        if found:
-            inside = {p for g in self.param_groups for p in g["params"]}
-            found = [p for p in found if p not in inside]
-        if found:
-            names = [self._name_of(p) for p in found]
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            self._fall_back(
-                f"{', '.join(names[:5])}{more} had requires_grad=False when the optimizer was made, and are "
-                "not trained: make it after unfreezing, or give them to add_param_group, to be trained by "
-                "AdamW",
-                above=4,
-                kind=UserWarning,
-            )
-            self._outside = []
-
-    def _is_in_order(self) -> bool:
-        """Look at gradients and counters of failures, with one wait; a bad step changes nothing.
-
-        Returns:
-            Whether all gradients are finite.
-
-        Raises:
-            PreconditionerError: Too many bad steps in a row, or too many inversions of a matrix; with
-                ``strict`` any failure.
-        """
-        with_grad = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
-        if not with_grad:
-            return True
-        grads = [cast(Tensor, p.grad) for p in with_grad]
-        finite, counted = are_finite(grads), self._counters_in_order()
-        if counted is not None:
-            finite = torch.cat([finite, counted.to(finite.device).view(1)])
-        if not bool(finite.all()):
-            finite = are_finite(grads, exact=True)
-            if not bool(finite.all()):
-                self._note_bad_step(with_grad[int((~finite).nonzero()[0])])
-                return False
-            if counted is not None and not bool(counted):
-                self._raise_failures()
-        self._failures = 0
-        return True
-
-    def _note_bad_step(self, parameter: nn.Parameter) -> None:
-        self._failures += 1
-        if self._failures > self._max_failures:
-            self._forget()
-            raise PreconditionerError(
-                f"{type(self).__name__}: non-finite gradients in {self._failures} steps in a row, now at "
-                f"step {self.param_groups[0]['step']}, first in {self._name_of(parameter)} "
-                f"{list(parameter.shape)}; the parameters are unchanged since. Lower the learning rate, or "
-                "look for the first non-finite loss."
-            )
-
-    # ---- failures that the device counts ----
-
-    def _with_curvature(self) -> tuple[list[KroneckerLayer], list[State]]:
-        layers = [x for x in self._layers if self._has_curvature(x)]
-        return layers, [self.state[x.weight] for x in layers]
-
-    def _counters_in_order(self) -> Tensor | None:
-        """Return whether few enough inversions failed, 0-d on a device; None where nobody looks."""
-        strict = is_strict(self._strict)
-        if not strict and self.param_groups[0]["step"] % self._check_interval != 0:
-            return None
-        states = self._with_curvature()[1]
-        if not states:
-            return None
-        if not strict:
-            return most_in_a_row(states) <= self._max_failures
-        total = stacked([s[counter] for s in states for counter in COUNTERS]).sum()
-        if self._excused is None:
-            self._excused = total
-        return total <= self._excused
-
-    def _raise_failures(self) -> NoReturn:
-        """Say what failed, and begin to count again: whoever goes on has as many tries as before.
-
-        Raises:
-            PreconditionerError: Always.
-        """
-        layers, states = self._with_curvature()
-        group, strict = self.param_groups[0], is_strict(self._strict)
-        what = describe_failures(layers, states, 0 if strict else self._max_failures)
-        if what is None:
-            counts = [
-                f"{int(s[counter])} {counter.replace('_', ' ')} in {x.name}"
-                for x, s in zip(layers, states, strict=True)
-                for counter in COUNTERS
-                if s[counter] > 0
-            ]
-            what = f"strict: {', '.join(counts)}"
-        forgive(states)
-        self._excused = None
-        self._forget()
-        raise PreconditionerError(
-            f"{type(self).__name__}: {what}, seen at step {group['step']}, which changed nothing. Where an "
-            f"inverse failed, the one before it is still used. Raise {self._damping} (it is "
-            f"{group[self._damping]:.3g}), lower the learning rate, or look for inputs out of range"
-        )
-
-    def _fall_back(self, message: str, *, above: int, kind: type[Warning] = RuntimeWarning) -> None:
-        """Warn of a fallback at the line ``above`` frames up from the caller; with ``strict`` raise.
-
-        Raises:
-            PreconditionerError: With ``strict``.
-        """
-        if is_strict(self._strict):
-            self._forget()
-            raise PreconditionerError(
-                f"{type(self).__name__}: strict refuses a fallback: {message}"
-            )
-        warnings.warn(f"{type(self).__name__}: {message}", kind, stacklevel=above + 2)
-
-    def _find_overwritten(self) -> dict[KroneckerLayer, int]:
-        """Return how many inputs of each layer were overwritten, where any was; warn once."""
-        counts = {x: self._capture.overwritten(x) for x in self._layers}
-        found = {x: count for x, count in counts.items() if count}
-        if found and not self._said_overwritten:
-            self._said_overwritten = not is_strict(self._strict)
-            self._fall_back(
-                f"the input of {', '.join(x.name for x in found)} was changed in place between the forward "
-                "pass and step(): its statistics are dropped. Give the model a new tensor, or a clone() of a "
-                "static buffer",
-                above=4,
-            )
-        return found
-
-    def _demote_silent(self) -> list[KroneckerLayer]:
-        """Find layers whose hooks never ran although they were used: they get gradients, but no statistics.
-
-        Without factors they are left to AdamW; those that have some keep them as they are. One warning each.
-
-        Returns:
-            The layers without factors whose hooks did not run because they were not used: their gradients are
-            all zero, and the step leaves them as they are.
-        """
-        silent = [
-            x
-            for x in self._layers
-            if x.weight.grad is not None
-            and not self._capture.complete(x)
-            and not self._capture.only_empty(x)
-            and x not in self._cut_off
-            and not (self._has_curvature(x) and self._capture.overwritten(x))
-            and (self._statistics_wanted(x) or not self._has_curvature(x))
-        ]
-        if not silent:
-            return []
-        flags = [
-            torch.stack([p.grad.any() for p in x.parameters if p.grad is not None]).any()
-            for x in silent
-        ]
-        used = torch.stack(
-            [f.to(flags[0].device) for f in flags]
-        ).tolist()  # one wait for the device
-        idle = [
-            x for x, flag in zip(silent, used, strict=True) if not (flag or self._has_curvature(x))
-        ]
-        silent = [x for x, flag in zip(silent, used, strict=True) if flag]
-        old = [x for x in silent if self._has_curvature(x)]
-        new = [x for x in silent if x not in old]
-        if old:
-            self._fall_back(
-                f"no new statistics reach {', '.join(x.name for x in old)}: their factors stay as they are "
-                "(the hooks were removed, or the module is bypassed now)",
-                above=4,
-            )
-            self._cut_off.update(old)
-        if new:
-            self._fall_back(
-                f"no statistics reached {', '.join(x.name for x in new)} although the gradient did (the "
-                "module is bypassed, compiled before the optimizer was made, or recomputed; the forward "
-                "pass ran before the optimizer was made; its input was overwritten; or the hooks were "
-                "removed): trained by AdamW",
-                above=4,
-            )
-            self._demote(new)
-        return idle
-
-    def _demote(self, layers: list[KroneckerLayer]) -> None:
-        self._layers = [x for x in self._layers if x not in layers]
-        for x in layers:
-            spoiled = self._capture.overwritten(x)
-            why = "its input was overwritten" if spoiled else "its module's hooks never ran"
-            self._reasons.update({p: why for p in x.parameters})
 
     def _adamw_step(self, group: dict[str, Any], candidates: list[nn.Parameter]) -> None:
         params: list[Tensor] = [p for p in candidates if p.grad is not None]
@@ -633,63 +436,6 @@ class KroneckerOptimizer(Optimizer):
         """Watch the modules that came with the copy."""
         super().__setstate__(state)
         self._capture = Capture(list(self._all_layers), self._statistics_wanted)
-
-    def _name_of(self, parameter: nn.Parameter) -> str:
-        return self._names.get(parameter, "a parameter")
-
-    def explain(self) -> str:
-        """Return a table: which parameters are trained how, with what factors, and why."""
-        rows = [("parameter", "shape", "route", "factors", "why")]
-        layers = {layer.weight: layer for layer in self._layers}
-        biases = {layer.bias for layer in self._layers}
-        for group in self.param_groups:
-            for p in group["params"]:
-                shape = _shape_text(p)
-                if p in layers:  # demoted layers are not among them
-                    layer = layers[p]
-                    factors = ", ".join(_factor_text(layer, side) for side in (0, 1))
-                    rows.append((self._name_of(p), shape, KRONECKER, factors, layer.kind))
-                elif p in biases:
-                    rows.append(
-                        (self._name_of(p), shape, KRONECKER, "", "last column of its weight")
-                    )
-                else:
-                    why = self._reasons.get(p, "given as a bare parameter, without its module")
-                    rows.append((self._name_of(p), shape, ADAMW, "", why))
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = [
-            "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows
-        ]
-        return "\n".join([*lines, f"Fisher: {self._fisher}"])
-
-    def diagnostics(self) -> dict[str, float]:
-        """Return scalars for a logger: counters, and per layer the residual of its last inverses.
-
-        Waits for the device.
-        """
-        report = {
-            "step": float(self.param_groups[0]["step"]),
-            "kronecker_layers": float(len(self._layers)),
-            "skipped_steps_in_a_row": float(self._failures),
-        }
-        for layer in self._layers:
-            state = self.state[layer.weight]
-            if "input_factor" in state:
-                for key in ("input_residual", "output_residual", *COUNTERS):
-                    report[f"{layer.name}/{key}"] = float(state[key])
-        return report
-
-
-def _shape_text(parameter: nn.Parameter) -> str:
-    if isinstance(parameter, UninitializedParameter):
-        return "unknown"
-    return "x".join(map(str, parameter.shape)) or "scalar"
-
-
-def _factor_text(layer: KroneckerLayer, side: int) -> str:
-    n = layer.sizes[side]
-    text = f"{n} (diagonal)" if layer.diagonal[side] else f"{n}x{n}"
-    return text if layer.blocks == 1 else f"{layer.blocks} of {text}"
 
 
 def _merge_tensors(params: Iterable[Any]) -> list[Any]:

@@ -23,6 +23,9 @@ from grng.curvature.prior import (
 from grng.curvature.rows import Rows
 from grng.optim.checks import PreconditionerError, check_hyperparameter
 from grng.optim.output_noise import OutputNoise
+from grng.reports.diagonal import explain, read
+from grng.reports.memory import MemoryEstimate, estimate, planned
+from grng.reports.text import Report
 
 # One filter has one observation: these cannot differ between the groups.
 _SHARED = ("rho", "forgetting", "process_noise")
@@ -510,58 +513,89 @@ class KalmanOptimizer(Optimizer):
     def _name_of(self, parameter: nn.Parameter) -> str:
         return self._names.get(parameter, "a parameter")
 
-    def explain(self) -> str:
-        """Return a table: variance, coherence, Jacobian of each parameter; and how outputs are observed."""
-        rows = [("parameter", "shape", "variance", "coherence", "jacobian")]
+    def explain(self) -> Report:
+        """Return a table to print: variance, coherence, Jacobian of each parameter; how outputs are observed.
+
+        ``state`` is what a parameter holds in bytes. Waits for the device.
+        """
         kinds: dict[nn.Parameter, str] = {}
         if self._engine is not None:
             names = {True: "factored", False: "dense"}
             flags = zip(self._engine.parameters, self._engine.factored, strict=True)
             kinds = {p: names[factored] for p, factored in flags}
-        for p in (p for g in self.param_groups for p in g["params"]):
-            state = self.state.get(p, {})
-            variance = (
-                f"{float(state['variance'].mean()):.3g}" if "variance" in state else "not yet"
-            )
-            ratio = f"{float(coherence(state, p.numel())):.3g}" if "trace" in state else "1"
-            rows.append(
-                (
-                    self._name_of(p),
-                    "x".join(map(str, p.shape)) or "scalar",
-                    variance,
-                    ratio,
-                    kinds.get(p, "none yet"),
-                )
-            )
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = [
-            "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows
-        ]
         route = self._engine.route if self._engine is not None else "none yet"
-        return "\n".join(
+        return explain(
+            self._names,
+            self._states(),
+            ("variance", "coherence"),
+            self._numbers(),
+            {"variance": "not yet", "coherence": "1"},
             [
-                *lines,
                 f"Observation: {self._likelihood}, {self._rows}",
                 f"Jacobian: {route}",
                 f"Noise: {self._noise.describe()}",
                 f"Covariance: {'full' if self._is_full else 'diagonal'}",
-            ]
+                f"State: {self.memory_estimate()}",
+            ],
+            last=("jacobian", kinds, "none yet"),
         )
 
     def diagnostics(self) -> dict[str, float]:
-        """Return plain numbers for a logger; reading them waits for the device."""
+        """Return plain numbers for a logger, after one wait for the device.
+
+        ``step``, ``skipped`` and ``skipped_in_a_row`` observations, ``state_bytes``; behind the name of a
+        parameter and ``/`` its mean ``variance`` and its ``coherence``.
+        """
+        first = self._first_state()
         report = {
             "step": float(self.param_groups[0]["step"]),
-            "skipped": float(self._first_state().get("skipped", 0)),
-            "skipped_in_a_row": float(self._first_state().get("skipped_in_a_row", 0)),
+            "skipped": float(first.get("skipped", 0)),
+            "skipped_in_a_row": float(first.get("skipped_in_a_row", 0)),
+            "state_bytes": float(self.memory_estimate().total),
         }
+        for p, numbers in read(self._numbers()).items():
+            report.update({f"{self._name_of(p)}/{key}": value for key, value in numbers.items()})
+        return report
+
+    def memory_estimate(self) -> MemoryEstimate:
+        """Return the bytes that the state holds once there was an observation; see the class.
+
+        Before the first one at most: of a layer that is fed single samples the last score takes less. The
+        estimated noise, a number for each pair of outputs, is not counted before.
+        """
+        states = self._states()
+        return estimate(list(states), states)
+
+    def _numbers(self) -> dict[nn.Parameter, dict[str, Tensor]]:
+        numbers: dict[nn.Parameter, dict[str, Tensor]] = {}
         for p in (p for g in self.param_groups for p in g["params"]):
             state = self.state.get(p, {})
+            numbers[p] = {}
             if "variance" in state:
-                report[f"{self._name_of(p)}/variance"] = float(state["variance"].mean())
+                numbers[p]["variance"] = state["variance"].mean()
             if "trace" in state:
-                report[f"{self._name_of(p)}/coherence"] = float(coherence(state, p.numel()))
-        return report
+                numbers[p]["coherence"] = coherence(state, p.numel())
+        return numbers
+
+    def _states(self) -> dict[nn.Parameter, dict[str, Any]]:
+        """What the state holds, or will hold: tensors without memory."""
+        parameters = [p for g in self.param_groups for p in g["params"]]
+        states: dict[nn.Parameter, dict[str, Any]] = {}
+        for p in parameters:
+            dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+            keys = ["variance"] + (["weights"] if p.dtype.itemsize < dtype.itemsize else [])
+            state = dict(planned(p, *keys, dtype=dtype))
+            known = self.state.get(p, {})
+            if self._correct_coherence and not self._is_full and "trace" not in known:
+                state.update(planned(p, "score", dtype=dtype))
+                for key in ("trace", "overlap"):
+                    state[key] = torch.empty((), dtype=torch.float64, device="meta")
+            states[p] = {**state, **known}
+        if self._is_full:
+            size = sum(p.numel() for p in parameters)
+            full = torch.empty(size, size, dtype=torch.float64, device="meta")
+            states[parameters[0]].setdefault("covariance", full)
+        return states
 
 
 def _checked_classes(where: str, targets: Tensor, classes: int) -> Tensor:

@@ -26,6 +26,7 @@ from grng.optim.factors import (
 )
 from grng.optim.kl_clip import clipped_directions
 from grng.optim.strict import Strict
+from grng.reports.memory import planned
 
 CONVENTIONS = ("martens-grosse", "kfac-pytorch")
 DECAY_FORMS = ("sgd", "decoupled")
@@ -182,13 +183,20 @@ class KFAC(KroneckerOptimizer):
         if not layers:
             return
         states = [self.state[x.weight] for x in layers]
-        directions = clipped_directions(
+        directions, self._kept = clipped_directions(
             layers, states, [x.grads() for x in layers], group["lr"], group["kl_clip"]
         )
         for layer, direction in zip(layers, directions, strict=True):
             for p, d in zip(layer.parameters, direction, strict=True):
                 if p.grad is not None:  # a bias may be frozen after the optimizer was made
                     self._apply(group, p, d)
+
+    def _planned_factors(self, layer: KroneckerLayer) -> dict[str, Any]:
+        return new_factors(layer, spectral=False, device="meta")
+
+    def _planned_moments(self, parameter: nn.Parameter) -> dict[str, Any]:
+        wide = torch.promote_types(parameter.dtype, torch.float32)
+        return dict(planned(parameter, "momentum_buffer", dtype=wide))
 
     def _apply(self, group: dict[str, Any], p: nn.Parameter, direction: Tensor) -> None:
         state, lr, decay = self.state[p], group["lr"], group["weight_decay"]

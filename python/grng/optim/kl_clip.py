@@ -14,7 +14,7 @@ def clipped_directions(
     given: list[tuple[Tensor, Tensor | None]],
     lr: float | Tensor,
     bound: float | None,
-) -> list[list[Tensor]]:
+) -> tuple[list[list[Tensor]], Tensor]:
     """Return ``ν·P_Λ G P_Γ`` with ``ν = min(1, √(bound / (lr² Σ_layers ⟨D, G⟩)))``; no ``bound``, no ``ν``.
 
     A layer whose factors vanished can have an inverse that overflows. The sum is then not finite, and says
@@ -28,7 +28,7 @@ def clipped_directions(
         bound: The bound.
 
     Returns:
-        For each layer tensors shaped like its parameters.
+        For each layer tensors shaped like its parameters; and ``ν``, 0-d.
 
     Source: Pauloski et al. 2021, "KAISA"; Martens & Grosse 2015 for the quadratic form.
     """
@@ -40,7 +40,7 @@ def clipped_directions(
         in_range = here > 0
         state["direction_failures"] += ~in_range
         directions[i] = [torch.where(in_range, d * here.to(d.dtype), 0.0) for d in direction]
-    return directions
+    return directions, factor
 
 
 def kl_clip(form: Tensor, lr: float | Tensor, bound: float | None) -> Tensor:

@@ -18,6 +18,7 @@ from grng.optim.grafting import adam_moments, grafted
 from grng.optim.kl_clip import clipped_directions
 from grng.optim.shared_inputs import SharedInputs, copy_input_factor
 from grng.optim.strict import Strict, is_strict
+from grng.reports.memory import adamw_state, planned
 
 STEP_LENGTHS = ("graft", "kl_clip")
 
@@ -191,6 +192,24 @@ class RING(KroneckerOptimizer):
         else:
             self._clipped_step(group, layers)
 
+    def _planned_factors(self, layer: KroneckerLayer) -> dict[str, Any]:
+        shared = {"fisher_ratio": torch.empty((), device="meta")}
+        is_kept = self._step_length == "graft" and self.param_groups[0]["max_kl"] is not None
+        first = is_kept and layer is self._all_layers[0]
+        return {**new_factors(layer, device="meta"), **(shared if first else {})}
+
+    def _planned_moments(self, parameter: nn.Parameter) -> dict[str, Any]:
+        wide = torch.promote_types(parameter.dtype, torch.float32)
+        if self._step_length == "graft":
+            return dict(adamw_state(parameter, wide))
+        return dict(planned(parameter, "momentum_buffer", dtype=wide))
+
+    def _kept_by(self) -> str:
+        return "max_kl" if self._step_length == "graft" else "kl_clip"
+
+    def _leaders(self) -> dict[KroneckerLayer, KroneckerLayer]:
+        return self._inputs.leaders(self._layers)
+
     def _refresh(self, group: dict[str, Any], layers: list[KroneckerLayer]) -> None:
         """Average the statistics that came with this step into the factors, and invert what is due."""
         step, every = group["step"], group["refresh_every"]
@@ -273,7 +292,7 @@ class RING(KroneckerOptimizer):
             failures = self.state[layer.weight]["direction_failures"]
             failures += (~flag).to(failures.device)
         if group["max_kl"] is not None:
-            trust = self._trust(group, layers, cut, final)
+            trust = self._kept = self._trust(group, layers, cut, final)
             for together in by_device(final, lambda step: step):
                 torch._foreach_mul_(together, trust.to(together[0].device))
         self._apply(group, [p for ps in used for p in ps], final)
@@ -349,7 +368,7 @@ class RING(KroneckerOptimizer):
 
     def _clipped_step(self, group: dict[str, Any], layers: list[KroneckerLayer]) -> None:
         states = [self.state[x.weight] for x in layers]
-        directions = clipped_directions(
+        directions, self._kept = clipped_directions(
             layers, states, [_grads(x) for x in layers], group["lr"], group["kl_clip"]
         )
         for layer, direction in zip(layers, directions, strict=True):

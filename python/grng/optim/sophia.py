@@ -10,6 +10,9 @@ from torch.optim import Optimizer
 
 from grng.curvature.fisher import sampled_loss
 from grng.optim.checks import PreconditionerError, check_hyperparameter
+from grng.reports.diagonal import explain, read
+from grng.reports.memory import MemoryEstimate, estimate, planned
+from grng.reports.text import Report
 
 MAX_FAILURES = 3
 
@@ -253,28 +256,71 @@ class SophiaOptimizer(Optimizer):
                     return str(name)
         return self._names.get(parameter, "a parameter")
 
-    def diagnostics(self) -> dict[str, float]:
-        """Return plain numbers for a logger; reading them waits for the device.
+    def explain(self) -> Report:
+        """Return a table to print: state, mean Hessian and share of unclipped coordinates of each parameter.
 
-        ``unclipped`` is the share of coordinates whose last step was not clipped; the method's authors tune
-        ``gamma`` until it is between 0.1 and 0.5.
+        ``state`` is what the parameter holds in bytes. Waits for the device.
         """
         first = self.param_groups[0]
-        unclipped, total = 0.0, 0
-        for group in self.param_groups:
-            for p in group["params"]:
-                state = self.state.get(p, {})
-                if "hessian" in state:
-                    scale = (group["gamma"] * state["hessian"]).clamp(min=group["eps"])
-                    unclipped += float((state["exp_avg"].abs() < scale).sum())
-                    total += p.numel()
-        return {
+        return explain(
+            {p: self._name_of(p) for p in self._states()},
+            self._states(),
+            ("hessian", "unclipped"),
+            self._numbers(),
+            {"hessian": "none yet", "unclipped": "none yet"},
+            [
+                f"Hessian: estimated every {first['refresh_every']} steps, next at step "
+                f"{first['next_refresh']}; this is step {first['step']}",
+                f"State: {self.memory_estimate()}",
+            ],
+        )
+
+    def diagnostics(self) -> dict[str, float]:
+        """Return plain numbers for a logger, after one wait for the device.
+
+        ``unclipped`` is the share of coordinates whose last step was not clipped; the method's authors tune
+        ``gamma`` until it is between 0.1 and 0.5. Behind the name of a parameter and ``/`` the same of it,
+        and the mean of its ``hessian``.
+        """
+        first, numbers = self.param_groups[0], read(self._numbers())
+        total = sum(p.numel() for p, found in numbers.items() if found)
+        unclipped = sum(found["unclipped"] * p.numel() for p, found in numbers.items() if found)
+        report = {
             "step": float(first["step"]),
             "skipped_steps": float(first["skipped_steps"]),
             "skipped_steps_in_a_row": float(self._failures),
             "dropped_statistics": float(first["dropped_statistics"]),
             "unclipped": unclipped / max(total, 1),
+            "state_bytes": float(self.memory_estimate().total),
         }
+        for p, found in numbers.items():
+            report.update({f"{self._name_of(p)}/{key}": value for key, value in found.items()})
+        return report
+
+    def memory_estimate(self) -> MemoryEstimate:
+        """Return the bytes that the state holds once all parameters were trained; see the class."""
+        states = self._states()
+        refresh = sum(s["hessian"].nbytes for s in states.values())
+        return estimate(list(states), states, refresh=refresh)
+
+    def _states(self) -> dict[nn.Parameter, dict[str, Any]]:
+        return {
+            p: dict(planned(p, "exp_avg", "hessian", dtype=_state_dtype(p)))
+            for g in self.param_groups
+            for p in g["params"]
+        }
+
+    def _numbers(self) -> dict[nn.Parameter, dict[str, Tensor]]:
+        numbers: dict[nn.Parameter, dict[str, Tensor]] = {}
+        for group in self.param_groups:
+            for p in group["params"]:
+                state, numbers[p] = self.state.get(p, {}), {}
+                if "hessian" in state:
+                    scale = (group["gamma"] * state["hessian"]).clamp(min=group["eps"])
+                    unclipped = state["exp_avg"].abs() < scale
+                    numbers[p]["hessian"] = state["hessian"].mean()
+                    numbers[p]["unclipped"] = unclipped.double().mean()
+        return numbers
 
 
 class SophiaG(SophiaOptimizer):

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an optimizer says about itself: tables, numbers for loggers, memory."""

@@ -1,0 +1,371 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``explain()`` and ``diagnostics()`` of the optimizers with Kronecker factors."""
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from grng.curvature.layers import KroneckerLayer
+from grng.optim.factors import COUNTERS
+from grng.reports import names as of_names
+from grng.reports.costs import Flops, flops_of
+from grng.reports.measures import Measured, measure
+from grng.reports.memory import MemoryEstimate, bytes_of
+from grng.reports.text import WIDTH, Grid, Report, bytes_text, count_text, shape_text
+
+SIDES = ("output", "input")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An optimizer as a report needs it.
+
+    Attributes:
+        owner: Its name.
+        layers: With curvature, those without statistics so far included.
+        curved: Those of them that have factors.
+        parameters: All that are trained.
+        reasons: Of those that AdamW trains, why.
+        names: Of the parameters.
+        states: What the state holds, or will hold, by parameter.
+        memory: What that takes.
+        leaders: For layers whose input factor is that of another layer, that layer.
+        step: Steps so far.
+        refresh_every: Steps between refreshes.
+        kept: What part of the last step was taken, 0-d; None where there was none yet.
+        kept_by: What cuts the step.
+        skipped: Steps in a row with non-finite gradients.
+        fisher: What the statistics are of.
+    """
+
+    owner: str
+    layers: Sequence[KroneckerLayer]
+    curved: Sequence[KroneckerLayer]
+    parameters: Sequence[nn.Parameter]
+    reasons: Mapping[nn.Parameter, str]
+    names: Mapping[nn.Parameter, str]
+    states: Mapping[nn.Parameter, Mapping[str, Any]]
+    memory: MemoryEstimate
+    leaders: Mapping[KroneckerLayer, KroneckerLayer]
+    step: int
+    refresh_every: int
+    kept: Tensor | None
+    kept_by: str
+    skipped: int
+    fisher: str
+
+    def others(self) -> list[nn.Parameter]:
+        """Return the parameters that AdamW trains."""
+        owned = {p for x in self.layers for p in x.parameters}
+        return [p for p in self.parameters if p not in owned]
+
+    def bytes_of(self, layer: KroneckerLayer) -> int:
+        """Return the bytes of a layer's state."""
+        return sum(bytes_of(self.states.get(p, {})) for p in layer.parameters)
+
+    def flops_of(self, layer: KroneckerLayer) -> Flops:
+        """Return the operations of a layer's curvature."""
+        return flops_of(layer, shares_input=layer in self.leaders)
+
+    def flops(self) -> Flops:
+        """Return those of all layers."""
+        found = [self.flops_of(x) for x in self.layers]
+        return Flops(
+            sum(f.row for f in found), sum(f.refresh for f in found), sum(f.step for f in found)
+        )
+
+    def age_of(self, layer: KroneckerLayer) -> int:
+        """Return how many steps the inverses of a layer have served."""
+        state = self.states[layer.weight]
+        # An older version did not say when they were made.
+        return self.step - int(state.get("inverted_at", state.get("updated_at", self.step)))
+
+
+def _measure(subject: Subject) -> tuple[dict[KroneckerLayer, Measured], float | None]:
+    """Read what the devices know: of the layers, and what part of the last step was taken."""
+    states = [subject.states[x.weight] for x in subject.curved]
+    extra = [] if subject.kept is None else [subject.kept]
+    measured, numbers = measure(subject.curved, states, extra)
+    return dict(zip(subject.curved, measured, strict=True)), numbers[0] if numbers else None
+
+
+# ---- explain ----
+
+
+def explain(subject: Subject, *, full: bool) -> Report:
+    """Return the tables; see :meth:`grng.optim.base.KroneckerOptimizer.explain`."""
+    others = subject.others()
+    ends = ("", "")
+    if not full:
+        ends = of_names.common_ends(
+            [x.name for x in subject.layers] + [_name(subject, p) for p in others]
+        )
+    parts: list[Grid | str] = [
+        f"{subject.owner} after {subject.step} steps: {len(subject.layers)} layers with curvature "
+        f"(kronecker), {len(others)} parameters without (adamw)"
+    ]
+    if any(ends):
+        parts.append(f"All names are {ends[0]}…{ends[1]}")
+    groups = _groups(subject, full)
+    if groups:
+        parts += ["", _route_table(subject, groups, ends), *_shared(subject, groups, ends)]
+    measured, kept = _measure(subject)
+    if measured:
+        parts += [
+            "",
+            _curvature_table(subject, groups, measured, ends),
+            "norm, damping, condition of the damped factor: output, input side; age: steps since a refresh",
+        ]
+    if others:
+        parts += ["", _other_table(subject, others, ends, full)]
+    parts += ["", *_totals(subject, kept)]
+    return Report(parts, width=None if full else WIDTH)
+
+
+def _name(subject: Subject, parameter: nn.Parameter) -> str:
+    return subject.names.get(parameter, "a parameter")
+
+
+def _groups(subject: Subject, full: bool) -> list[list[KroneckerLayer]]:
+    """Return the layers, those that are alike together."""
+    if full:
+        return [[x] for x in subject.layers]
+
+    def form(x: KroneckerLayer) -> Hashable:
+        leader = subject.leaders.get(x)
+        return (
+            of_names.alike(x.name),
+            x.kind,
+            tuple(x.weight.shape),
+            x.sizes,
+            x.diagonal,
+            x.weight.dtype,
+            None if leader is None else of_names.difference(leader.name, x.name),
+        )
+
+    return _alike(subject.layers, form)
+
+
+def _alike(items: Iterable[Any], key_of: Any) -> list[list[Any]]:
+    found: dict[Hashable, list[Any]] = {}
+    for item in items:
+        found.setdefault(key_of(item), []).append(item)
+    return list(found.values())
+
+
+def _label(group: Sequence[KroneckerLayer], ends: tuple[str, str]) -> str:
+    name = of_names.together([x.name for x in group])
+    return _short(name, ends) + (f" ({len(group)})" if len(group) > 1 else "")
+
+
+def _short(name: str, ends: tuple[str, str]) -> str:
+    return name.removeprefix(ends[0]).removesuffix(ends[1])
+
+
+def _route_table(
+    subject: Subject, groups: Sequence[Sequence[KroneckerLayer]], ends: tuple[str, str]
+) -> Grid:
+    rows = []
+    for group in groups:
+        first, flops = group[0], [subject.flops_of(x) for x in group]
+        rows.append(
+            (
+                _label(group, ends),
+                first.kind + (" + bias" if first.bias is not None else ""),
+                shape_text(first.weight.shape),
+                ", ".join(_factor_text(first, side) for side in (0, 1)),
+                bytes_text(sum(subject.bytes_of(x) for x in group)),
+                count_text(sum(f.refresh for f in flops)),
+                count_text(sum(f.step for f in flops)),
+            )
+        )
+    columns = ("kronecker", "kind", "shape", "factors (out, in)", "state", "refresh", "step")
+    return Grid(columns, tuple(rows), frozenset({4, 5, 6}))
+
+
+def _factor_text(layer: KroneckerLayer, side: int) -> str:
+    n = layer.sizes[side]
+    text = f"{n} (diagonal)" if layer.diagonal[side] else f"{n}x{n}"
+    return text if layer.blocks == 1 else f"{layer.blocks} of {text}"
+
+
+def _shared(
+    subject: Subject, groups: Sequence[Sequence[KroneckerLayer]], ends: tuple[str, str]
+) -> list[str]:
+    """Say which layers have the input factor of another, in a line for each that has followers."""
+    followers: dict[str, list[str]] = {}
+    for group in groups:
+        leaders = [subject.leaders[x] for x in group if x in subject.leaders]
+        if leaders:
+            leader = of_names.together([x.name for x in leaders])
+            mine = of_names.together([x.name for x in group])
+            followers.setdefault(leader, []).append(of_names.difference(mine, leader))
+    return [
+        f"One input factor: {_short(leader, ends)} shares its with {', '.join(found)}"
+        for leader, found in followers.items()
+    ]
+
+
+def _curvature_table(
+    subject: Subject,
+    groups: Sequence[Sequence[KroneckerLayer]],
+    of_layer: Mapping[KroneckerLayer, Measured],
+    ends: tuple[str, str],
+) -> Grid:
+    rows = []
+    for group in groups:
+        found = [of_layer[x] for x in group if x in of_layer]
+        if not found:
+            rows.append((_label(group, ends), *["none yet"] * 3, "", "", ""))
+            continue
+        failures = sum(sum(m.failures.values()) for m in found)
+        in_a_row = max(m.in_a_row for m in found)
+        rows.append(
+            (
+                _label(group, ends),
+                _largest([m.norm for m in found]),
+                _largest([m.damping for m in found]),
+                _largest([m.condition for m in found]),
+                f"{max(max(m.residual) for m in found):.1e}",
+                str(max(subject.age_of(x) for x in group if x in of_layer)),
+                str(failures) + (f" ({in_a_row} in a row)" if in_a_row else ""),
+            )
+        )
+    columns = (
+        "curvature (out, in)",
+        "norm",
+        "damping",
+        "condition",
+        "residual",
+        "age",
+        "failures",
+    )
+    return Grid(columns, tuple(rows), frozenset({4, 5, 6}))
+
+
+def _largest(pairs: Sequence[tuple[float, float]]) -> str:
+    return ", ".join(f"{max(pair[side] for pair in pairs):.2g}" for side in (0, 1))
+
+
+def _other_table(
+    subject: Subject, others: Sequence[nn.Parameter], ends: tuple[str, str], full: bool
+) -> Grid:
+    def why(p: nn.Parameter) -> str:
+        return subject.reasons.get(p, "given as a bare parameter, without its module")
+
+    def shape(p: nn.Parameter) -> str:
+        return "unknown" if isinstance(p, UninitializedParameter) else shape_text(p.shape)
+
+    numbered = list(enumerate(others))
+    groups = _alike(
+        numbered,
+        lambda item: (
+            item[0] if full else of_names.alike(_name(subject, item[1])),
+            shape(item[1]),
+            why(item[1]),
+        ),
+    )
+    rows = []
+    for group in groups:
+        ps = [p for _, p in group]
+        name = of_names.together([_name(subject, p) for p in ps])
+        rows.append(
+            (
+                _short(name, ends) + (f" ({len(ps)})" if len(ps) > 1 else ""),
+                shape(ps[0]),
+                bytes_text(sum(bytes_of(subject.states.get(p, {})) for p in ps)),
+                why(ps[0]),
+            )
+        )
+    return Grid(("adamw", "shape", "state", "why"), tuple(rows), frozenset({2}))
+
+
+def _totals(subject: Subject, kept: float | None) -> list[str]:
+    flops = subject.flops()
+    lines = [f"State: {subject.memory}"]
+    if subject.layers:
+        lines += [
+            f"Flops: {count_text(flops.step)} in a step; {count_text(flops.refresh)} in a refresh (every "
+            f"{subject.refresh_every} steps)",
+            f"       and {count_text(flops.row)} for each row of its statistics; in products, nothing else",
+        ]
+    if kept is not None:
+        lines.append(f"Trust: {subject.kept_by} left {100 * kept:.3g} % of the last step")
+    if subject.skipped:
+        lines.append(f"Skipped: {subject.skipped} steps in a row, for non-finite gradients")
+    return [*lines, f"Fisher: {subject.fisher}"]
+
+
+# ---- diagnostics ----
+
+
+def diagnostics(subject: Subject) -> dict[str, float]:
+    """Return the numbers; see :meth:`grng.optim.base.KroneckerOptimizer.diagnostics`."""
+    measured, kept = _measure(subject)
+    flops = subject.flops()
+    report: dict[str, float] = {
+        "step": subject.step,
+        "kronecker_layers": len(subject.layers),
+        "adamw_parameters": len(subject.others()),
+        "skipped_steps_in_a_row": subject.skipped,
+        "state_bytes": subject.memory.total,
+        "factor_bytes": subject.memory.factors,
+        "inverse_bytes": subject.memory.inverses,
+        "moment_bytes": subject.memory.moments,
+        "other_bytes": subject.memory.other,
+        "refresh_bytes": subject.memory.refresh,
+        "flops_per_row": flops.row,
+        "flops_per_refresh": flops.refresh,
+        "flops_per_step": flops.step,
+    }
+    if kept is not None:
+        report["step_kept"] = kept
+    for layer in subject.layers:
+        of_layer = subject.flops_of(layer)
+        report[f"{layer.name}/state_bytes"] = subject.bytes_of(layer)
+        report[f"{layer.name}/flops_per_row"] = of_layer.row
+        report[f"{layer.name}/flops_per_refresh"] = of_layer.refresh
+        report[f"{layer.name}/flops_per_step"] = of_layer.step
+    for layer, found in measured.items():
+        report.update(
+            {f"{layer.name}/{k}": v for k, v in _numbers(found, subject.age_of(layer)).items()}
+        )
+    report.update(_over_layers(report, [x.name for x in measured]))
+    return {key: float(value) for key, value in report.items()}
+
+
+def _numbers(found: Measured, age: int) -> dict[str, float]:
+    numbers: dict[str, float] = {
+        "refresh_age": age,
+        "inverse_failures_in_a_row": found.in_a_row,
+        **found.failures,
+    }
+    for i, side in enumerate(SIDES):
+        numbers[f"{side}_residual"] = found.residual[i]
+        if found.inverted[i]:
+            numbers[f"{side}_damping"] = found.damping[i]
+            numbers[f"{side}_norm"] = found.norm[i]
+            numbers[f"{side}_condition"] = found.condition[i]
+    return numbers
+
+
+def _over_layers(report: Mapping[str, float], layers: Sequence[str]) -> dict[str, float]:
+    """Return the sums and the largest of what the layers have."""
+
+    def of(*keys: str) -> list[float]:
+        return [report[f"{x}/{k}"] for x in layers for k in keys if f"{x}/{k}" in report]
+
+    totals: dict[str, float] = {counter: sum(of(counter)) for counter in COUNTERS}
+    for key, parts in (
+        ("largest_condition", ("output_condition", "input_condition")),
+        ("largest_residual", ("output_residual", "input_residual")),
+        ("largest_refresh_age", ("refresh_age",)),
+        ("inverse_failures_in_a_row", ("inverse_failures_in_a_row",)),
+    ):
+        values = of(*parts)
+        if values:
+            totals[key] = max(values)
+    return totals
