@@ -56,31 +56,33 @@ class Report(str):
 
     Attributes:
         parts: Tables, and the lines between them.
+        width: For which names were shortened, or None.
     """
 
     parts: tuple[Grid | str, ...]
+    width: int | None
 
-    def __new__(cls, parts: Sequence[Grid | str], *, width: int | None = WIDTH) -> "Report":
+    def __new__(cls, parts: Sequence[Grid | str], width: int | None = WIDTH) -> "Report":
         """Lay out the parts, tables within ``width`` columns as far as names can be shortened."""
         lines: list[str] = []
         for part in parts:
             lines += part.lines(width) if isinstance(part, Grid) else [part]
         report = super().__new__(cls, "\n".join(lines))
-        report.parts = tuple(parts)
+        report.parts, report.width = tuple(parts), width
         return report
 
     def __getnewargs__(self) -> tuple[Any, ...]:
         """Copy and pickle by the parts."""
-        return (self.parts,)
+        return self.parts, self.width
 
     def __rich__(self) -> "_Drawing":
         """Return what a rich console draws: it would print a string as one."""
-        return _Drawing(self.parts)
+        return _Drawing(self.parts, self.width is not None)
 
 
 class _Drawing:
-    def __init__(self, parts: Sequence[Grid | str]) -> None:
-        self._parts = parts
+    def __init__(self, parts: Sequence[Grid | str], shorten: bool) -> None:
+        self._parts, self._shorten = parts, shorten
 
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
         from rich.table import Table
@@ -93,9 +95,16 @@ class _Drawing:
             table = Table(box=None, pad_edge=False, padding=(0, len(_GAP), 0, 0))
             for i, heading in enumerate(part.columns):
                 side: Any = "right" if i in part.numbers else "left"
-                style = "bold" if i == 0 else ""
-                table.add_column(Text(heading, style="bold"), justify=side, style=style)
-            for row in part.fitted(options.max_width - len(_GAP)):
+                table.add_column(
+                    Text(heading, style="bold"),
+                    justify=side,
+                    style="" if i else "bold",
+                    # Others are wrapped before names are cut.
+                    no_wrap=i == 0,
+                    overflow="fold" if i else "ellipsis",
+                )
+            width = options.max_width - len(_GAP) if self._shorten else None
+            for row in part.fitted(width):
                 table.add_row(*map(Text, row))
             yield table
 
