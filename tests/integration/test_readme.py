@@ -59,3 +59,26 @@ def test_kernels_take_what_the_example_gives_them():
     names = run_example("kron_factor_update_", given)
     assert [int(x) for x in (names["info"], *names["result"].info)] == [0, 0, 0]
     assert torch.count_nonzero(names["conv_factor"]) > 0
+
+
+def test_a_peft_model_is_explained_as_printed(capsys, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    names = run_example("get_peft_model", {})
+    [shown] = [b for b in re.findall(r"```text\n(.*?)```", README, re.S) if "kronecker" in b]
+    # What is measured may differ in its digits, and so in its width, from machine to machine.
+    assert _measured(capsys.readouterr().out) == _measured(shown)
+    assert max(map(len, shown.splitlines())) <= 110
+    monkeypatch.chdir(tmp_path)
+    run_example("write_diagnostics", names)
+    assert list((tmp_path / "runs").rglob("events.out.tfevents.*"))
+
+
+def _measured(text: str) -> list[str]:
+    """Return the lines, those of the table of curvature without their numbers."""
+    lines, inside = [], False
+    for line in text.strip().splitlines():
+        inside = line.startswith("curvature") or (inside and line != "")
+        words = line.split()
+        # Names are shortened by as much as the numbers need.
+        lines.append(words[0].rpartition(".")[2] if inside and words else " ".join(words))
+    return [re.sub(r"left [\d.e-]+ %", "left # %", line) for line in lines]
