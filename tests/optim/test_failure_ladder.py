@@ -37,7 +37,7 @@ class Script:
     """Stands for ``damped_inverse``: by its own results, but for the matrices that a script lets fail.
 
     ``failing`` are the places of matrices in a call, by the number of the call; where one fails its inverse
-    is all NaN.
+    is all NaN, and so is its damping.
     """
 
     def __init__(self, monkeypatch, failing):
@@ -56,7 +56,11 @@ class Script:
         residuals = [
             torch.full_like(r, 0.5) if k in places else r for k, r in enumerate(result.residual)
         ]
-        return result._replace(inverse=inverses, info=infos, residual=residuals)
+        dampings = [
+            torch.full_like(d, float("nan")) if k in places else d
+            for k, d in enumerate(result.damping)
+        ]
+        return result._replace(inverse=inverses, info=infos, residual=residuals, damping=dampings)
 
 
 def in_a_row(opt, layer):
@@ -70,11 +74,13 @@ def test_as_many_failures_as_allowed_and_a_recovery(optimizer, monkeypatch):
     take_step(model, opt)
     script = Script(monkeypatch, lambda call: {1} if call < 3 else set())
     kept = opt.state[model[0].weight]["input_inverse"].clone()
+    of_kept = opt.state[model[0].weight]["inversions"][1, : Column.INFO].clone()
     for k in range(3):
         before = values_of(model)
         take_step(model, opt)
         assert in_a_row(opt, model[0]) == [0, k + 1] and in_a_row(opt, model[2]) == [0, 0]
         assert torch.equal(opt.state[model[0].weight]["input_inverse"], kept)
+        assert torch.equal(opt.state[model[0].weight]["inversions"][1, : Column.INFO], of_kept)
         assert all(not torch.equal(p, b) for p, b in zip(values_of(model), before, strict=True))
     take_step(model, opt)
     assert script.calls == 4 and in_a_row(opt, model[0]) == [0, 0]
