@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 import grng_kernels as kernels
 from grng.curvature import rows as of_rows
@@ -22,13 +21,22 @@ from grng.curvature.prior import (
 )
 from grng.curvature.rows import Rows
 from grng.optim.base import PreconditionerError, check_hyperparameter
+from grng.optim.devices import refuse_graph_capture
+from grng.optim.loading import ExactLoading, parameters_of
 from grng.optim.output_noise import OutputNoise
+from grng.optim.rehearsal import is_rehearsal
 
 # One filter has one observation: these cannot differ between the groups.
 _SHARED = ("rho", "forgetting", "process_noise")
+# What the state of a parameter can have, and what that of the first can have besides.
+_KEYS = (
+    *("variance", "prior", "weights", "trace", "overlap", "observations"),
+    *("score", "score_outputs", "score_inputs"),
+)
+_FIRST_KEYS = ("noise", "prior_scale", "skipped", "skipped_in_a_row")
 
 
-class KalmanOptimizer(Optimizer):
+class KalmanOptimizer(ExactLoading):
     """Diagonal extended Kalman filter over the trainable parameters; see :class:`grng.RKalman`.
 
     State per parameter, tensors or numbers: ``variance`` and the ``prior`` it began with; for the coherence
@@ -36,6 +44,11 @@ class KalmanOptimizer(Optimizer):
     ``weights`` in fp32 where the parameter has fewer bits. It keeps its dtype through ``load_state_dict``.
     The first parameter also has what there is once: the estimated ``noise``, the full ``covariance``, and
     the number of observations ``skipped``.
+
+    ``torch.distributed.checkpoint`` makes a step with zero gradients at no learning rate, to learn which
+    tensors a new optimizer has. It is no step here, and gets the names of all that a state can have, so that
+    ``set_optimizer_state_dict`` reads a whole state dict, flat or not (flat not with the full covariance);
+    what there will be depends on the observations, so that ``dcp.load`` reads in place only what had some.
     """
 
     def __init__(
@@ -87,6 +100,7 @@ class KalmanOptimizer(Optimizer):
         self._names = (
             {p: n for n, p in model.named_parameters()} if isinstance(model, nn.Module) else {}
         )
+        self._rehearsed = False  # the state is only a form to read a checkpoint into
         params: Any = model
         if isinstance(model, nn.Module):
             params = [p for p in model.parameters() if p.requires_grad]
@@ -113,9 +127,10 @@ class KalmanOptimizer(Optimizer):
         # While the base class is made there is nothing yet to compare with.
         if self.param_groups:
             given = param_group["params"]
-            self._check_size(
-                sum(p.numel() for p in ([given] if isinstance(given, Tensor) else list(given)))
-            )
+            given = [given] if isinstance(given, Tensor) else list(given)
+            param_group = {**param_group, "params": given}
+            tensors = [p[1] if isinstance(p, tuple) else p for p in given]
+            self._check_size(sum(p.numel() for p in tensors if isinstance(p, Tensor)))
         super().add_param_group(param_group)
 
     def _check_size(self, more: int) -> None:
@@ -143,6 +158,7 @@ class KalmanOptimizer(Optimizer):
             ValueError: Wrong shape, a class out of range, or outputs without a graph.
         """
         owner = type(self).__name__
+        self._drop_rehearsal()
         if self._pending is not None:
             raise RuntimeError(f"{owner}: observe() was called twice; call step() between")
         outputs, targets = self._checked(outputs, targets)
@@ -224,11 +240,15 @@ class KalmanOptimizer(Optimizer):
             PreconditionerError: More than ``max_failures`` observations in a row could not be used.
             ValueError: The groups disagree on what a filter has once.
         """
+        refuse_graph_capture(type(self).__name__)
         result = None
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
         if self._pending is None:
+            if closure is None and is_rehearsal(self):
+                self._rehearse()
+                return None
             raise RuntimeError(
                 f"{type(self).__name__}: step() needs an observation; call observe(outputs, targets) first"
             )
@@ -329,8 +349,9 @@ class KalmanOptimizer(Optimizer):
         if int(info) != 0:
             FullCovariance(first).restore(full_before)
             return f"info {int(info)} of the Kalman update"
-        groups = {p: g["lr"] for g in self.param_groups for p in g["params"]}
-        rates = [float(groups[p]) for p in parameters]
+        groups = [(float(g["lr"]), g["params"]) for g in self.param_groups]
+        lr_of = {p: lr for lr, members in groups for p in members}
+        rates = [lr_of[p] for p in parameters]
         trust = self._trust(seen, jacobians, means, before[0], rates)
         if not bool(torch.isfinite(trust)):
             for targets, copies in zip((means, variances), before, strict=True):
@@ -468,47 +489,45 @@ class KalmanOptimizer(Optimizer):
         state: dict[str, Any] = self.state[self.param_groups[0]["params"][0]]
         return state
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict; unlike the base class, keep the dtype of every tensor.
+    def _accepted(self, parameter: nn.Parameter, saved: dict[str, Any]) -> dict[str, Any]:
+        self._check_together(parameter, saved, ("variance", "prior"))
+        self._check_together(parameter, saved, ("trace", "overlap", "observations"))
+        shapes: dict[str, Any] = {
+            "variance": parameter.shape,
+            "weights": parameter.shape,
+            "score": (parameter.numel(),),
+            "score_outputs": parameter.shape[:1],
+            # A bias has no inputs; it has none of the two.
+            "score_inputs": parameter.shape[1:],
+            "trace": (),
+            "overlap": (),
+        }
+        for key, shape in shapes.items():
+            if key in saved:
+                self._check_shape(key, parameter, saved[key], shape)
+        return saved
 
-        Raises:
-            ValueError: Other parameter groups, or a state of another shape. Nothing is loaded then.
-        """
-        saved = state_dict["state"]
-        ids = [i for g in state_dict["param_groups"] for i in g["params"]]
-        mine = [p for g in self.param_groups for p in g["params"]]
-        for i, p in zip(ids, mine, strict=False):
-            shapes = {
-                "variance": p.shape,
-                "weights": p.shape,
-                "score": (p.numel(),),
-                "score_outputs": p.shape[:1],
-                # A bias has no inputs; it has none of the two.
-                "score_inputs": p.shape[1:],
-            }
-            for key, shape in shapes.items():
-                value = saved.get(i, {}).get(key)
-                if isinstance(value, Tensor) and value.shape != torch.Size(shape):
-                    raise ValueError(
-                        f"{type(self).__name__}: {key} of {self._name_of(p)} must have shape {list(shape)}, "
-                        f"the state dict has {list(value.shape)}"
-                    )
-        super().load_state_dict(state_dict)
-        mine = [p for g in self.param_groups for p in g["params"]]
-        for i, p in zip(ids, mine, strict=True):
-            for key, value in saved.get(i, {}).items():
-                if isinstance(value, Tensor):
-                    self.state[p][key] = value.to(device=p.device, copy=True)
+    def _after_loading(self) -> None:
         self._pending = None
+        self._rehearsed = False
+
+    def _rehearse(self) -> None:
+        """Name what a state can have; see :mod:`grng.optim.rehearsal`."""
+        for p in parameters_of(self):
+            self.state[p] = {key: 0 for key in _KEYS}
+        self._first_state().update({key: 0 for key in _FIRST_KEYS})
+        self._rehearsed = True
+
+    def _drop_rehearsal(self) -> None:
+        if self._rehearsed:
+            self.state.clear()
+            self._rehearsed = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the observation that waits: a copy is whole, for the copied parameters."""
         # A scheduler puts a step on the instance that is bound to it: the copy's would step the original.
         kept = {name: value for name, value in self.__dict__.items() if name != "step"}
         return {**kept, "_pending": None, "_engine": None}
-
-    def _name_of(self, parameter: nn.Parameter) -> str:
-        return self._names.get(parameter, "a parameter")
 
     def explain(self) -> str:
         """Return a table: variance, coherence, Jacobian of each parameter; and how outputs are observed."""

@@ -6,15 +6,18 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from grng.curvature.fisher import sampled_loss
+from grng.optim.ascent import ascending, check_maximize
 from grng.optim.base import PreconditionerError, check_hyperparameter
+from grng.optim.devices import refuse_graph_capture, scale_
+from grng.optim.loading import ExactLoading
+from grng.optim.rehearsal import is_rehearsal
 
 MAX_FAILURES = 3
 
 
-class SophiaOptimizer(Optimizer):
+class SophiaOptimizer(ExactLoading):
     """What the two Sophias share; see :class:`grng.SophiaG`. A subclass implements ``observe``.
 
     State per parameter: ``exp_avg`` and ``hessian``, in fp32 (fp64 for fp64 parameters) whatever the dtype
@@ -32,8 +35,10 @@ class SophiaOptimizer(Optimizer):
         eps: float,
         weight_decay: float,
         refresh_every: int,
+        maximize: bool,
     ) -> None:
         owner = type(self).__name__
+        check_maximize(owner, maximize)
         check_hyperparameter(owner, "lr", lr)
         if not isinstance(betas, (tuple, list)) or len(betas) != 2:
             raise ValueError(f"{owner}: betas must be two numbers, got {betas!r}")
@@ -54,6 +59,7 @@ class SophiaOptimizer(Optimizer):
         self._sums: dict[nn.Parameter, Tensor] = {}
         self._terms, self._observations = 0, 0
         self._failures = 0
+        self._rehearsed = False  # the state is only a form to read a checkpoint into
         defaults = dict(
             lr=lr,
             betas=tuple(betas),
@@ -65,6 +71,7 @@ class SophiaOptimizer(Optimizer):
             next_refresh=0,
             skipped_steps=0,
             dropped_statistics=0,
+            maximize=maximize,
         )
         super().__init__(params, defaults)
 
@@ -125,10 +132,15 @@ class SophiaOptimizer(Optimizer):
             PreconditionerError: Non-finite gradients for more than 3 steps in a row.
             RuntimeError: A sparse gradient.
         """
+        refuse_graph_capture(type(self).__name__)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        elif not self._sums and is_rehearsal(self):
+            self._rehearse()
+            return None
+        self._drop_rehearsal()
         estimates = self._estimates()
         self._forget()
         with_grad = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
@@ -145,10 +157,11 @@ class SophiaOptimizer(Optimizer):
         if estimates and usable:
             self._update_hessian(estimates)
             first["next_refresh"] = first["step"] + first["refresh_every"]
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                self._update(group, params)
+        with ascending(self.param_groups):
+            for group in self.param_groups:
+                params = [p for p in group["params"] if p.grad is not None]
+                if params:
+                    self._update(group, params)
         first["step"] += 1
         return loss
 
@@ -170,6 +183,17 @@ class SophiaOptimizer(Optimizer):
                 "the parameters are unchanged since. Lower the learning rate, or look for the first "
                 "non-finite loss."
             )
+
+    def _rehearse(self) -> None:
+        """Give the state the form that it will have; see :mod:`grng.optim.rehearsal`."""
+        for p in (p for g in self.param_groups for p in g["params"] if p.grad is not None):
+            self._state_of(p)
+        self._rehearsed = True
+
+    def _drop_rehearsal(self) -> None:
+        if self._rehearsed:
+            self.state.clear()
+            self._rehearsed = False
 
     def _state_of(self, parameter: nn.Parameter) -> dict[str, Any]:
         state: dict[str, Any] = self.state[parameter]
@@ -199,40 +223,30 @@ class SophiaOptimizer(Optimizer):
         steps = list(torch._foreach_div(momenta, scales))
         torch._foreach_clamp_max_(steps, 1.0)
         torch._foreach_clamp_min_(steps, -1.0)
-        lr = float(group["lr"])
+        lr = group["lr"]
         # A parameter with fewer bits is rounded once, after decay and step.
         weights: list[Tensor] = [p.to(m.dtype) for p, m in zip(params, momenta, strict=True)]
-        torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
-        torch._foreach_add_(weights, steps, alpha=-lr)
+        scale_(weights, 1 - lr * group["weight_decay"])
+        if isinstance(lr, Tensor):  # which nothing waits for
+            scale_(steps, lr)
+            torch._foreach_sub_(weights, steps)
+        else:
+            torch._foreach_add_(weights, steps, alpha=-lr)
         for p, weight in zip(params, weights, strict=True):
             if weight is not p:
                 p.copy_(weight)
 
     # ---- state and reports ----
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict; unlike the base class, keep the dtype of every tensor.
+    def _accepted(self, parameter: nn.Parameter, saved: dict[str, Any]) -> dict[str, Any]:
+        if self._check_together(parameter, saved, ("exp_avg", "hessian")):
+            for key in ("exp_avg", "hessian"):
+                self._check_shape(key, parameter, saved[key], parameter.shape)
+        return saved
 
-        Raises:
-            ValueError: Other parameter groups, or a state of another shape. Nothing is loaded then.
-        """
-        saved = state_dict["state"]
-        ids = [i for g in state_dict["param_groups"] for i in g["params"]]
-        mine = [p for g in self.param_groups for p in g["params"]]
-        for i, p in zip(ids, mine, strict=False):
-            for key, value in saved.get(i, {}).items():
-                if value.shape != p.shape:
-                    raise ValueError(
-                        f"{type(self).__name__}: {key} of {self._name_of(p)} must have shape "
-                        f"{list(p.shape)}, the state dict has {list(value.shape)}"
-                    )
-        super().load_state_dict(state_dict)
-        mine = [p for g in self.param_groups for p in g["params"]]
-        for i, p in zip(ids, mine, strict=True):
-            for key, value in saved.get(i, {}).items():
-                self.state[p][key] = value.to(device=p.device, copy=True)
+    def _after_loading(self) -> None:
         self._forget()
-        self._failures = 0
+        self._failures, self._rehearsed = 0, False
 
     def __getstate__(self) -> dict[str, Any]:
         """What torch's optimizers keep, and the names; not statistics that wait for a step."""
@@ -241,17 +255,11 @@ class SophiaOptimizer(Optimizer):
             **kept,
             "_names": self._names,
             "_failures": self._failures,
+            "_rehearsed": self._rehearsed,
             "_sums": {},
             "_terms": 0,
             "_observations": 0,
         }
-
-    def _name_of(self, parameter: nn.Parameter) -> str:
-        for group in self.param_groups:
-            for p, name in zip(group["params"], group.get("param_names", []), strict=False):
-                if p is parameter:
-                    return str(name)
-        return self._names.get(parameter, "a parameter")
 
     def diagnostics(self) -> dict[str, float]:
         """Return plain numbers for a logger; reading them waits for the device.
@@ -314,6 +322,8 @@ class SophiaG(SophiaOptimizer):
         eps: Smallest denominator.
         weight_decay: Decoupled, multiplied by the learning rate.
         refresh_every: Steps between estimates of the Hessian, the paper's k. The first group's counts.
+        maximize: Go up and not down: the step is that of the negative of the loss. The estimate, of the
+            model's outputs, has no sign.
 
     Raises:
         TypeError: A parameter that is not of a real floating-point dtype.
@@ -334,6 +344,7 @@ class SophiaG(SophiaOptimizer):
         eps: float = 1e-12,
         weight_decay: float = 0.1,
         refresh_every: int = 10,
+        maximize: bool = False,
     ) -> None:
         super().__init__(
             model,
@@ -343,6 +354,7 @@ class SophiaG(SophiaOptimizer):
             eps=eps,
             weight_decay=weight_decay,
             refresh_every=refresh_every,
+            maximize=maximize,
         )
 
     def observe(self, outputs: Tensor, *, likelihood: str = "categorical") -> None:
@@ -404,6 +416,7 @@ class SophiaH(SophiaOptimizer):
         eps: Smallest denominator.
         weight_decay: Decoupled, multiplied by the learning rate.
         refresh_every: Steps between estimates of the Hessian, the paper's k. The first group's counts.
+        maximize: Go up and not down: step and Hessian are those of the negative of the loss.
 
     Raises:
         TypeError: A parameter that is not of a real floating-point dtype.
@@ -424,6 +437,7 @@ class SophiaH(SophiaOptimizer):
         eps: float = 1e-12,
         weight_decay: float = 0.1,
         refresh_every: int = 10,
+        maximize: bool = False,
     ) -> None:
         super().__init__(
             model,
@@ -433,6 +447,7 @@ class SophiaH(SophiaOptimizer):
             eps=eps,
             weight_decay=weight_decay,
             refresh_every=refresh_every,
+            maximize=maximize,
         )
 
     def observe(self, loss: Tensor) -> None:
@@ -491,7 +506,9 @@ class SophiaH(SophiaOptimizer):
         return directions
 
     def _estimates(self) -> dict[nn.Parameter, Tensor]:
-        return dict(self._sums)
+        # Of what is maximised the Hessian has the other sign, as the gradient has.
+        up = {p for g in self.param_groups if g["maximize"] for p in g["params"]}
+        return {p: -s if p in up else s for p, s in self._sums.items()}
 
 
 def _grad(parameter: nn.Parameter) -> Tensor:

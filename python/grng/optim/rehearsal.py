@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The step by which ``torch.distributed.checkpoint`` learns which tensors a new optimizer will have.
+
+It fills all gradients with zeros, sets every learning rate to zero and calls ``step()``, without a forward
+pass. The state that such a step leaves is only a form to read a checkpoint into: it is dropped when a step with
+gradients comes without a load, so that a run that was once asked for its state is the run that was not.
+"""
+
+from torch.optim import Optimizer
+
+
+def is_rehearsal(optimizer: Optimizer) -> bool:
+    """Return whether the step that begins is such a step.
+
+    While there is no state this waits for the device, where the learning rate is a tensor, or zero.
+    """
+    if any(optimizer.state.values()) or any(float(g["lr"]) != 0 for g in optimizer.param_groups):
+        return False
+    grads = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+    return bool(grads) and not any(bool(grad.any()) for grad in grads)
