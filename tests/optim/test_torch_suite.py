@@ -2,41 +2,39 @@
 """PyTorch's own machinery for testing optimizers, run over every class in the form that takes parameters.
 
 The classes with Kronecker layers train bare parameters by AdamW, with a warning: it is that route, and all
-that surrounds a step, which is tested here; ``test_contract.py`` does the same with modules. The tests are our
-own words for those of torch's ``test_optim.py``, which is in no wheel.
+that surrounds a step, which is tested here; ``test_contract.py`` does the same with modules. The tests are
+our own words for those of torch's ``test_optim.py``, which is in no wheel.
 
-RKalman and LoKO have no loss, and read no ``.grad``: their steps are made by ``observe()``. Of torch's list these
-do not apply to them: the direction of gradients (in its place, that observations are learned), ``maximize``,
-weight decay, steps without gradients or with zero ones (a step without an observation is an error), and a
-``step`` of each parameter that is no tensor (they have none). All the rest runs over them too.
+RKalman and LoKO have no loss, and read no ``.grad``: their steps are made by ``observe()``. Of torch's list
+these do not apply to them: the direction of gradients (in its place, that observations are learned),
+``maximize``, weight decay, steps without gradients or with zero ones (a step without an observation is an
+error), and a ``step`` of each parameter that is no tensor (they have none). All the rest runs over them
+too.
 """
 
 import copy
 import io
 import warnings
 
-import pytest
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import ExponentialLR, LinearLR, ReduceLROnPlateau, StepLR
-
-from grng import KFAC, RENG, RING, LoKO, RKalman, SophiaG, SophiaH
-
-# A private module of torch: what another version lacks is said at once, by an import error.
-common = pytest.importorskip("torch.testing._internal.common_optimizers")
-from torch.optim.optimizer import (  # noqa: E402
+from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
-from torch.testing._internal.common_device_type import instantiate_device_type_tests  # noqa: E402
-from torch.testing._internal.common_utils import TestCase  # noqa: E402
-
-ErrorInput, Input, OptimizerInfo = (
-    common.ErrorOptimizerInput,
-    common.OptimizerInput,
-    common.OptimizerInfo,
+from torch.testing._internal.common_device_type import instantiate_device_type_tests
+from torch.testing._internal.common_optimizers import (
+    ErrorOptimizerInput,
+    OptimizerInfo,
+    OptimizerInput,
+    get_error_inputs_for_all_optims,
+    optims,
 )
-optims = common.optims
+from torch.testing._internal.common_utils import TestCase
+
+from grng import KFAC, RENG, RING, LoKO, RKalman, SophiaG, SophiaH
+
 BARE = "given parameters and not a model"
 KRONECKER = (RING, RENG, KFAC)
 KALMAN = (RKalman, LoKO)
@@ -49,7 +47,7 @@ def _inputs(*many, shared=SHARED):
 
     def inputs(device, dtype=None):
         settings = [*many, *({**many[0], **s} for s in shared)]
-        return [Input(params=None, kwargs=dict(k), desc=str(k)) for k in settings]
+        return [OptimizerInput(params=None, kwargs=dict(k), desc=str(k)) for k in settings]
 
     return inputs
 
@@ -58,11 +56,11 @@ def _errors(**wrong):
     """What every class refuses at construction, and numbers that this one refuses."""
 
     def errors(device, dtype):
-        found = common.get_error_inputs_for_all_optims(device, dtype)
+        found = get_error_inputs_for_all_optims(device, dtype)
         for name, (value, message) in wrong.items():
             p = nn.Parameter(torch.randn(2, 2, device=device, dtype=dtype))
-            given = Input(params=[p], kwargs={name: value}, desc=name)
-            found.append(ErrorInput(given, error_type=ValueError, error_regex=message))
+            given = OptimizerInput(params=[p], kwargs={name: value}, desc=name)
+            found.append(ErrorOptimizerInput(given, error_type=ValueError, error_regex=message))
         return found
 
     return errors

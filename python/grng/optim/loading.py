@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 class ExactLoading(Optimizer):
     """An optimizer that loads what it saved: ``torch.optim.Optimizer`` casts state to the parameter's dtype.
 
-    A subclass says in :meth:`_accepted` what fits a parameter, and does in :meth:`_after_loading` what is left
-    to do when all is loaded; both before the hooks that users put behind a load.
+    A subclass says in :meth:`_accepted` what fits a parameter, and does in :meth:`_after_loading` what is
+    left to do when all is loaded; both before the hooks that users put behind a load.
     """
 
     _names: dict[nn.Parameter, str]
@@ -28,8 +28,8 @@ class ExactLoading(Optimizer):
 
         Raises:
             TypeError: No dict.
-            ValueError: No state dict of an optimizer; other parameter groups; or a state that is not whole, or
-                of another shape than the parameter it is for, which is named. Nothing is loaded then.
+            ValueError: No state dict of an optimizer; other parameter groups; or a state that is not whole,
+                or of another shape than the parameter it is for, which is named. Nothing is loaded then.
         """
         if not isinstance(state_dict, dict):
             raise TypeError(
@@ -97,7 +97,7 @@ class ExactLoading(Optimizer):
         return states, groups
 
     def _accepted(self, parameter: nn.Parameter, saved: dict[str, Any]) -> dict[str, Any]:
-        # What of a saved state, which may be changed, is loaded for a parameter; ValueError if it does not fit.
+        # What of a saved state, a dict to be changed at will, is loaded; a ValueError where it does not fit.
         raise AssertionError("implemented by each optimizer")
 
     def _after_loading(self) -> None:

@@ -2,8 +2,9 @@
 """The step by which ``torch.distributed.checkpoint`` learns which tensors a new optimizer will have.
 
 It fills all gradients with zeros, sets every learning rate to zero and calls ``step()``, without a forward
-pass. The state that such a step leaves is only a form to read a checkpoint into: it is dropped when a step with
-gradients comes without a load, so that a run that was once asked for its state is the run that was not.
+pass. The state that such a step leaves is only a form to read a checkpoint into: it is dropped when a step
+with gradients comes without a load, so that a run that was once asked for its state is the run that was
+not.
 """
 
 from torch.optim import Optimizer
