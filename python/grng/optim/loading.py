@@ -47,8 +47,7 @@ class ExactLoading(Optimizer):
         others = {k: v for k, v in state_dict["state"].items() if k not in known}
         state: defaultdict[Any, Any] = defaultdict(dict, others)
         for p, values in accepted.items():
-            if values:
-                state[p] = {key: _copied(key, value, p) for key, value in values.items()}
+            state[p] = {key: _copied(key, value, p) for key, value in values.items()}
         self.state, self.param_groups = state, groups
         self._after_loading()
         for after in self._optimizer_load_state_dict_post_hooks.values():
@@ -86,7 +85,9 @@ class ExactLoading(Optimizer):
                 )
             groups.append({**mine, **deepcopy({k: v for k, v in its.items() if k != "params"})})
             for number, p in zip(ids, mine["params"], strict=True):
-                found = saved.get(number, {})
+                if number not in saved:
+                    continue
+                found = saved[number]
                 if not isinstance(found, dict):
                     raise ValueError(
                         f"{owner}: the state of {self._name_of(p)} must be a dict, the state dict has "

@@ -177,7 +177,8 @@ class RING(KroneckerOptimizer):
 
     def _rehearse(self) -> None:
         super()._rehearse()
-        if self._layers and self.param_groups[0]["max_kl"] is not None:
+        is_measured = self._step_length == "graft" and self.param_groups[0]["max_kl"] is not None
+        if self._layers and is_measured:
             weight = self._all_layers[0].weight
             ratio = torch.zeros((), dtype=torch.promote_types(weight.dtype, torch.float32))
             self.state[weight]["fisher_ratio"] = ratio.to(weight.device)
