@@ -12,6 +12,8 @@ from tests.optim.training import WAYS, Way, new_net, same, same_state, train, va
 
 # Steps 0..9: a refresh is at 0, 1, 2, 4 and 8 (RING, RENG), at 0, 4 and 8 (KFAC, the Sophias).
 STEPS = 10
+# Compared over more than one refresh: what differs later, differs in the state then.
+CYCLE = 5
 ALL = pytest.mark.parametrize("name", WAYS)
 
 
@@ -43,12 +45,13 @@ def check(way, build, steps=STEPS, run=train):
     for stop in range(steps):
         twin, other = continued(way, model, first, build)
         assert same_state(first.state_dict(), other.state_dict())
-        for number in range(stop, steps):
+        last = min(stop + CYCLE, steps)
+        for number in range(stop, last):
             run(way, twin, other, [number])
             assert same(values(twin), after[number][0]), (
                 f"saved before {stop}, differs after {number}"
             )
-        assert same_state(other.state_dict(), after[-1][1])
+        assert same_state(other.state_dict(), after[last - 1][1])
         run(way, model, first, [stop])
 
 
