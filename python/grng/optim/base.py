@@ -21,6 +21,7 @@ from grng.optim.factors import COUNTERS, SIDES, State, add_counters, factor_dtyp
 from grng.optim.grafting import adam_moments
 from grng.optim.loading import ExactLoading
 from grng.optim.rehearsal import is_rehearsal
+from grng.optim.undo import undone_on_error
 
 KRONECKER, ADAMW = "kronecker", "adamw"
 COUNTS = ("refresh_every", "max_factor_dim", "max_rows", "max_failures")
@@ -286,7 +287,7 @@ class KroneckerOptimizer(ExactLoading):
         if not self._gradients_are_finite():
             self._forget()
             return loss
-        with ascending(self.param_groups):
+        with ascending(self.param_groups), undone_on_error(self.state, but=PreconditionerError):
             self._update()
         self._forget()
         return loss
@@ -324,6 +325,9 @@ class KroneckerOptimizer(ExactLoading):
         """Reset the gradients; statistics of those that no step used go with the next forward pass."""
         super().zero_grad(set_to_none)
         self._capture.outdate()
+        if not self._capture.waiting():
+            # After a step that was skipped the next one draws the labels that it would have drawn.
+            self._observations = 0
 
     def _forget(self) -> None:
         self._capture.clear()

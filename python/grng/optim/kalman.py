@@ -25,6 +25,7 @@ from grng.optim.devices import refuse_graph_capture
 from grng.optim.loading import ExactLoading, parameters_of
 from grng.optim.output_noise import OutputNoise
 from grng.optim.rehearsal import is_rehearsal
+from grng.optim.undo import undone_on_error
 
 # One filter has one observation: these cannot differ between the groups.
 _SHARED = ("rho", "forgetting", "process_noise")
@@ -114,6 +115,7 @@ class KalmanOptimizer(ExactLoading):
         self._budget_mb, self._jacobian = budget_mb, jacobian
         self._noise = OutputNoise(owner, likelihood, noise, beta)
         self._pending: tuple[Observation, list[Rows], list[nn.Parameter]] | None = None
+        self._stopped = False  # whether a step with it has begun and not ended
         # Squared norms of the rows of the outputs' Jacobian by each parameter, while a prior needs them.
         self._squares: Tensor | None = None
         self._engine: Jacobian | None = None
@@ -159,7 +161,7 @@ class KalmanOptimizer(ExactLoading):
         """
         owner = type(self).__name__
         self._drop_rehearsal()
-        if self._pending is not None:
+        if self._pending is not None and not self._stopped:
             raise RuntimeError(f"{owner}: observe() was called twice; call step() between")
         outputs, targets = self._checked(outputs, targets)
         parameters = [p for g in self.param_groups for p in g["params"] if p.requires_grad]
@@ -172,7 +174,7 @@ class KalmanOptimizer(ExactLoading):
             # In units of the prior: where the outputs' unit is large, so are their variances.
             self._squares = _mean_squares(self._engine.rows(outputs, probes)) / unit.double() ** 2
         rows = self._engine.rows(outputs, seen.directions)
-        self._pending = (seen, rows, parameters)
+        self._pending, self._stopped = (seen, rows, parameters), False
 
     def _checked(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return outputs ``[N, C]`` and targets ``[N]`` or ``[N, C]``.
@@ -236,7 +238,8 @@ class KalmanOptimizer(ExactLoading):
             closure: Runs the model and calls :meth:`observe`; what it returns is returned.
 
         Raises:
-            RuntimeError: There was no :meth:`observe` since the last step.
+            RuntimeError: There was no :meth:`observe` since the last step; or the model was moved or cast
+                after the optimizer got its state.
             PreconditionerError: More than ``max_failures`` observations in a row could not be used.
             ValueError: The groups disagree on what a filter has once.
         """
@@ -253,26 +256,58 @@ class KalmanOptimizer(ExactLoading):
                 f"{type(self).__name__}: step() needs an observation; call observe(outputs, targets) first"
             )
         seen, rows, parameters = self._pending
-        self._pending = None
         shared = self._shared_settings()
-        if not self._usable(seen, rows):
-            self._fail("a NaN or infinity in the outputs, the targets or the Jacobian")
+        # Until the end: a step that runs out of memory can be made again, or with another observation.
+        self._stopped = True
+        problem: str | None = "a NaN or infinity in the outputs, the targets or the Jacobian"
+        if self._usable(seen, rows):
+            self._check_places(parameters)
+            with undone_on_error(self.state, but=PreconditionerError):
+                problem = self._start_and_update(seen, rows, parameters, shared)
+        self._pending = None
+        if problem is not None:
+            self._fail(problem)
             return result
-        started = self._start_variances(rows, parameters)
-        used = [i for i, p in enumerate(parameters) if "variance" in self.state[p]]
-        moved = [parameters[i] for i in used]
-        jacobians = [rows[i] for i in used]
-        if moved:
-            problem = self._update(seen, jacobians, moved, shared)
-            if problem is not None:
-                for state, key in started:
-                    del state[key]
-                self._fail(problem)
-                return result
-            self._first_state().pop("skipped_in_a_row", None)
         for group in self.param_groups:
             group["step"] += 1
         return result
+
+    def _start_and_update(
+        self,
+        seen: Observation,
+        rows: list[Rows],
+        parameters: list[nn.Parameter],
+        shared: dict[str, float],
+    ) -> str | None:
+        """Make the step, or nothing; return why nothing."""
+        started = self._start_variances(rows, parameters)
+        used = [i for i, p in enumerate(parameters) if "variance" in self.state[p]]
+        moved = [parameters[i] for i in used]
+        if not moved:
+            return None
+        problem = self._update(seen, [rows[i] for i in used], moved, shared)
+        if problem is not None:
+            for state, key in started:
+                del state[key]
+            return problem
+        self._first_state().pop("skipped_in_a_row", None)
+        return None
+
+    def _check_places(self, parameters: list[nn.Parameter]) -> None:
+        """Check that variances still are where, and as wide as, their parameters want them.
+
+        Raises:
+            RuntimeError: They are not.
+        """
+        for p in parameters:
+            variance = self.state.get(p, {}).get("variance")
+            wide = torch.promote_types(p.dtype, torch.float32)
+            if variance is not None and (variance.device != p.device or variance.dtype != wide):
+                raise RuntimeError(
+                    f"{type(self).__name__}: {self._name_of(p)} ({p.dtype}, {p.device}) was moved or cast "
+                    f"after the optimizer got its state ({variance.dtype}, {variance.device}); make the "
+                    "optimizer after that, or load its state_dict into a new one"
+                )
 
     def _shared_settings(self) -> dict[str, float]:
         first = self.param_groups[0]
@@ -340,6 +375,25 @@ class KalmanOptimizer(ExactLoading):
         variances = [s["variance"].view(-1) for s in states]
         means = [self._weights(p).view(-1) for p in parameters]
         before = [m.clone() for m in means], [v.clone() for v in variances]
+        try:
+            return self._update_from(before, seen, jacobians, parameters, means, variances, shared)
+        except BaseException:
+            # Wherever it stopped: these are the tensors that are written in place.
+            for targets, copies in zip((means, variances), before, strict=True):
+                torch._foreach_copy_(targets, copies)
+            raise
+
+    def _update_from(
+        self,
+        before: tuple[list[Tensor], list[Tensor]],
+        seen: Observation,
+        jacobians: list[Rows],
+        parameters: list[nn.Parameter],
+        means: list[Tensor],
+        variances: list[Tensor],
+        shared: dict[str, float],
+    ) -> str | None:
+        states = [self.state[p] for p in parameters]
         first = self._first_state()
         full_before = {k: first[k] for k in FullCovariance.KEYS if k in first}
         if self._is_full:
@@ -502,9 +556,12 @@ class KalmanOptimizer(ExactLoading):
             "trace": (),
             "overlap": (),
         }
-        for key, shape in shapes.items():
-            if key in saved:
-                self._check_shape(key, parameter, saved[key], shape)
+        wide = torch.promote_types(parameter.dtype, torch.float32)
+        for key in (k for k in shapes if k in saved):
+            self._check_shape(key, parameter, saved[key], shapes[key])
+            if key.startswith(("variance", "score")):
+                # Another dtype only where the weights have changed between fp64 and a narrower one.
+                saved[key] = saved[key].to(wide)
         return saved
 
     def _after_loading(self) -> None:

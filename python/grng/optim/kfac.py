@@ -23,6 +23,7 @@ from grng.optim.factors import (
     updates_so_far,
 )
 from grng.optim.kl_clip import clipped_directions
+from grng.optim.undo import write_copies
 
 CONVENTIONS = ("martens-grosse", "kfac-pytorch")
 DECAY_FORMS = ("sgd", "decoupled")
@@ -181,6 +182,7 @@ class KFAC(KroneckerOptimizer):
     def _update_layers(self, group: dict[str, Any], layers: list[KroneckerLayer]) -> None:
         for layer in layers:
             if self._capture.complete(layer):
+                write_copies(self.state[layer.weight], inverses=layer.blocks > 1)
                 self._update_factors(group, layer)
         layers = [x for x in layers if self._has_curvature(x)]
         due = group["step"] % group["refresh_every"] == 0
@@ -223,6 +225,9 @@ class KFAC(KroneckerOptimizer):
 
     def _refresh_inverses(self, group: dict[str, Any], layers: list[KroneckerLayer]) -> None:
         states = [self.state[x.weight] for x in layers]
+        for layer, state in zip(layers, states, strict=True):
+            if not self._capture.complete(layer):  # else they are copies already
+                write_copies(state, inverses=layer.blocks > 1)
         parts = dense_parts(layers, states)
         damping: list[Tensor] | None = None
         if self._convention == "martens-grosse":

@@ -23,6 +23,7 @@ from grng.optim.factors import State, new_factors, preconditioned, refresh_inver
 from grng.optim.grafting import adam_moments, grafted
 from grng.optim.kl_clip import clipped_directions
 from grng.optim.shared_inputs import SharedInputs, copy_input_factor
+from grng.optim.undo import write_copies
 
 STEP_LENGTHS = ("graft", "kl_clip")
 
@@ -217,6 +218,8 @@ class RING(KroneckerOptimizer):
                 if is_new:
                     state.update(new_factors(layer))
                     new.add(layer)
+        for layer, _ in updates:
+            write_copies(self.state[layer.weight], inverses=layer.blocks > 1)
         self._average(group, updates)
         leaders = self._inputs.leaders(layers)
         # Layers that share an inverse have one turn.
@@ -235,6 +238,9 @@ class RING(KroneckerOptimizer):
             and self.state[x.weight].get("stale")
         ]
         if stale:
+            averaged = {x for x, _ in updates}
+            for layer in (x for x in stale if x not in averaged):
+                write_copies(self.state[layer.weight], inverses=layer.blocks > 1)
             states = [self.state[x.weight] for x in stale]
             leaders = self._inputs.leaders(stale)
             refresh_inverses(

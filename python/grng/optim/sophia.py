@@ -13,6 +13,7 @@ from grng.optim.base import PreconditionerError, check_hyperparameter
 from grng.optim.devices import refuse_graph_capture, scale_
 from grng.optim.loading import ExactLoading
 from grng.optim.rehearsal import is_rehearsal
+from grng.optim.undo import undone_on_error
 
 MAX_FAILURES = 3
 
@@ -58,6 +59,7 @@ class SophiaOptimizer(ExactLoading):
         # Of the forward passes since the last step: what their statistics add up to.
         self._sums: dict[nn.Parameter, Tensor] = {}
         self._terms, self._observations = 0, 0
+        self._gradients_seen: list[tuple[int, int]] = []  # when the first of them came
         self._failures = 0
         self._rehearsed = False  # the state is only a form to read a checkpoint into
         defaults = dict(
@@ -101,6 +103,8 @@ class SophiaOptimizer(ExactLoading):
         return [p for g in self.param_groups for p in g["params"] if p.requires_grad]
 
     def _add(self, parameter: nn.Parameter, value: Tensor) -> None:
+        if not self._sums:
+            self._gradients_seen = self._gradients()
         value = value.detach().to(_state_dtype(parameter))
         known = self._sums.get(parameter)
         self._sums[parameter] = value if known is None else known.add_(value)
@@ -130,7 +134,7 @@ class SophiaOptimizer(ExactLoading):
 
         Raises:
             PreconditionerError: Non-finite gradients for more than 3 steps in a row.
-            RuntimeError: A sparse gradient.
+            RuntimeError: A sparse gradient; or the model was moved or cast after the optimizer got its state.
         """
         refuse_graph_capture(type(self).__name__)
         loss = None
@@ -142,28 +146,57 @@ class SophiaOptimizer(ExactLoading):
             return None
         self._drop_rehearsal()
         estimates = self._estimates()
-        self._forget()
         with_grad = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
         self._refuse_sparse(with_grad)
+        self._check_places(with_grad)
         good, usable = _all_finite([_grad(p) for p in with_grad], list(estimates.values()))
         first = self.param_groups[0]
         if not usable:
             first["dropped_statistics"] += 1
         if not good:
+            self._forget()
             first["skipped_steps"] += 1
             self._note_failure(with_grad)
             return loss
         self._failures = 0
-        if estimates and usable:
-            self._update_hessian(estimates)
-            first["next_refresh"] = first["step"] + first["refresh_every"]
-        with ascending(self.param_groups):
+        with (
+            ascending(self.param_groups),
+            undone_on_error(self.state, but=PreconditionerError),
+        ):
+            if estimates and usable:
+                self._update_hessian(estimates)
             for group in self.param_groups:
                 params = [p for p in group["params"] if p.grad is not None]
                 if params:
                     self._update(group, params)
+        if estimates and usable:
+            first["next_refresh"] = first["step"] + first["refresh_every"]
         first["step"] += 1
+        self._forget()
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients, and drop the statistics that came before those that no step used."""
+        if self._sums and self._gradients_seen != self._gradients():
+            # A backward pass came after them: its step was skipped.
+            self._forget()
+        super().zero_grad(set_to_none)
+        self._gradients_seen = self._gradients()
+
+    def _gradients(self) -> list[tuple[int, int]]:
+        """What tells whether a backward pass has run: which tensors gradients are, and how often written."""
+        grads = [p.grad for g in self.param_groups for p in g["params"]]
+        return [(id(g), 0 if g is None else g._version) for g in grads]
+
+    def _check_places(self, params: list[nn.Parameter]) -> None:
+        for p in params:
+            known = self.state.get(p, {}).get("exp_avg")
+            if known is not None and (known.dtype != _state_dtype(p) or known.device != p.device):
+                raise RuntimeError(
+                    f"{type(self).__name__}: {self._name_of(p)} ({p.dtype}, {p.device}) was moved or cast "
+                    f"after the optimizer got its state ({known.dtype}, {known.device}); make the "
+                    "optimizer after that, or load its state_dict into a new one"
+                )
 
     def _refuse_sparse(self, params: list[nn.Parameter]) -> None:
         for p in params:
@@ -206,17 +239,21 @@ class SophiaOptimizer(ExactLoading):
         for group in self.param_groups:
             params = [p for p in group["params"] if p in estimates]
             if params:
-                averages = [self._state_of(p)["hessian"] for p in params]
-                torch._foreach_mul_(averages, group["betas"][1])
+                # New tensors: a step that runs out of memory puts the old ones back.
+                averages = torch._foreach_mul(
+                    [self._state_of(p)["hessian"] for p in params], group["betas"][1]
+                )
                 torch._foreach_add_(
                     averages, [estimates[p] for p in params], alpha=1 - group["betas"][1]
                 )
+                for p, average in zip(params, averages, strict=True):
+                    self.state[p]["hessian"] = average
 
     def _update(self, group: dict[str, Any], params: list[nn.Parameter]) -> None:
         states = [self._state_of(p) for p in params]
-        momenta = [s["exp_avg"] for s in states]
-        grads = [_grad(p).to(m.dtype) for p, m in zip(params, momenta, strict=True)]
-        torch._foreach_mul_(momenta, group["betas"][0])
+        grads = [_grad(p).to(_state_dtype(p)) for p in params]
+        # New tensors, and all of them before a parameter is written: see _update_hessian.
+        momenta = torch._foreach_mul([s["exp_avg"] for s in states], group["betas"][0])
         torch._foreach_add_(momenta, grads, alpha=1 - group["betas"][0])
         scales = torch._foreach_mul([s["hessian"] for s in states], group["gamma"])
         torch._foreach_clamp_min_(scales, group["eps"])
@@ -224,6 +261,8 @@ class SophiaOptimizer(ExactLoading):
         torch._foreach_clamp_max_(steps, 1.0)
         torch._foreach_clamp_min_(steps, -1.0)
         lr = group["lr"]
+        for state, momentum in zip(states, momenta, strict=True):
+            state["exp_avg"] = momentum
         # A parameter with fewer bits is rounded once, after decay and step.
         weights: list[Tensor] = [p.to(m.dtype) for p, m in zip(params, momenta, strict=True)]
         scale_(weights, 1 - lr * group["weight_decay"])
@@ -242,6 +281,8 @@ class SophiaOptimizer(ExactLoading):
         if self._check_together(parameter, saved, ("exp_avg", "hessian")):
             for key in ("exp_avg", "hessian"):
                 self._check_shape(key, parameter, saved[key], parameter.shape)
+                # Another dtype only where the weights have changed between fp64 and a narrower one.
+                saved[key] = saved[key].to(_state_dtype(parameter))
         return saved
 
     def _after_loading(self) -> None:
@@ -257,6 +298,7 @@ class SophiaOptimizer(ExactLoading):
             "_failures": self._failures,
             "_rehearsed": self._rehearsed,
             "_sums": {},
+            "_gradients_seen": [],
             "_terms": 0,
             "_observations": 0,
         }
