@@ -9,7 +9,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
-from torch.optim.adamw import adamw
 
 from grng.curvature.capture import Capture
 from grng.curvature.find import find_layers
@@ -18,14 +17,12 @@ from grng.curvature.layers import KroneckerLayer
 from grng.optim.ascent import ascending, check_maximize
 from grng.optim.devices import refuse_graph_capture
 from grng.optim.factors import COUNTERS, SIDES, State, add_counters, factor_dtype, new_factors
-from grng.optim.grafting import adam_moments
-from grng.optim.loading import ExactLoading
-from grng.optim.rehearsal import is_rehearsal
+from grng.optim.fallback import adamw_step, new_moments
+from grng.optim.rehearsal import Rehearsing
 from grng.optim.undo import undone_on_error
 
 KRONECKER, ADAMW = "kronecker", "adamw"
 COUNTS = ("refresh_every", "max_factor_dim", "max_rows", "max_failures")
-ADAMW_BETAS, ADAMW_EPS = (0.9, 0.999), 1e-8
 
 
 class PreconditionerError(RuntimeError):
@@ -72,7 +69,7 @@ def check_betas(owner: str, betas: Any) -> None:
         check_hyperparameter(owner, f"betas[{i}]", value, high=1 - 1e-9)
 
 
-class KroneckerOptimizer(ExactLoading):
+class KroneckerOptimizer(Rehearsing):
     """Base of the optimizers that precondition with Kronecker factors.
 
     A subclass implements :meth:`_update_layers`. Parameters that no supported layer owns form a second
@@ -133,7 +130,6 @@ class KroneckerOptimizer(ExactLoading):
         self._fisher_kind, self._fisher = fisher, "not yet"
         self._names: dict[nn.Parameter, str] = {}
         self._outside: list[nn.Parameter] = []  # frozen when the groups were made
-        self._rehearsed = False  # the state is only a form to read a checkpoint into
         adamw_defaults = {"kind": ADAMW, "lr": adamw_lr}
         if isinstance(model, nn.Module):
             groups = self._groups_of(model, adamw_defaults, max_factor_dim)
@@ -278,8 +274,7 @@ class KroneckerOptimizer(ExactLoading):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        elif not any(self._capture.records.values()) and is_rehearsal(self):
-            self._rehearse()
+        elif not any(self._capture.records.values()) and self._rehearse_if_asked():
             return None
         self._drop_rehearsal()
         self._check_places()
@@ -497,45 +492,7 @@ class KroneckerOptimizer(ExactLoading):
             self._reasons.update({p: why for p in x.parameters})
 
     def _adamw_step(self, group: dict[str, Any], candidates: list[nn.Parameter]) -> None:
-        params: list[Tensor] = [p for p in candidates if p.grad is not None]
-        for p in params:
-            state = self.state[p]
-            if "exp_avg" not in state:
-                state.update(new_moments(p))
-        betas = group.get("betas", ADAMW_BETAS)
-        wide = [p for p in params if self.state[p]["exp_avg"].dtype != p.dtype]
-        if wide:
-            # Moments in fp32 of narrower parameters, from when curvature trained them.
-            self._wide_adamw_step(group, wide, betas)
-            params = [p for p in params if self.state[p]["exp_avg"].dtype == p.dtype]
-        if not params:
-            return
-        adamw(
-            params,
-            [cast(Tensor, p.grad) for p in params],
-            [self.state[p]["exp_avg"] for p in params],
-            [self.state[p]["exp_avg_sq"] for p in params],
-            [],
-            [self.state[p]["step"] for p in params],
-            amsgrad=False,
-            beta1=betas[0],
-            beta2=betas[1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=ADAMW_EPS,
-            maximize=False,
-        )
-
-    def _wide_adamw_step(
-        self, group: dict[str, Any], params: list[Tensor], betas: tuple[float, float]
-    ) -> None:
-        states = [self.state[p] for p in params]
-        grads = [
-            cast(Tensor, p.grad).to(s["exp_avg"].dtype) for p, s in zip(params, states, strict=True)
-        ]
-        _, updates = adam_moments(states, grads, betas, ADAMW_EPS)
-        for p, update in zip(params, updates, strict=True):
-            p.mul_(1 - group["lr"] * group["weight_decay"]).sub_((group["lr"] * update).to(p.dtype))
+        adamw_step(self.state, group, candidates)
 
     # ---- state and reports ----
 
@@ -574,8 +531,9 @@ class KroneckerOptimizer(ExactLoading):
         return shapes
 
     def _after_loading(self) -> None:
+        super()._after_loading()
         self._forget()
-        self._failures, self._rehearsed = 0, False
+        self._failures = 0
         # What AdamW has trained so far stays with it, and what has curvature keeps it.
         self._layers = list(self._all_layers)
         states = {x: self.state.get(x.weight, {}) for x in self._layers}
@@ -591,12 +549,6 @@ class KroneckerOptimizer(ExactLoading):
             self.state[layer.weight] = self._new_state(layer)
             for p in (p for p in layer.parameters if p.grad is not None):
                 self.state[p].update(self._new_momentum(p))
-        self._rehearsed = True
-
-    def _drop_rehearsal(self) -> None:
-        if self._rehearsed:
-            self.state.clear()
-            self._rehearsed = False
 
     def _new_state(self, layer: KroneckerLayer) -> State:
         """Return the state of a layer before its first statistics."""
@@ -678,15 +630,6 @@ def _factor_text(layer: KroneckerLayer, side: int) -> str:
     n = layer.sizes[side]
     text = f"{n} (diagonal)" if layer.diagonal[side] else f"{n}x{n}"
     return text if layer.blocks == 1 else f"{layer.blocks} of {text}"
-
-
-def new_moments(like: Tensor, dtype: torch.dtype | None = None) -> State:
-    """The state of AdamW before its first step."""
-    return {
-        "step": torch.zeros((), dtype=torch.float32),
-        "exp_avg": torch.zeros_like(like, dtype=dtype),
-        "exp_avg_sq": torch.zeros_like(like, dtype=dtype),
-    }
 
 
 def _bare_groups(params: Iterable[Any], settings: dict[str, Any]) -> Any:

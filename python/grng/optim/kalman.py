@@ -22,9 +22,9 @@ from grng.curvature.prior import (
 from grng.curvature.rows import Rows
 from grng.optim.base import PreconditionerError, check_hyperparameter
 from grng.optim.devices import refuse_graph_capture
-from grng.optim.loading import ExactLoading, parameters_of
+from grng.optim.loading import parameters_of
 from grng.optim.output_noise import OutputNoise
-from grng.optim.rehearsal import is_rehearsal
+from grng.optim.rehearsal import Rehearsing
 from grng.optim.undo import undone_on_error
 
 # One filter has one observation: these cannot differ between the groups.
@@ -37,7 +37,7 @@ _KEYS = (
 _FIRST_KEYS = ("noise", "prior_scale", "skipped", "skipped_in_a_row")
 
 
-class KalmanOptimizer(ExactLoading):
+class KalmanOptimizer(Rehearsing):
     """Diagonal extended Kalman filter over the trainable parameters; see :class:`grng.RKalman`.
 
     State per parameter, tensors or numbers: ``variance`` and the ``prior`` it began with; for the coherence
@@ -50,6 +50,7 @@ class KalmanOptimizer(ExactLoading):
     tensors a new optimizer has. It is no step here, and gets the names of all that a state can have, so that
     ``set_optimizer_state_dict`` reads a whole state dict, flat or not (flat not with the full covariance);
     what there will be depends on the observations, so that ``dcp.load`` reads in place only what had some.
+    A step waits for the device, and cannot be captured into a CUDA graph.
     """
 
     def __init__(
@@ -101,7 +102,6 @@ class KalmanOptimizer(ExactLoading):
         self._names = (
             {p: n for n, p in model.named_parameters()} if isinstance(model, nn.Module) else {}
         )
-        self._rehearsed = False  # the state is only a form to read a checkpoint into
         params: Any = model
         if isinstance(model, nn.Module):
             params = [p for p in model.parameters() if p.requires_grad]
@@ -249,8 +249,7 @@ class KalmanOptimizer(ExactLoading):
             with torch.enable_grad():
                 result = closure()
         if self._pending is None:
-            if closure is None and is_rehearsal(self):
-                self._rehearse()
+            if closure is None and self._rehearse_if_asked():
                 return None
             raise RuntimeError(
                 f"{type(self).__name__}: step() needs an observation; call observe(outputs, targets) first"
@@ -565,20 +564,14 @@ class KalmanOptimizer(ExactLoading):
         return saved
 
     def _after_loading(self) -> None:
+        super()._after_loading()
         self._pending = None
-        self._rehearsed = False
 
     def _rehearse(self) -> None:
         """Name what a state can have; see :mod:`grng.optim.rehearsal`."""
         for p in parameters_of(self):
             self.state[p] = {key: 0 for key in _KEYS}
         self._first_state().update({key: 0 for key in _FIRST_KEYS})
-        self._rehearsed = True
-
-    def _drop_rehearsal(self) -> None:
-        if self._rehearsed:
-            self.state.clear()
-            self._rehearsed = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the observation that waits: a copy is whole, for the copied parameters."""

@@ -9,6 +9,8 @@ not.
 
 from torch.optim import Optimizer
 
+from grng.optim.loading import ExactLoading
+
 
 def is_rehearsal(optimizer: Optimizer) -> bool:
     """Return whether the step that begins is such a step.
@@ -19,3 +21,28 @@ def is_rehearsal(optimizer: Optimizer) -> bool:
         return False
     grads = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
     return bool(grads) and not any(bool(grad.any()) for grad in grads)
+
+
+class Rehearsing(ExactLoading):
+    """An optimizer that gives its state a form when it is asked for it, in :meth:`_rehearse`."""
+
+    _rehearsed = False
+
+    def _rehearse_if_asked(self) -> bool:
+        """Return whether this step only asks for the form of the state, which it has got then."""
+        if not is_rehearsal(self):
+            return False
+        self._rehearse()
+        self._rehearsed = True
+        return True
+
+    def _rehearse(self) -> None:
+        raise AssertionError("implemented by each optimizer")
+
+    def _drop_rehearsal(self) -> None:
+        if self._rehearsed:
+            self.state.clear()
+            self._rehearsed = False
+
+    def _after_loading(self) -> None:
+        self._rehearsed = False

@@ -11,15 +11,10 @@ from torch import Tensor, nn
 from grng.curvature.fisher import FISHERS
 from grng.curvature.layers import SHARINGS, KroneckerLayer, Record
 from grng.curvature.quadratic import fisher_along, out_of_order
-from grng.optim.base import (
-    ADAMW_EPS,
-    KroneckerOptimizer,
-    check_betas,
-    check_hyperparameter,
-    new_moments,
-)
+from grng.optim.base import KroneckerOptimizer, check_betas, check_hyperparameter
 from grng.optim.devices import by_device, scale_, stacked
 from grng.optim.factors import State, new_factors, preconditioned, refresh_inverses, update_factors
+from grng.optim.fallback import ADAMW_EPS, new_moments
 from grng.optim.grafting import adam_moments, grafted
 from grng.optim.kl_clip import clipped_directions
 from grng.optim.shared_inputs import SharedInputs, copy_input_factor

@@ -11,19 +11,19 @@ from grng.curvature.fisher import sampled_loss
 from grng.optim.ascent import ascending, check_maximize
 from grng.optim.base import PreconditionerError, check_hyperparameter
 from grng.optim.devices import refuse_graph_capture, scale_
-from grng.optim.loading import ExactLoading
-from grng.optim.rehearsal import is_rehearsal
+from grng.optim.rehearsal import Rehearsing
 from grng.optim.undo import undone_on_error
 
 MAX_FAILURES = 3
 
 
-class SophiaOptimizer(ExactLoading):
+class SophiaOptimizer(Rehearsing):
     """What the two Sophias share; see :class:`grng.SophiaG`. A subclass implements ``observe``.
 
     State per parameter: ``exp_avg`` and ``hessian``, in fp32 (fp64 for fp64 parameters) whatever the dtype
     of the parameter, and kept so by ``load_state_dict``. The first parameter group also counts: ``step``,
-    ``next_refresh``, ``skipped_steps``, ``dropped_statistics``.
+    ``next_refresh``, ``skipped_steps``, ``dropped_statistics``: on the host, so that a step cannot be captured
+    into a CUDA graph, and says so.
     """
 
     def __init__(
@@ -61,7 +61,6 @@ class SophiaOptimizer(ExactLoading):
         self._terms, self._observations = 0, 0
         self._gradients_seen: list[tuple[int, int]] = []  # when the first of them came
         self._failures = 0
-        self._rehearsed = False  # the state is only a form to read a checkpoint into
         defaults = dict(
             lr=lr,
             betas=tuple(betas),
@@ -141,8 +140,7 @@ class SophiaOptimizer(ExactLoading):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        elif not self._sums and is_rehearsal(self):
-            self._rehearse()
+        elif not self._sums and self._rehearse_if_asked():
             return None
         self._drop_rehearsal()
         estimates = self._estimates()
@@ -221,12 +219,6 @@ class SophiaOptimizer(ExactLoading):
         """Give the state the form that it will have; see :mod:`grng.optim.rehearsal`."""
         for p in (p for g in self.param_groups for p in g["params"] if p.grad is not None):
             self._state_of(p)
-        self._rehearsed = True
-
-    def _drop_rehearsal(self) -> None:
-        if self._rehearsed:
-            self.state.clear()
-            self._rehearsed = False
 
     def _state_of(self, parameter: nn.Parameter) -> dict[str, Any]:
         state: dict[str, Any] = self.state[parameter]
@@ -286,8 +278,9 @@ class SophiaOptimizer(ExactLoading):
         return saved
 
     def _after_loading(self) -> None:
+        super()._after_loading()
         self._forget()
-        self._failures, self._rehearsed = 0, False
+        self._failures = 0
 
     def __getstate__(self) -> dict[str, Any]:
         """What torch's optimizers keep, and the names; not statistics that wait for a step."""
