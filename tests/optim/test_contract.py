@@ -575,6 +575,20 @@ def test_settings_that_an_older_version_did_not_save_stay(name):
     assert [set(g) for g in other.param_groups] == [set(g) for g in opt.param_groups]
 
 
+# Not those with Kronecker layers, which "meta" does not have: all share one loading.
+@pytest.mark.parametrize("name", [n for n in EACH if n not in KRONECKER])
+def test_a_state_goes_where_the_parameters_are(name):
+    # Without a GPU "meta" stands for another device.
+    way, model, opt = run(name)
+    train(way, model, opt, range(3))
+    other = way(copy.deepcopy(model).to("meta"))
+    other.load_state_dict(opt.state_dict())
+    for state in other.state.values():
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor):
+                assert value.device.type == ("cpu" if key == "step" else "meta")
+
+
 # ---- distributed checkpoints ----
 
 

@@ -202,22 +202,38 @@ def test_a_scaler_that_skips_steps_changes_nothing_else(name):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("to_none", [True, False])
 @pytest.mark.parametrize("name", ["SophiaG", "SophiaH"])
-def test_gradients_may_be_zeroed_between_observing_and_the_backward_pass(name):
+def test_gradients_may_be_zeroed_between_observing_and_the_backward_pass(name, to_none):
     results = []
     for late in (False, True):
         _, model, opt = run(name)
         for number in range(6):
             x, y = batch(number)
             if not late:
-                opt.zero_grad()
+                opt.zero_grad(to_none)
             out = model(x)
             loss = F.cross_entropy(out, y)
             opt.observe(loss if name == "SophiaH" else out)
             if late:
-                opt.zero_grad()
+                opt.zero_grad(to_none)
             loss.backward()
             opt.step()
+        results.append((values(model), opt.state_dict()))
+    assert same_state(*results)
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+@pytest.mark.parametrize("name", ["SophiaG", "SophiaH"])
+def test_statistics_of_a_backward_pass_without_a_step_go_with_its_gradients(name, to_none):
+    results = []
+    for skips in (False, True):
+        way, model, opt = run(name)
+        if skips:
+            for number in (7, 8):
+                backward(way, model, opt, number)
+            opt.zero_grad(to_none)
+        train(way, model, opt, range(3))
         results.append((values(model), opt.state_dict()))
     assert same_state(*results)
 
@@ -290,12 +306,15 @@ LAUNCHES = [
 ]
 
 
-def step_without_memory(opt, kernel, call, monkeypatch):
+def step_without_memory(opt, kernel, call, monkeypatch, *, late=False):
+    """A step whose kernel finds no memory: at once, or when it has written what it writes."""
     real, calls = getattr(kernels, kernel), []
 
     def fails(*args, **kwargs):
         calls.append(1)
         if len(calls) > call:
+            if late:
+                real(*args, **kwargs)
             raise torch.OutOfMemoryError("no memory")
         return real(*args, **kwargs)
 
@@ -306,15 +325,16 @@ def step_without_memory(opt, kernel, call, monkeypatch):
     assert len(calls) == call + 1  # nothing is tried again
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("steps", [0, 12])  # of the first refresh, and of a later one
 @pytest.mark.parametrize(("kernel", "call", "name"), LAUNCHES)
-def test_a_kernel_without_memory_leaves_all_as_it_was(kernel, call, name, steps, monkeypatch):
+def test_a_kernel_without_memory_leaves_all_as_it_was(kernel, call, name, steps, late, monkeypatch):
     way, model, opt = run(name)
     train(way, model, opt, range(steps))
     plain, reference = copy.deepcopy((model, opt))
     backward(way, model, opt, steps)
     before = snapshot(model, opt)
-    step_without_memory(opt, kernel, call, monkeypatch)
+    step_without_memory(opt, kernel, call, monkeypatch, late=late)
     assert same_state(before, snapshot(model, opt))
     opt.step()
     opt.zero_grad()

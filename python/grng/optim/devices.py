@@ -23,7 +23,7 @@ def stacked(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([t.to(tensors[0].device) for t in tensors])
 
 
-def scale_(tensors: Sequence[Tensor], factor: float | Tensor) -> None:
+def scale_(tensors: list[Tensor], factor: float | Tensor) -> None:
     """Multiply tensors in place by a number, or by a tensor 0-d, which nothing waits for."""
     if not isinstance(factor, Tensor):
         torch._foreach_mul_(tensors, factor)

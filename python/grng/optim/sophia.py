@@ -22,8 +22,8 @@ class SophiaOptimizer(Rehearsing):
 
     State per parameter: ``exp_avg`` and ``hessian``, in fp32 (fp64 for fp64 parameters) whatever the dtype
     of the parameter, and kept so by ``load_state_dict``. The first parameter group also counts: ``step``,
-    ``next_refresh``, ``skipped_steps``, ``dropped_statistics``: on the host, so that a step cannot be captured
-    into a CUDA graph, and says so.
+    ``next_refresh``, ``skipped_steps``, ``dropped_statistics``. As that is on the host, a step cannot be
+    captured into a CUDA graph, and says so.
     """
 
     def __init__(
@@ -179,7 +179,8 @@ class SophiaOptimizer(Rehearsing):
             # A backward pass came after them: its step was skipped.
             self._forget()
         super().zero_grad(set_to_none)
-        self._gradients_seen = self._gradients()
+        if self._sums:
+            self._gradients_seen = self._gradients()
 
     def _gradients(self) -> list[tuple[int, int]]:
         """What tells whether a backward pass has run: which tensors gradients are, and how often written."""
