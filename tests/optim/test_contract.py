@@ -658,6 +658,42 @@ def test_an_optimizer_that_was_asked_for_its_state_before_the_first_step_goes_on
         assert same_state(opt.state_dict(), o.state_dict())
 
 
+@pytest.mark.parametrize("how", ["nested", "flat", "plain"])
+@each
+def test_a_checkpoint_from_before_the_first_step_is_a_new_start(name, how):
+    way, model = WAYS[name], new_net()
+    model.rests = nn.Linear(4, 4)
+    opt = way(model)
+    twin = copy.deepcopy(model)
+    option = FLAT if how == "flat" else NESTED
+    asked = way(twin)
+    saved = get_optimizer_state_dict(twin, asked, options=option)
+    other = way(twin)
+    if how == "plain":
+        other.load_state_dict(asked.state_dict())
+    else:
+        set_optimizer_state_dict(twin, other, saved, options=option)
+    train(way, model, opt, range(5))
+    train(way, twin, other, range(5))
+    assert same(values(model), values(twin))
+    assert same_state(opt.state_dict(), other.state_dict())
+
+
+@pytest.mark.parametrize("name", KRONECKER)
+def test_a_group_without_parameters_is_read_from_a_nested_state_dict(name):
+    # As is that of AdamW where layers have all parameters. Flat, torch cannot read it.
+    way, model = WAYS[name], nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+    opt = way(model)
+    train(way, model, opt, range(6))
+    opt.param_groups[1]["lr"] = 0.125
+    saved = copy.deepcopy(get_optimizer_state_dict(model, opt))
+    twin = copy.deepcopy(model)
+    other = way(twin)
+    set_optimizer_state_dict(twin, other, saved)
+    assert same_state(opt.state_dict(), other.state_dict())
+    assert other.param_groups[1]["lr"] == 0.125
+
+
 @gradient
 def test_a_first_step_at_no_learning_rate_is_a_step(name):
     # As in a warm-up from zero: it has gradients, unlike that of a distributed checkpoint.

@@ -567,6 +567,13 @@ class KalmanOptimizer(Rehearsing):
         super()._after_loading()
         self._pending = None
 
+    def _is_only_a_form(
+        self, groups: list[dict[str, Any]], saved: dict[nn.Parameter, dict[str, Any]]
+    ) -> bool:
+        # Observations that could not be used are counted before the first step too.
+        is_form = super()._is_only_a_form(groups, saved)
+        return is_form and not any(s.get("skipped") for s in saved.values())
+
     def _rehearse(self) -> None:
         """Name what a state can have; see :mod:`grng.optim.rehearsal`."""
         for p in parameters_of(self):
