@@ -23,15 +23,20 @@ def stacked(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([t.to(tensors[0].device) for t in tensors])
 
 
+def beside(number: float | Tensor, tensor: Tensor) -> float | Tensor:
+    """Return a number, or a 0-d tensor where another one is; from the host it goes into any launch."""
+    if not isinstance(number, Tensor) or number.is_cpu:
+        return number
+    return number.to(tensor.device)
+
+
 def scale_(tensors: list[Tensor], factor: float | Tensor) -> None:
     """Multiply tensors in place by a number, or by a tensor 0-d, which nothing waits for."""
     if not isinstance(factor, Tensor):
         torch._foreach_mul_(tensors, factor)
         return
     for together in by_device(tensors, lambda t: t):
-        # From the host a number goes into the launch; between devices it has to be copied.
-        here = factor if factor.is_cpu else factor.to(together[0].device)
-        torch._foreach_mul_(together, here)
+        torch._foreach_mul_(together, beside(factor, together[0]))
 
 
 def refuse_graph_capture(owner: str) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from grng.optim.devices import beside
 from grng.optim.grafting import adam_moments
 
 State = dict[str, Any]
@@ -67,4 +68,5 @@ def _wide_step(
     grads = [cast(Tensor, p.grad).to(s["exp_avg"].dtype) for p, s in zip(params, used, strict=True)]
     _, updates = adam_moments(used, grads, betas, ADAMW_EPS)
     for p, update in zip(params, updates, strict=True):
-        p.mul_(1 - group["lr"] * group["weight_decay"]).sub_((group["lr"] * update).to(p.dtype))
+        lr = beside(group["lr"], p)
+        p.mul_(1 - lr * group["weight_decay"]).sub_((lr * update).to(p.dtype))

@@ -12,7 +12,7 @@ from grng.curvature.convolution import ConvolutionLayer
 from grng.curvature.fisher import FISHERS
 from grng.curvature.layers import KroneckerLayer, Record
 from grng.optim.base import KroneckerOptimizer, check_hyperparameter
-from grng.optim.devices import by_device
+from grng.optim.devices import beside, by_device
 from grng.optim.factors import (
     SIDES,
     State,
@@ -201,7 +201,7 @@ class KFAC(KroneckerOptimizer):
                     self._apply(group, p, d)
 
     def _apply(self, group: dict[str, Any], p: nn.Parameter, direction: Tensor) -> None:
-        state, lr, decay = self.state[p], group["lr"], group["weight_decay"]
+        state, lr, decay = self.state[p], beside(group["lr"], p), group["weight_decay"]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(direction)
         momentum = state["momentum_buffer"].mul_(group["momentum"]).add_(direction)

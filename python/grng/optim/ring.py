@@ -12,7 +12,7 @@ from grng.curvature.fisher import FISHERS
 from grng.curvature.layers import SHARINGS, KroneckerLayer, Record
 from grng.curvature.quadratic import fisher_along, out_of_order
 from grng.optim.base import KroneckerOptimizer, check_betas, check_hyperparameter
-from grng.optim.devices import by_device, scale_, stacked
+from grng.optim.devices import beside, by_device, scale_, stacked
 from grng.optim.factors import State, new_factors, preconditioned, refresh_inverses, update_factors
 from grng.optim.fallback import ADAMW_EPS, new_moments
 from grng.optim.grafting import adam_moments, grafted
@@ -374,11 +374,11 @@ class RING(KroneckerOptimizer):
             for p, d in zip(layer.parameters, direction, strict=True):
                 if p.grad is None:  # frozen after the optimizer was made
                     continue
-                state = self.state[p]
+                state, lr = self.state[p], beside(group["lr"], p)
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(d)
-                step = state["momentum_buffer"].mul_(group["betas"][0]).add_(group["lr"] * d)
-                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(step.to(p.dtype))
+                step = state["momentum_buffer"].mul_(group["betas"][0]).add_(lr * d)
+                p.mul_(1 - lr * group["weight_decay"]).sub_(step.to(p.dtype))
 
 
 def _in_state_dtype(parameter: nn.Parameter) -> Tensor:
