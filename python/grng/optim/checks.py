@@ -22,7 +22,12 @@ def check_hyperparameter(
         ValueError: Out of range, NaN, or not a number; not a whole number for a count.
     """
     number = value
-    if isinstance(value, Tensor) and name == "lr" and value.dim() == 0:
+    if isinstance(value, Tensor) and name in ("lr", "adamw_lr"):
+        if value.dim() > 0:
+            raise ValueError(
+                f"{owner}: {name} must be a number or 0-d, got shape {list(value.shape)}: "
+                "a Tensor lr must be 1-element, without dimensions"
+            )
         number = float(value)
     right = ")" if high == math.inf else "]"
     known = isinstance(number, (int, float)) and not isinstance(number, bool)

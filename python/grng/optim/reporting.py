@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from grng.curvature.layers import KroneckerLayer
-from grng.optim.factors import SIDES
+from grng.optim.factors import SIDES, new_factors
 from grng.optim.watch import WatchedOptimizer
 from grng.reports.kronecker import Subject, diagnostics, explain
 from grng.reports.memory import MemoryEstimate, adamw_state, estimate
@@ -18,6 +18,7 @@ class ReportingOptimizer(WatchedOptimizer):
 
     _fisher: str
     _kept: Tensor | None
+    _spectral_damping: bool
 
     def explain(self, *, full: bool = False) -> Report:
         """Return a report to print: which parameters are trained how, at what cost, and with what curvature.
@@ -113,7 +114,7 @@ class ReportingOptimizer(WatchedOptimizer):
         return planned
 
     def _planned_factors(self, layer: KroneckerLayer) -> dict[str, Any]:
-        raise AssertionError("implemented by each optimizer")
+        return new_factors(layer, spectral=self._spectral_damping, device="meta")
 
     def _planned_moments(self, parameter: nn.Parameter) -> dict[str, Any]:
         raise AssertionError("implemented by each optimizer")

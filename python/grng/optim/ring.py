@@ -10,14 +10,16 @@ from torch import Tensor, nn
 from grng.curvature.fisher import FISHERS
 from grng.curvature.layers import SHARINGS, KroneckerLayer, Record
 from grng.curvature.quadratic import fisher_along, out_of_order
-from grng.optim.base import ADAMW_EPS, KroneckerOptimizer
+from grng.optim.base import KroneckerOptimizer
 from grng.optim.checks import check_betas, check_hyperparameter
-from grng.optim.devices import by_device, stacked
-from grng.optim.factors import new_factors, preconditioned, refresh_inverses, update_factors
+from grng.optim.devices import beside, by_device, scale_, stacked
+from grng.optim.factors import State, new_factors, preconditioned, refresh_inverses, update_factors
+from grng.optim.fallback import ADAMW_EPS, new_moments
 from grng.optim.grafting import adam_moments, grafted
 from grng.optim.kl_clip import clipped_directions
 from grng.optim.shared_inputs import SharedInputs, copy_input_factor
 from grng.optim.strict import Strict, is_strict
+from grng.optim.undo import write_copies
 from grng.reports.memory import adamw_state, planned
 
 STEP_LENGTHS = ("graft", "kl_clip")
@@ -93,6 +95,8 @@ class RING(KroneckerOptimizer):
             after: any inverse, statistics or direction that failed. Steps with non-finite gradients are
             skipped as ever, and what :meth:`add_param_group` adds is trained by AdamW. Looking costs a little
             in every step.
+        maximize: Go up and not down: the step is that of the negative of the loss. Statistics are those of
+            the model's outputs, which have no sign.
 
     Raises:
         ValueError: A hyperparameter is out of range, the model has no trainable parameter, or ``strict`` and
@@ -120,11 +124,12 @@ class RING(KroneckerOptimizer):
         fisher: str = "sampled",
         sharing: str = "auto",
         stagger: bool = False,
-        adamw_lr: float | None = None,
+        adamw_lr: float | Tensor | None = None,
         max_factor_dim: int = 8192,
         max_failures: int = 3,
         check_interval: int = 10,
         strict: Strict = False,
+        maximize: bool = False,
     ) -> None:
         owner = type(self).__name__
         check_hyperparameter(owner, "lr", lr)
@@ -158,22 +163,23 @@ class RING(KroneckerOptimizer):
             kl_clip=kl_clip,
             max_kl=max_kl,
         )
-        if adamw_lr is None:
-            adamw_lr = float(lr) if step_length == "graft" else 1e-3
+        if adamw_lr is None and step_length == "graft":
+            # A scheduler writes into a tensor: each group has its own.
+            adamw_lr = lr.clone() if isinstance(lr, Tensor) else lr
         super().__init__(
             model,
             defaults,
-            adamw_lr=adamw_lr,
+            adamw_lr=1e-3 if adamw_lr is None else adamw_lr,
             max_factor_dim=max_factor_dim,
+            maximize=maximize,
             max_failures=max_failures,
             check_interval=check_interval,
             strict=strict,
             fisher=fisher,
         )
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See the base class."""
-        super().load_state_dict(state_dict)
+    def _after_loading(self) -> None:
+        super()._after_loading()
         states = [(x, self.state.get(x.weight, {})) for x in self._layers]
         states = [(x, s) for x, s in states if "input_factor" in s]
         for _, state in states:
@@ -181,6 +187,26 @@ class RING(KroneckerOptimizer):
             for key in ("updated_at", "stale_since"):
                 state.setdefault(key, self.param_groups[0]["step"])
         self._inputs.recall(states)
+
+    def _rehearse(self) -> None:
+        super()._rehearse()
+        is_measured = self._step_length == "graft" and self.param_groups[0]["max_kl"] is not None
+        if self._layers and is_measured:
+            weight = self._all_layers[0].weight
+            ratio = torch.zeros((), dtype=torch.promote_types(weight.dtype, torch.float32))
+            self.state[weight]["fisher_ratio"] = ratio.to(weight.device)
+
+    def _new_state(self, layer: KroneckerLayer) -> State:
+        group = self.param_groups[0]
+        # Long ago: a layer that a checkpoint lacks is due at once.
+        never = group["step"] - group["refresh_every"]
+        return {**super()._new_state(layer), "updated_at": never, "stale": 0, "stale_since": never}
+
+    def _new_momentum(self, parameter: nn.Parameter) -> State:
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        if self._step_length == "graft":
+            return new_moments(parameter, dtype)
+        return {"momentum_buffer": torch.zeros_like(parameter, dtype=dtype)}
 
     def _update_layers(self, group: dict[str, Any], layers: list[KroneckerLayer]) -> None:
         self._refresh(group, layers)
@@ -196,7 +222,7 @@ class RING(KroneckerOptimizer):
         shared = {"fisher_ratio": torch.empty((), device="meta")}
         is_kept = self._step_length == "graft" and self.param_groups[0]["max_kl"] is not None
         first = is_kept and layer is self._all_layers[0]
-        return {**new_factors(layer, device="meta"), **(shared if first else {})}
+        return {**super()._planned_factors(layer), **(shared if first else {})}
 
     def _planned_moments(self, parameter: nn.Parameter) -> dict[str, Any]:
         wide = torch.promote_types(parameter.dtype, torch.float32)
@@ -222,6 +248,8 @@ class RING(KroneckerOptimizer):
                 if is_new:
                     state.update(new_factors(layer))
                     new.add(layer)
+        for layer, _ in updates:
+            write_copies(self.state[layer.weight], inverses=layer.blocks > 1)
         self._average(group, updates)
         leaders = self._inputs.leaders(layers)
         # Layers that share an inverse have one turn.
@@ -240,6 +268,9 @@ class RING(KroneckerOptimizer):
             and self.state[x.weight].get("stale")
         ]
         if stale:
+            averaged = {x for x, _ in updates}
+            for layer in (x for x in stale if x not in averaged):
+                write_copies(self.state[layer.weight], inverses=layer.blocks > 1)
             states = [self.state[x.weight] for x in stale]
             leaders = self._inputs.leaders(stale)
             refresh_inverses(
@@ -350,7 +381,7 @@ class RING(KroneckerOptimizer):
                 f"the inputs of {names} do not have the examples of the loss in their leading dimension: the "
                 "trust region is measured without these layers. Examples must come first in every layer's "
                 "input (batch_first=True)",
-                above=6,
+                above=8,
             )
         return [i for i in known if layers[i] not in strangers]
 
@@ -359,8 +390,8 @@ class RING(KroneckerOptimizer):
     ) -> None:
         lr, weights = group["lr"], [p.data for p in params]
         if isinstance(lr, Tensor) or lr * group["weight_decay"] != 0:
-            torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
-        torch._foreach_mul_(steps, lr)
+            scale_(weights, 1 - lr * group["weight_decay"])
+        scale_(steps, lr)
         narrow = [s.to(w.dtype) for s, w in zip(steps, weights, strict=True)]
         torch._foreach_sub_(weights, narrow)
         for p in params:
@@ -377,11 +408,11 @@ class RING(KroneckerOptimizer):
             for p, d in zip(layer.parameters, direction, strict=True):
                 if p.grad is None:  # frozen after the optimizer was made
                     continue
-                state = self.state[p]
+                state, lr = self.state[p], beside(group["lr"], p)
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(d)
-                step = state["momentum_buffer"].mul_(group["betas"][0]).add_(group["lr"] * d)
-                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(step.to(p.dtype))
+                step = state["momentum_buffer"].mul_(group["betas"][0]).add_(lr * d)
+                p.mul_(1 - lr * group["weight_decay"]).sub_(step.to(p.dtype))
 
 
 def _in_state_dtype(parameter: nn.Parameter) -> Tensor:

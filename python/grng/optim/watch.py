@@ -6,7 +6,6 @@ from typing import NoReturn, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from grng.curvature.capture import Capture
 from grng.curvature.layers import KroneckerLayer
@@ -15,10 +14,11 @@ from grng.optim.devices import stacked
 from grng.optim.factors import COUNTERS, State
 from grng.optim.finite import are_finite
 from grng.optim.inversions import describe_failures, forgive, most_in_a_row
+from grng.optim.rehearsal import Rehearsing
 from grng.optim.strict import Strict, is_strict
 
 
-class WatchedOptimizer(Optimizer):
+class WatchedOptimizer(Rehearsing):
     """What :class:`grng.optim.base.KroneckerOptimizer` does where something goes wrong.
 
     That class fills the attributes.
@@ -48,11 +48,8 @@ class WatchedOptimizer(Optimizer):
     def _statistics_wanted(self, layer: KroneckerLayer) -> bool:
         raise AssertionError("implemented by the optimizer")
 
-    def _name_of(self, parameter: nn.Parameter) -> str:
-        return self._names.get(parameter, "a parameter")
-
     def _has_curvature(self, layer: KroneckerLayer) -> bool:
-        return "input_factor" in self.state.get(layer.weight, {})
+        return not self._rehearsed and "input_factor" in self.state.get(layer.weight, {})
 
     # ---- gradients ----
 
@@ -182,7 +179,7 @@ class WatchedOptimizer(Optimizer):
                 f"the input of {', '.join(x.name for x in found)} was changed in place between the forward "
                 "pass and step(): its statistics are dropped. Give the model a new tensor, or a clone() of a "
                 "static buffer",
-                above=4,
+                above=5,
             )
         return found
 
@@ -224,7 +221,7 @@ class WatchedOptimizer(Optimizer):
             self._fall_back(
                 f"no new statistics reach {', '.join(x.name for x in old)}: their factors stay as they are "
                 "(the hooks were removed, or the module is bypassed now)",
-                above=4,
+                above=5,
             )
             self._cut_off.update(old)
         if new:
@@ -233,7 +230,7 @@ class WatchedOptimizer(Optimizer):
                 "module is bypassed, compiled before the optimizer was made, or recomputed; the forward "
                 "pass ran before the optimizer was made; its input was overwritten; or the hooks were "
                 "removed): trained by AdamW",
-                above=4,
+                above=5,
             )
             self._demote(new)
         return idle
