@@ -6,10 +6,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from grng.curvature.layers import KroneckerLayer
-from grng.optim.factors import SIDES, new_factors
+from grng.optim.factors import new_factors
 from grng.optim.watch import WatchedOptimizer
 from grng.reports.kronecker import Subject, diagnostics, explain
-from grng.reports.memory import MemoryEstimate, adamw_state, estimate
+from grng.reports.memory import MemoryEstimate, adamw_state, bytes_of, estimate
 from grng.reports.text import Report
 
 
@@ -79,12 +79,9 @@ class ReportingOptimizer(WatchedOptimizer):
         parameters = [p for g in self.param_groups for p in g["params"]]
         states = {p: {**planned.get(p, {}), **self.state.get(p, {})} for p in parameters}
         leaders = {x: y for x, y in self._leaders().items() if x is not y}
-        refresh = sum(
-            states[x.weight][f"{side}_inverse"].nbytes
-            for x in self._layers
-            for i, side in enumerate(SIDES)
-            if not (x.diagonal[i] or (side == "input" and x in leaders))
-        )
+        # Statistics are averaged into copies, inverses replaced; what was there stays until the step ends.
+        refresh = sum(bytes_of(states[x.weight]) for x in self._layers)
+        refresh -= sum(bytes_of(self._planned_moments(x.weight)) for x in self._layers)
         return Subject(
             owner=type(self).__name__,
             layers=list(self._layers),

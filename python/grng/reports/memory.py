@@ -28,9 +28,10 @@ class MemoryEstimate:
         inverses: Of the factors; for the Kalman filters the variances, which play their part.
         moments: Averages of gradients: AdamW's two, or one.
         other: Vectors of the norm estimates, counters, copies of narrow weights.
-        refresh: What a refresh needs besides, for a moment, at least: the new inverses next to those in use.
-            Not in it, as they depend on the batch: from the forward pass to the step, on steps with
-            statistics, the inputs of the layers and the gradients of their outputs are kept.
+        refresh: What a refresh of all layers needs besides until its step has ended, at least: new factors
+            and inverses next to those before. Not in it, as they depend on the batch: from the forward pass
+            to the step, on steps with statistics, the inputs of the layers and the gradients of their outputs
+            are kept.
         adamw: What AdamW would hold for the same parameters, to compare.
         unknown: Parameters that are left out, as lazy modules have no shape yet.
     """
