@@ -16,8 +16,9 @@ from grng.curvature.capture import Capture
 from grng.curvature.find import find_layers
 from grng.curvature.fisher import check_outputs, exact_losses, loss_terms, sampled_loss
 from grng.curvature.layers import KroneckerLayer
+from grng.optim.devices import stacked
 from grng.optim.factors import COUNTERS, add_counters, factor_dtype
-from grng.optim.grafting import adam_moments
+from grng.optim.grafting import adam_steps, update_moments
 
 KRONECKER, ADAMW = "kronecker", "adamw"
 COUNTS = ("refresh_every", "max_factor_dim", "max_rows", "max_failures")
@@ -367,11 +368,11 @@ class KroneckerOptimizer(Optimizer):
         if not with_grad:
             return True
         norms = torch._foreach_norm([cast(Tensor, p.grad) for p in with_grad])
-        flags = torch.stack([torch.isfinite(n).to(norms[0].device) for n in norms])
+        flags = torch.isfinite(stacked(norms))
         if not bool(flags.all()):
             # A norm can leave the range of its dtype where no element does.
             exact = [torch.isfinite(cast(Tensor, p.grad)).all() for p in with_grad]
-            flags = torch.stack([f.to(norms[0].device) for f in exact])
+            flags = stacked(exact)
         if bool(flags.all()):
             self._failures = 0
             return True
@@ -500,11 +501,8 @@ class KroneckerOptimizer(Optimizer):
         self, group: dict[str, Any], params: list[Tensor], betas: tuple[float, float]
     ) -> None:
         states = [self.state[p] for p in params]
-        grads = [
-            cast(Tensor, p.grad).to(s["exp_avg"].dtype) for p, s in zip(params, states, strict=True)
-        ]
-        _, updates = adam_moments(states, grads, betas, ADAMW_EPS)
-        for p, update in zip(params, updates, strict=True):
+        update_moments(params, states, betas, ADAMW_EPS)
+        for p, update in zip(params, adam_steps(states, betas, ADAMW_EPS), strict=True):
             p.mul_(1 - group["lr"] * group["weight_decay"]).sub_((group["lr"] * update).to(p.dtype))
 
     # ---- state and reports ----
