@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from grng.curvature.layers import KroneckerLayer
-from grng.optim.base import ADAMW_EPS
 from grng.optim.factors import preconditioned, update_factors
+from grng.optim.fallback import ADAMW_EPS
 from grng.optim.grafting import as_steps, graft, update_moments
 from step_lengths.watched import Watched, flat, nested, scaled
 

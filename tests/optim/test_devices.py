@@ -77,3 +77,25 @@ def test_a_model_on_two_devices_takes_the_same_steps(name):
     for places in (("cpu", "cuda", "cpu"), ("cuda", "cpu", "cuda")):
         for got, want in zip(train(MAKERS[name], places=places), alone, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cls", [RING, RENG, KFAC])
+@pytest.mark.parametrize("at", ["cpu", "cuda"])
+def test_a_learning_rate_may_be_on_any_device(cls, at):
+    alone = train(lambda m: cls(m, lr=0.02, refresh_every=2))
+    lr = torch.tensor(0.02, dtype=torch.float64, device=at)
+    found = train(lambda m: cls(m, lr=lr, refresh_every=2), places=("cpu", "cuda", "cpu"))
+    for got, want in zip(found, alone, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-9)
+
+
+def test_a_number_goes_to_the_tensor_it_is_for():
+    there, here = torch.empty(2, device="meta"), torch.tensor(0.5)
+    assert devices.beside(0.5, there) == 0.5
+    assert devices.beside(here, there) is here
+    assert devices.beside(torch.empty((), device="meta"), there).device.type == "meta"
+    tensors = [torch.ones(2), torch.full((3,), 2.0)]
+    devices.scale_(tensors, here)
+    devices.scale_(tensors, 0.5)
+    assert [t.tolist() for t in tensors] == [[0.25] * 2, [0.5] * 3]

@@ -177,7 +177,7 @@ def test_factors_of_another_size_are_refused_and_nothing_is_loaded():
     small, large = nn.Linear(4, 3), nn.Linear(5, 3)
     opt, other = RING(small), RING(large)
     step(small, opt)
-    with pytest.raises(ValueError, match=r"input_factor of model must have shape \[6, 6\]"):
+    with pytest.raises(ValueError, match=r"input_factor of weight must have shape \[6, 6\]"):
         other.load_state_dict(opt.state_dict())
     assert not other.state
 
@@ -304,13 +304,15 @@ def test_a_bias_whose_weight_was_frozen_later_is_trained_and_a_frozen_bias_is_no
     assert moved == [False, True, True, False]
 
 
-def test_named_and_bare_parameters_can_be_mixed():
+def test_named_parameters_keep_their_names():
     p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
-    opt = RING([("p", p), q])
+    with pytest.warns(UserWarning, match="given parameters"):
+        opt = RING([("p", p), ("q", q)])
     (p.sum() + q.sum()).backward()
     opt.step()
     assert (p < 1).all()
     assert (q < 1).all()
+    assert opt.state_dict()["param_groups"][0]["param_names"] == ["p", "q"]
 
 
 def test_large_finite_gradients_are_not_called_infinite():

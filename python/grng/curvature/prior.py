@@ -99,10 +99,11 @@ def update_coherence(state: dict[str, Any], whitened: Rows, score: Rows) -> None
         state["overlap"] = torch.zeros_like(trace)
         state["observations"] = 0
     n = state["observations"]
-    state["trace"] += (trace - state["trace"]) / min(n + 1, _MEMORY)
+    # New tensors: a step that runs out of memory puts the old ones back.
+    state["trace"] = state["trace"] + (trace - state["trace"]) / min(n + 1, _MEMORY)
     if n > 0:
         overlap = with_remembered(whitened, state).square().sum(dtype=torch.float64)
-        state["overlap"] += (overlap - state["overlap"]) / min(n, _MEMORY)
+        state["overlap"] = state["overlap"] + (overlap - state["overlap"]) / min(n, _MEMORY)
     remember(state, score)
     state["observations"] = n + 1
 

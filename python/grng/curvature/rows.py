@@ -87,10 +87,7 @@ def remember(state: dict[str, Any], score: Rows) -> None:
     for name in {_DENSE, *_FACTORED} - set(names):
         state.pop(name, None)
     for name, part in zip(names, parts(score), strict=True):
-        if name in state and state[name].dtype == part.dtype:
-            state[name].copy_(part)
-        else:
-            state[name] = part.clone()
+        state[name] = part.clone()
 
 
 def with_remembered(h: Rows, state: dict[str, Any]) -> Tensor:

@@ -9,20 +9,21 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
-from torch.optim import Optimizer
-from torch.optim.adamw import adamw
 
 from grng.curvature.capture import Capture
 from grng.curvature.find import find_layers
 from grng.curvature.fisher import check_outputs, exact_losses, loss_terms, sampled_loss
 from grng.curvature.layers import KroneckerLayer
-from grng.optim.devices import stacked
-from grng.optim.factors import COUNTERS, add_counters, factor_dtype
-from grng.optim.grafting import adam_steps, update_moments
+from grng.optim.ascent import ascending, check_maximize
+from grng.optim.devices import refuse_graph_capture, stacked
+from grng.optim.factors import COUNTERS, SIDES, State, add_counters, factor_dtype, new_factors
+from grng.optim.fallback import adamw_step
+from grng.optim.grafting import new_moments
+from grng.optim.rehearsal import Rehearsing
+from grng.optim.undo import undone_on_error
 
 KRONECKER, ADAMW = "kronecker", "adamw"
 COUNTS = ("refresh_every", "max_factor_dim", "max_rows", "max_failures")
-ADAMW_BETAS, ADAMW_EPS = (0.9, 0.999), 1e-8
 
 
 class PreconditionerError(RuntimeError):
@@ -38,7 +39,12 @@ def check_hyperparameter(
         ValueError: Out of range, NaN, or not a number; not a whole number for a count.
     """
     number = value
-    if isinstance(value, Tensor) and name == "lr" and value.dim() == 0:
+    if isinstance(value, Tensor) and name in ("lr", "adamw_lr"):
+        if value.dim() > 0:
+            raise ValueError(
+                f"{owner}: {name} must be a number or 0-d, got shape {list(value.shape)}: "
+                "a Tensor lr must be 1-element, without dimensions"
+            )
         number = float(value)
     right = ")" if high == math.inf else "]"
     known = isinstance(number, (int, float)) and not isinstance(number, bool)
@@ -64,7 +70,7 @@ def check_betas(owner: str, betas: Any) -> None:
         check_hyperparameter(owner, f"betas[{i}]", value, high=1 - 1e-9)
 
 
-class KroneckerOptimizer(Optimizer):
+class KroneckerOptimizer(Rehearsing):
     """Base of the optimizers that precondition with Kronecker factors.
 
     A subclass implements :meth:`_update_layers`. Parameters that no supported layer owns form a second
@@ -85,28 +91,36 @@ class KroneckerOptimizer(Optimizer):
     of the compiled model; later, ``torch._dynamo.reset()`` lets the hooks be seen, else its layers are left
     to AdamW with a warning.
 
-    ``torch.distributed.checkpoint`` fills a new optimizer by a step with zero gradients, to learn which
-    tensors to read. That step changes nothing here, but makes no factors either, as nothing passes through
-    the model: reading into a new optimizer needs the whole state dict, by ``load_state_dict`` or
-    ``set_optimizer_state_dict``; reading in place (``dcp.load``) needs a training step before.
+    ``torch.distributed.checkpoint`` makes a step with zero gradients at no learning rate, to learn which
+    tensors a new optimizer has. It gets the form of the state of all layers and parameters to read into, by
+    ``dcp.load`` too; nothing of that counts as a step. A checkpoint is read in place where every layer was
+    used before it was saved. Flat, torch can read no parameter group without parameters, as is that of AdamW
+    where layers have all parameters.
+
+    The step counts and the schedule of refreshes live on the host: a step cannot be captured into a CUDA
+    graph, and says so.
     """
 
     # Whether a factor may keep only its diagonal; else layers with larger ones are trained by AdamW.
     _diagonal_factors = True
+    # Whether damping is relative to the norm of a factor, which the state then has a vector for.
+    _spectral_damping = True
 
     def __init__(
         self,
         model: nn.Module | Iterable[Any],
         defaults: dict[str, Any],
         *,
-        adamw_lr: float,
+        adamw_lr: float | Tensor,
         max_factor_dim: int,
+        maximize: bool,
         max_failures: int = 3,
         fisher: str = "sampled",
     ) -> None:
         owner = type(self).__name__
         check_hyperparameter(owner, "adamw_lr", adamw_lr)
         check_hyperparameter(owner, "max_factor_dim", max_factor_dim, low=1)
+        check_maximize(owner, maximize)
         self._reasons: dict[nn.Parameter, str] = {}
         self._layers: list[KroneckerLayer] = []
         self._cut_off: set[KroneckerLayer] = set()  # whose hooks went, as was said
@@ -128,14 +142,10 @@ class KroneckerOptimizer(Optimizer):
                 UserWarning,
                 stacklevel=3,
             )
-            groups = [
-                {**adamw_defaults, **g}
-                if isinstance(g, dict)
-                else {**adamw_defaults, "params": [g]}
-                for g in _merge_tensors(model)
-            ]
-        super().__init__(groups, {"kind": KRONECKER, "step": 0, **defaults})
+            groups = _bare_groups(model, adamw_defaults)
+        super().__init__(groups, {"kind": KRONECKER, "step": 0, **defaults, "maximize": maximize})
         self._all_layers = tuple(self._layers)
+        self._layer_of = {x.weight: x for x in self._all_layers}
         self._capture = Capture(self._layers, self._statistics_wanted)
 
     def _groups_of(
@@ -159,7 +169,13 @@ class KroneckerOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters: trained by AdamW, as their module is unknown, at ``adamw_lr`` if no lr is given."""
         if isinstance(param_group, dict) and "kind" not in param_group:
-            param_group = {"kind": ADAMW, "lr": self._adamw_lr, **param_group}
+            lr = self._adamw_lr
+            # A scheduler writes into a tensor: each group has its own.
+            param_group = {
+                "kind": ADAMW,
+                "lr": lr.clone() if isinstance(lr, Tensor) else lr,
+                **param_group,
+            }
         super().add_param_group(param_group)
 
     # ---- statistics ----
@@ -230,7 +246,7 @@ class KroneckerOptimizer(Optimizer):
         return layer in self._layers and layer.weight.requires_grad
 
     def _has_curvature(self, layer: KroneckerLayer) -> bool:
-        return "input_factor" in self.state.get(layer.weight, {})
+        return not self._rehearsed and "input_factor" in self.state.get(layer.weight, {})
 
     @staticmethod
     def _refresh_due(step: int, refresh_every: int) -> bool:
@@ -254,15 +270,25 @@ class KroneckerOptimizer(Optimizer):
             RuntimeError: The model was moved or cast after the optimizer got its state, or a gradient is
                 sparse; nothing is changed.
         """
+        refuse_graph_capture(type(self).__name__)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        elif not any(self._capture.records.values()) and self._rehearse_if_asked():
+            return None
+        self._drop_rehearsal()
         self._check_places()
         self._check_outside()
         if not self._gradients_are_finite():
             self._forget()
             return loss
+        with ascending(self.param_groups), undone_on_error(self.state, but=PreconditionerError):
+            self._update()
+        self._forget()
+        return loss
+
+    def _update(self) -> None:
         curved: set[nn.Parameter] = set()
         for group in self.param_groups:
             if group["kind"] == KRONECKER:
@@ -290,13 +316,14 @@ class KroneckerOptimizer(Optimizer):
                 # Layers without statistics share the settings of the first such group.
                 self._adamw_step(group, [*group["params"], *left])
                 left = []
-        self._forget()
-        return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients; statistics of those that no step used go with the next forward pass."""
         super().zero_grad(set_to_none)
         self._capture.outdate()
+        if not self._capture.waiting():
+            # After a step that was skipped the next one draws the labels that it would have drawn.
+            self._observations = 0
 
     def _forget(self) -> None:
         self._capture.clear()
@@ -355,7 +382,7 @@ class KroneckerOptimizer(Optimizer):
                 "optimizer was made, and are not trained: make it after unfreezing, or give them to "
                 "add_param_group, to be trained by AdamW",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def _gradients_are_finite(self) -> bool:
@@ -399,7 +426,7 @@ class KroneckerOptimizer(Optimizer):
                 "place between the forward pass and step(): its statistics are dropped. Give the model a new "
                 "tensor, or a clone() of a static buffer",
                 RuntimeWarning,
-                stacklevel=5,
+                stacklevel=6,
             )
         return found
 
@@ -444,7 +471,7 @@ class KroneckerOptimizer(Optimizer):
                 f"{owner}: no new statistics reach {', '.join(x.name for x in old)}: their factors stay as "
                 "they are (the hooks were removed, or the module is bypassed now)",
                 RuntimeWarning,
-                stacklevel=5,
+                stacklevel=6,
             )
         if new:
             warnings.warn(
@@ -453,7 +480,7 @@ class KroneckerOptimizer(Optimizer):
                 "forward pass ran before the optimizer was made; its input was overwritten; or the hooks "
                 "were removed): trained by AdamW",
                 RuntimeWarning,
-                stacklevel=5,
+                stacklevel=6,
             )
             self._demote(new)
         return idle
@@ -466,100 +493,71 @@ class KroneckerOptimizer(Optimizer):
             self._reasons.update({p: why for p in x.parameters})
 
     def _adamw_step(self, group: dict[str, Any], candidates: list[nn.Parameter]) -> None:
-        params: list[Tensor] = [p for p in candidates if p.grad is not None]
-        for p in params:
-            state = self.state[p]
-            if "exp_avg" not in state:
-                state["step"] = torch.zeros((), dtype=torch.float32)
-                state["exp_avg"] = torch.zeros_like(p)
-                state["exp_avg_sq"] = torch.zeros_like(p)
-        betas = group.get("betas", ADAMW_BETAS)
-        wide = [p for p in params if self.state[p]["exp_avg"].dtype != p.dtype]
-        if wide:
-            # Moments in fp32 of narrower parameters, from when curvature trained them.
-            self._wide_adamw_step(group, wide, betas)
-            params = [p for p in params if self.state[p]["exp_avg"].dtype == p.dtype]
-        if not params:
-            return
-        adamw(
-            params,
-            [cast(Tensor, p.grad) for p in params],
-            [self.state[p]["exp_avg"] for p in params],
-            [self.state[p]["exp_avg_sq"] for p in params],
-            [],
-            [self.state[p]["step"] for p in params],
-            amsgrad=False,
-            beta1=betas[0],
-            beta2=betas[1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=ADAMW_EPS,
-            maximize=False,
-        )
-
-    def _wide_adamw_step(
-        self, group: dict[str, Any], params: list[Tensor], betas: tuple[float, float]
-    ) -> None:
-        states = [self.state[p] for p in params]
-        update_moments(params, states, betas, ADAMW_EPS)
-        for p, update in zip(params, adam_steps(states, betas, ADAMW_EPS), strict=True):
-            p.mul_(1 - group["lr"] * group["weight_decay"]).sub_((group["lr"] * update).to(p.dtype))
+        adamw_step(self.state, group, candidates)
 
     # ---- state and reports ----
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict; unlike the base class, keep the dtype of every tensor (fp32 factors).
+    def _accepted(self, parameter: nn.Parameter, saved: dict[str, Any]) -> dict[str, Any]:
+        """See the base class; only factors take another dtype, where weights changed to or from fp64.
 
-        Only factors take another dtype, where the weights have changed between fp64 and a narrower one. What
-        an older version did not save starts anew: settings as given to the constructor, counters, and
-        momentum of another form.
+        What an older version did not save starts anew: counters, and momentum of another form.
 
         Raises:
-            ValueError: Other parameter groups, or factors of another size than the layers have. Nothing is
-                loaded then.
+            ValueError: Moments or factors that are not whole, or of another size.
         """
-        given = state_dict["param_groups"]
-        if len(given) == len(self.param_groups):
-            groups = [{**mine, **g} for mine, g in zip(self.param_groups, given, strict=True)]
-            state_dict = {**state_dict, "param_groups": groups}
-        saved = state_dict["state"]
-        ids = [i for g in state_dict["param_groups"] for i in g["params"]]
-        parameters = [p for g in self.param_groups for p in g["params"]]
-        self._check_sizes(dict(zip(parameters, (saved.get(i, {}) for i in ids), strict=False)))
-        super().load_state_dict(state_dict)
-        parameters = [p for g in self.param_groups for p in g["params"]]
-        for i, p in zip(ids, parameters, strict=True):
-            for key, value in saved.get(i, {}).items():
-                if isinstance(value, Tensor):
-                    device = torch.device("cpu") if key == "step" else p.device
-                    self.state[p][key] = value.to(device=device, copy=True)
-            momentum = self.state[p].get("momentum_buffer")
-            if momentum is not None and momentum.shape != p.shape:
-                del self.state[p]["momentum_buffer"]
+        layer = self._layer_of.get(parameter)
+        shapes = {} if layer is None else self._factor_shapes(layer)
+        if layer is not None and self._check_together(parameter, saved, shapes):
+            for key, shape in shapes.items():
+                self._check_shape(key, parameter, saved[key], shape)
+                saved[key] = saved[key].to(factor_dtype(layer))
+            add_counters(layer, saved)
+        if self._check_together(parameter, saved, ("step", "exp_avg", "exp_avg_sq")):
+            for key in ("exp_avg", "exp_avg_sq"):
+                self._check_shape(key, parameter, saved[key], parameter.shape)
+            if not isinstance(saved["step"], Tensor):  # as it was in older versions of torch
+                saved["step"] = torch.tensor(float(saved["step"]), dtype=torch.float32)
+        momentum = saved.get("momentum_buffer")
+        if "momentum_buffer" in saved and getattr(momentum, "shape", None) != parameter.shape:
+            del saved["momentum_buffer"]
+        return saved
+
+    def _factor_shapes(self, layer: KroneckerLayer) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {}
+        for i, side in enumerate(SIDES):
+            shape = layer.factor_shape(i)
+            shapes |= {f"{side}_factor": shape, f"{side}_inverse": shape, f"{side}_residual": ()}
+            if self._spectral_damping and not layer.diagonal[i]:
+                shapes[f"{side}_vector"] = shape[:-1]
+        return shapes
+
+    def _after_loading(self) -> None:
+        super()._after_loading()
         self._forget()
         self._failures = 0
-        for layer in self._all_layers:
-            state = self.state.get(layer.weight, {})
-            if "input_factor" in state:
-                add_counters(layer, state)
-                for key, value in state.items():
-                    if key.startswith(("output_", "input_")) and value.is_floating_point():
-                        state[key] = value.to(factor_dtype(layer))
         # What AdamW has trained so far stays with it, and what has curvature keeps it.
         self._layers = list(self._all_layers)
         states = {x: self.state.get(x.weight, {}) for x in self._layers}
         self._demote([x for x, s in states.items() if "exp_avg" in s and "input_factor" not in s])
 
-    def _check_sizes(self, states: dict[nn.Parameter, dict[str, Any]]) -> None:
-        for layer in self._all_layers:
-            state = states.get(layer.weight, {})
-            for i, key in enumerate(("output_factor", "input_factor")):
-                shape = layer.factor_shape(i)
-                if key in state and state[key].shape != shape:
-                    raise ValueError(
-                        f"{type(self).__name__}: {key} of {layer.name} must have shape {list(shape)}, "
-                        f"the state dict has {list(state[key].shape)}"
-                    )
+    def _rehearse(self) -> None:
+        """Give the state the form that it will have; see :mod:`grng.optim.rehearsal`."""
+        owned = {p for x in self._layers for p in x.parameters}
+        for p in (p for g in self.param_groups for p in g["params"] if p.grad is not None):
+            if p not in owned:
+                self.state[p] = new_moments(p)
+        for layer in (x for x in self._layers if x.weight.grad is not None):
+            self.state[layer.weight] = self._new_state(layer)
+            for p in (p for p in layer.parameters if p.grad is not None):
+                self.state[p].update(self._new_momentum(p))
+
+    def _new_state(self, layer: KroneckerLayer) -> State:
+        """Return the state of a layer before its first statistics."""
+        return new_factors(layer, spectral=self._spectral_damping)
+
+    def _new_momentum(self, parameter: nn.Parameter) -> State:
+        # What a parameter with curvature has besides, before its first step.
+        raise AssertionError("implemented by each optimizer")
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but hooks and what they recorded: copy or pickle it together with its model.
@@ -579,9 +577,6 @@ class KroneckerOptimizer(Optimizer):
         """Watch the modules that came with the copy."""
         super().__setstate__(state)
         self._capture = Capture(list(self._all_layers), self._statistics_wanted)
-
-    def _name_of(self, parameter: nn.Parameter) -> str:
-        return self._names.get(parameter, "a parameter")
 
     def explain(self) -> str:
         """Return a table: which parameters are trained how, with what factors, and why."""
@@ -638,9 +633,11 @@ def _factor_text(layer: KroneckerLayer, side: int) -> str:
     return text if layer.blocks == 1 else f"{layer.blocks} of {text}"
 
 
-def _merge_tensors(params: Iterable[Any]) -> list[Any]:
-    """Put bare or named tensors into one group; dict groups stay as they are."""
+def _bare_groups(params: Iterable[Any], settings: dict[str, Any]) -> Any:
+    """Return parameter groups as torch takes them, with what AdamW's groups have besides."""
+    if isinstance(params, Tensor):
+        return params  # torch says what is wrong
     items = list(params)
-    bare = [p[1] if isinstance(p, tuple) else p for p in items if not isinstance(p, dict)]
-    groups: list[Any] = [p for p in items if isinstance(p, dict)]
-    return ([{"params": bare}] if bare else []) + groups
+    if items and not isinstance(items[0], dict):
+        items = [{"params": items}]
+    return [{**settings, **g} if isinstance(g, dict) else g for g in items]

@@ -304,12 +304,19 @@ def _part(tensor: Tensor, block: int | None) -> Tensor:
 def _keep(part: Part, inverse: Tensor, info: Tensor) -> None:
     # No wait for the device: what failed is replaced by what was there.
     target = part.of("inverse")
-    target.copy_(torch.where(info == 0, inverse, target))
+    if part.block is None:
+        # Not written: a step that runs out of memory later puts it back.
+        part.state[f"{part.side}_inverse"] = torch.where(info == 0, inverse, target, out=inverse)
+    else:
+        target.copy_(torch.where(info == 0, inverse, target))
     part.state["inverse_failures"] += info != 0
     for state in part.followers:
         for kind in ("inverse", "vector"):
-            if f"{part.side}_{kind}" in state:
-                _part(state[f"{part.side}_{kind}"], part.block).copy_(part.of(kind))
+            key = f"{part.side}_{kind}"
+            if key in state and part.block is None:
+                state[key] = part.of(kind).clone()
+            elif key in state:
+                _part(state[key], part.block).copy_(part.of(kind))
         state["inverse_failures"] += info != 0
 
 

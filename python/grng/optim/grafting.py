@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import grng_kernels as kernels
 from grng.optim.devices import by_device, stacked
@@ -31,8 +31,17 @@ class Graft(NamedTuple):
     lengths: Tensor
 
 
+def new_moments(like: Tensor, dtype: torch.dtype | None = None) -> State:
+    """Return the state of AdamW before its first step."""
+    return {
+        "step": torch.zeros((), dtype=torch.float32),
+        "exp_avg": torch.zeros_like(like, dtype=dtype),
+        "exp_avg_sq": torch.zeros_like(like, dtype=dtype),
+    }
+
+
 def update_moments(
-    params: Sequence[nn.Parameter],
+    params: Sequence[Tensor],
     states: Sequence[State],
     betas: tuple[float, float],
     eps: float,
@@ -54,9 +63,7 @@ def update_moments(
     for p, state in zip(params, states, strict=True):
         dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
         if "exp_avg" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
-            state["exp_avg"] = torch.zeros_like(p, dtype=dtype)
-            state["exp_avg_sq"] = torch.zeros_like(p, dtype=dtype)
+            state.update(new_moments(p, dtype))
         elif state["exp_avg"].dtype != dtype:  # AdamW trained it so far, in its own dtype
             for key in ("exp_avg", "exp_avg_sq"):
                 state[key] = state[key].to(dtype)
@@ -96,7 +103,7 @@ def graft(directions: list[list[Tensor]], lengths: Tensor) -> Graft:
 
 
 def take_steps(
-    params: Sequence[nn.Parameter],
+    params: Sequence[Tensor],
     states: Sequence[State],
     directions: Sequence[Tensor],
     scales: Tensor,
@@ -171,7 +178,7 @@ def adam_steps(states: Sequence[State], betas: tuple[float, float], eps: float) 
     return steps
 
 
-def _grad(parameter: nn.Parameter) -> Tensor:
+def _grad(parameter: Tensor) -> Tensor:
     assert parameter.grad is not None, "asked only for parameters that have a gradient"
     return parameter.grad
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 import grng_kernels as kernels
 from grng.curvature import rows as of_rows
@@ -22,13 +21,23 @@ from grng.curvature.prior import (
 )
 from grng.curvature.rows import Rows
 from grng.optim.base import PreconditionerError, check_hyperparameter
+from grng.optim.devices import refuse_graph_capture
+from grng.optim.loading import parameters_of
 from grng.optim.output_noise import OutputNoise
+from grng.optim.rehearsal import Rehearsing
+from grng.optim.undo import undone_on_error
 
 # One filter has one observation: these cannot differ between the groups.
 _SHARED = ("rho", "forgetting", "process_noise")
+# What the state of a parameter can have, and what that of the first can have besides.
+_KEYS = (
+    *("variance", "prior", "weights", "trace", "overlap", "observations"),
+    *("score", "score_outputs", "score_inputs"),
+)
+_FIRST_KEYS = ("noise", "prior_scale", "skipped", "skipped_in_a_row")
 
 
-class KalmanOptimizer(Optimizer):
+class KalmanOptimizer(Rehearsing):
     """Diagonal extended Kalman filter over the trainable parameters; see :class:`grng.RKalman`.
 
     State per parameter, tensors or numbers: ``variance`` and the ``prior`` it began with; for the coherence
@@ -36,6 +45,12 @@ class KalmanOptimizer(Optimizer):
     ``weights`` in fp32 where the parameter has fewer bits. It keeps its dtype through ``load_state_dict``.
     The first parameter also has what there is once: the estimated ``noise``, the full ``covariance``, and
     the number of observations ``skipped``.
+
+    ``torch.distributed.checkpoint`` makes a step with zero gradients at no learning rate, to learn which
+    tensors a new optimizer has. It is no step here, and gets the names of all that a state can have, so that
+    ``set_optimizer_state_dict`` reads a whole state dict, flat or not (flat not with the full covariance);
+    what there will be depends on the observations, so that ``dcp.load`` reads in place only what had some.
+    A step waits for the device, and cannot be captured into a CUDA graph.
     """
 
     def __init__(
@@ -100,6 +115,7 @@ class KalmanOptimizer(Optimizer):
         self._budget_mb, self._jacobian = budget_mb, jacobian
         self._noise = OutputNoise(owner, likelihood, noise, beta)
         self._pending: tuple[Observation, list[Rows], list[nn.Parameter]] | None = None
+        self._stopped = False  # whether a step with it has begun and not ended
         # Squared norms of the rows of the outputs' Jacobian by each parameter, while a prior needs them.
         self._squares: Tensor | None = None
         self._engine: Jacobian | None = None
@@ -113,9 +129,10 @@ class KalmanOptimizer(Optimizer):
         # While the base class is made there is nothing yet to compare with.
         if self.param_groups:
             given = param_group["params"]
-            self._check_size(
-                sum(p.numel() for p in ([given] if isinstance(given, Tensor) else list(given)))
-            )
+            given = [given] if isinstance(given, Tensor) else list(given)
+            param_group = {**param_group, "params": given}
+            tensors = [p[1] if isinstance(p, tuple) else p for p in given]
+            self._check_size(sum(p.numel() for p in tensors if isinstance(p, Tensor)))
         super().add_param_group(param_group)
 
     def _check_size(self, more: int) -> None:
@@ -143,7 +160,8 @@ class KalmanOptimizer(Optimizer):
             ValueError: Wrong shape, a class out of range, or outputs without a graph.
         """
         owner = type(self).__name__
-        if self._pending is not None:
+        self._drop_rehearsal()
+        if self._pending is not None and not self._stopped:
             raise RuntimeError(f"{owner}: observe() was called twice; call step() between")
         outputs, targets = self._checked(outputs, targets)
         parameters = [p for g in self.param_groups for p in g["params"] if p.requires_grad]
@@ -156,7 +174,7 @@ class KalmanOptimizer(Optimizer):
             # In units of the prior: where the outputs' unit is large, so are their variances.
             self._squares = _mean_squares(self._engine.rows(outputs, probes)) / unit.double() ** 2
         rows = self._engine.rows(outputs, seen.directions)
-        self._pending = (seen, rows, parameters)
+        self._pending, self._stopped = (seen, rows, parameters), False
 
     def _checked(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return outputs ``[N, C]`` and targets ``[N]`` or ``[N, C]``.
@@ -220,39 +238,75 @@ class KalmanOptimizer(Optimizer):
             closure: Runs the model and calls :meth:`observe`; what it returns is returned.
 
         Raises:
-            RuntimeError: There was no :meth:`observe` since the last step.
+            RuntimeError: There was no :meth:`observe` since the last step; or the model was moved or cast
+                after the optimizer got its state.
             PreconditionerError: More than ``max_failures`` observations in a row could not be used.
             ValueError: The groups disagree on what a filter has once.
         """
+        refuse_graph_capture(type(self).__name__)
         result = None
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
         if self._pending is None:
+            if closure is None and self._rehearse_if_asked():
+                return None
             raise RuntimeError(
                 f"{type(self).__name__}: step() needs an observation; call observe(outputs, targets) first"
             )
         seen, rows, parameters = self._pending
-        self._pending = None
         shared = self._shared_settings()
-        if not self._usable(seen, rows):
-            self._fail("a NaN or infinity in the outputs, the targets or the Jacobian")
+        # Until the end: a step that runs out of memory can be made again, or with another observation.
+        self._stopped = True
+        problem: str | None = "a NaN or infinity in the outputs, the targets or the Jacobian"
+        if self._usable(seen, rows):
+            self._check_places(parameters)
+            with undone_on_error(self.state, but=PreconditionerError):
+                problem = self._start_and_update(seen, rows, parameters, shared)
+        self._pending = None
+        if problem is not None:
+            self._fail(problem)
             return result
-        started = self._start_variances(rows, parameters)
-        used = [i for i, p in enumerate(parameters) if "variance" in self.state[p]]
-        moved = [parameters[i] for i in used]
-        jacobians = [rows[i] for i in used]
-        if moved:
-            problem = self._update(seen, jacobians, moved, shared)
-            if problem is not None:
-                for state, key in started:
-                    del state[key]
-                self._fail(problem)
-                return result
-            self._first_state().pop("skipped_in_a_row", None)
         for group in self.param_groups:
             group["step"] += 1
         return result
+
+    def _start_and_update(
+        self,
+        seen: Observation,
+        rows: list[Rows],
+        parameters: list[nn.Parameter],
+        shared: dict[str, float],
+    ) -> str | None:
+        """Make the step, or nothing; return why nothing."""
+        started = self._start_variances(rows, parameters)
+        used = [i for i, p in enumerate(parameters) if "variance" in self.state[p]]
+        moved = [parameters[i] for i in used]
+        if not moved:
+            return None
+        problem = self._update(seen, [rows[i] for i in used], moved, shared)
+        if problem is not None:
+            for state, key in started:
+                del state[key]
+            return problem
+        self._first_state().pop("skipped_in_a_row", None)
+        return None
+
+    def _check_places(self, parameters: list[nn.Parameter]) -> None:
+        """Check that variances still are where, and as wide as, their parameters want them.
+
+        Raises:
+            RuntimeError: They are not.
+        """
+        for p in parameters:
+            variance = self.state.get(p, {}).get("variance")
+            wide = torch.promote_types(p.dtype, torch.float32)
+            if variance is not None and (variance.device != p.device or variance.dtype != wide):
+                raise RuntimeError(
+                    f"{type(self).__name__}: {self._name_of(p)} ({p.dtype}, {p.device}) was moved or cast "
+                    f"after the optimizer got its state ({variance.dtype}, {variance.device}); make the "
+                    "optimizer after that, or load its state_dict into a new one"
+                )
 
     def _shared_settings(self) -> dict[str, float]:
         first = self.param_groups[0]
@@ -320,6 +374,25 @@ class KalmanOptimizer(Optimizer):
         variances = [s["variance"].view(-1) for s in states]
         means = [self._weights(p).view(-1) for p in parameters]
         before = [m.clone() for m in means], [v.clone() for v in variances]
+        try:
+            return self._update_from(before, seen, jacobians, parameters, means, variances, shared)
+        except BaseException:
+            # Wherever it stopped: these are the tensors that are written in place.
+            for targets, copies in zip((means, variances), before, strict=True):
+                torch._foreach_copy_(targets, copies)
+            raise
+
+    def _update_from(
+        self,
+        before: tuple[list[Tensor], list[Tensor]],
+        seen: Observation,
+        jacobians: list[Rows],
+        parameters: list[nn.Parameter],
+        means: list[Tensor],
+        variances: list[Tensor],
+        shared: dict[str, float],
+    ) -> str | None:
+        states = [self.state[p] for p in parameters]
         first = self._first_state()
         full_before = {k: first[k] for k in FullCovariance.KEYS if k in first}
         if self._is_full:
@@ -329,8 +402,9 @@ class KalmanOptimizer(Optimizer):
         if int(info) != 0:
             FullCovariance(first).restore(full_before)
             return f"info {int(info)} of the Kalman update"
-        groups = {p: g["lr"] for g in self.param_groups for p in g["params"]}
-        rates = [float(groups[p]) for p in parameters]
+        groups = [(float(g["lr"]), g["params"]) for g in self.param_groups]
+        lr_of = {p: lr for lr, members in groups for p in members}
+        rates = [lr_of[p] for p in parameters]
         trust = self._trust(seen, jacobians, means, before[0], rates)
         if not bool(torch.isfinite(trust)):
             for targets, copies in zip((means, variances), before, strict=True):
@@ -468,47 +542,49 @@ class KalmanOptimizer(Optimizer):
         state: dict[str, Any] = self.state[self.param_groups[0]["params"][0]]
         return state
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict; unlike the base class, keep the dtype of every tensor.
+    def _accepted(self, parameter: nn.Parameter, saved: dict[str, Any]) -> dict[str, Any]:
+        self._check_together(parameter, saved, ("variance", "prior"))
+        self._check_together(parameter, saved, ("trace", "overlap", "observations"))
+        shapes: dict[str, Any] = {
+            "variance": parameter.shape,
+            "weights": parameter.shape,
+            "score": (parameter.numel(),),
+            "score_outputs": parameter.shape[:1],
+            # A bias has no inputs; it has none of the two.
+            "score_inputs": parameter.shape[1:],
+            "trace": (),
+            "overlap": (),
+        }
+        wide = torch.promote_types(parameter.dtype, torch.float32)
+        for key in (k for k in shapes if k in saved):
+            self._check_shape(key, parameter, saved[key], shapes[key])
+            if key.startswith(("variance", "score")):
+                # Another dtype only where the weights have changed between fp64 and a narrower one.
+                saved[key] = saved[key].to(wide)
+        return saved
 
-        Raises:
-            ValueError: Other parameter groups, or a state of another shape. Nothing is loaded then.
-        """
-        saved = state_dict["state"]
-        ids = [i for g in state_dict["param_groups"] for i in g["params"]]
-        mine = [p for g in self.param_groups for p in g["params"]]
-        for i, p in zip(ids, mine, strict=False):
-            shapes = {
-                "variance": p.shape,
-                "weights": p.shape,
-                "score": (p.numel(),),
-                "score_outputs": p.shape[:1],
-                # A bias has no inputs; it has none of the two.
-                "score_inputs": p.shape[1:],
-            }
-            for key, shape in shapes.items():
-                value = saved.get(i, {}).get(key)
-                if isinstance(value, Tensor) and value.shape != torch.Size(shape):
-                    raise ValueError(
-                        f"{type(self).__name__}: {key} of {self._name_of(p)} must have shape {list(shape)}, "
-                        f"the state dict has {list(value.shape)}"
-                    )
-        super().load_state_dict(state_dict)
-        mine = [p for g in self.param_groups for p in g["params"]]
-        for i, p in zip(ids, mine, strict=True):
-            for key, value in saved.get(i, {}).items():
-                if isinstance(value, Tensor):
-                    self.state[p][key] = value.to(device=p.device, copy=True)
+    def _after_loading(self) -> None:
+        super()._after_loading()
         self._pending = None
+
+    def _is_only_a_form(
+        self, groups: list[dict[str, Any]], saved: dict[nn.Parameter, dict[str, Any]]
+    ) -> bool:
+        # Observations that could not be used are counted before the first step too.
+        is_form = super()._is_only_a_form(groups, saved)
+        return is_form and not any(s.get("skipped") for s in saved.values())
+
+    def _rehearse(self) -> None:
+        """Name what a state can have; see :mod:`grng.optim.rehearsal`."""
+        for p in parameters_of(self):
+            self.state[p] = {key: 0 for key in _KEYS}
+        self._first_state().update({key: 0 for key in _FIRST_KEYS})
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the observation that waits: a copy is whole, for the copied parameters."""
         # A scheduler puts a step on the instance that is bound to it: the copy's would step the original.
         kept = {name: value for name, value in self.__dict__.items() if name != "step"}
         return {**kept, "_pending": None, "_engine": None}
-
-    def _name_of(self, parameter: nn.Parameter) -> str:
-        return self._names.get(parameter, "a parameter")
 
     def explain(self) -> str:
         """Return a table: variance, coherence, Jacobian of each parameter; and how outputs are observed."""

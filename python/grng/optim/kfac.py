@@ -12,18 +12,18 @@ from grng.curvature.convolution import ConvolutionLayer
 from grng.curvature.fisher import FISHERS
 from grng.curvature.layers import KroneckerLayer, Record
 from grng.optim.base import KroneckerOptimizer, check_hyperparameter
-from grng.optim.devices import by_device
+from grng.optim.devices import beside, by_device
 from grng.optim.factors import (
     SIDES,
     State,
     add_statistics,
     dense_parts,
     keep_inverses,
-    new_factors,
     update_factors_with,
     updates_so_far,
 )
 from grng.optim.kl_clip import clipped_directions
+from grng.optim.undo import write_copies
 
 CONVENTIONS = ("martens-grosse", "kfac-pytorch")
 DECAY_FORMS = ("sgd", "decoupled")
@@ -86,6 +86,8 @@ class KFAC(KroneckerOptimizer):
         kl_clip: Bound of the predicted KL change of one step, on the device; None switches it off.
         adamw_lr: Learning rate of the parameters trained by AdamW.
         max_factor_dim: Layers with a larger factor are trained by AdamW.
+        maximize: Go up and not down: the step is that of the negative of the loss. Statistics are those of
+            the model's outputs, which have no sign.
 
     Raises:
         ValueError: A hyperparameter is out of range, or the model has no trainable parameter.
@@ -95,6 +97,7 @@ class KFAC(KroneckerOptimizer):
     """
 
     _diagonal_factors = False
+    _spectral_damping = False
 
     def __init__(
         self,
@@ -111,8 +114,9 @@ class KFAC(KroneckerOptimizer):
         weight_decay: float = 5e-4,
         decay_form: str = "sgd",
         kl_clip: float | None = 1e-3,
-        adamw_lr: float = 1e-3,
+        adamw_lr: float | Tensor = 1e-3,
         max_factor_dim: int = 8192,
+        maximize: bool = False,
     ) -> None:
         check_hyperparameter("KFAC", "lr", lr)
         check_hyperparameter("KFAC", "damping", damping, low=1e-30)
@@ -144,7 +148,12 @@ class KFAC(KroneckerOptimizer):
             kl_clip=kl_clip,
         )
         super().__init__(
-            model, defaults, adamw_lr=adamw_lr, max_factor_dim=max_factor_dim, fisher=fisher
+            model,
+            defaults,
+            adamw_lr=adamw_lr,
+            max_factor_dim=max_factor_dim,
+            maximize=maximize,
+            fisher=fisher,
         )
 
     def _statistics_wanted(self, layer: KroneckerLayer) -> bool:
@@ -153,9 +162,27 @@ class KFAC(KroneckerOptimizer):
             group["step"] % group["factor_every"] == 0 or not self._has_curvature(layer)
         )
 
+    def _new_state(self, layer: KroneckerLayer) -> State:
+        state = {**super()._new_state(layer), "refreshes": 0}
+        if self._convention == "kfac-pytorch":
+            for side in SIDES:
+                state[f"{side}_factor"].diagonal(dim1=-2, dim2=-1).fill_(1.0)
+        return state
+
+    def _new_momentum(self, parameter: nn.Parameter) -> State:
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        return {"momentum_buffer": torch.zeros_like(parameter, dtype=dtype)}
+
+    def _accepted(self, parameter: nn.Parameter, saved: dict[str, Any]) -> dict[str, Any]:
+        saved = super()._accepted(parameter, saved)
+        if "input_factor" in saved:
+            saved.setdefault("refreshes", 0)
+        return saved
+
     def _update_layers(self, group: dict[str, Any], layers: list[KroneckerLayer]) -> None:
         for layer in layers:
             if self._capture.complete(layer):
+                write_copies(self.state[layer.weight], inverses=layer.blocks > 1)
                 self._update_factors(group, layer)
         layers = [x for x in layers if self._has_curvature(x)]
         due = group["step"] % group["refresh_every"] == 0
@@ -174,7 +201,7 @@ class KFAC(KroneckerOptimizer):
                     self._apply(group, p, d)
 
     def _apply(self, group: dict[str, Any], p: nn.Parameter, direction: Tensor) -> None:
-        state, lr, decay = self.state[p], group["lr"], group["weight_decay"]
+        state, lr, decay = self.state[p], beside(group["lr"], p), group["weight_decay"]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(direction)
         momentum = state["momentum_buffer"].mul_(group["momentum"]).add_(direction)
@@ -187,7 +214,7 @@ class KFAC(KroneckerOptimizer):
     def _update_factors(self, group: dict[str, Any], layer: KroneckerLayer) -> None:
         state, records = self.state[layer.weight], self._capture.complete(layer)
         if "input_factor" not in state:
-            state.update(_new_state(layer, identity=self._convention == "kfac-pytorch"))
+            state.update(self._new_state(layer))
         decay = group["factor_decay"]
         if self._convention == "martens-grosse":
             # Martens & Grosse, section 5: no trace of the start.
@@ -198,6 +225,9 @@ class KFAC(KroneckerOptimizer):
 
     def _refresh_inverses(self, group: dict[str, Any], layers: list[KroneckerLayer]) -> None:
         states = [self.state[x.weight] for x in layers]
+        for layer, state in zip(layers, states, strict=True):
+            if not self._capture.complete(layer):  # else they are copies already
+                write_copies(state, inverses=layer.blocks > 1)
         parts = dense_parts(layers, states)
         damping: list[Tensor] | None = None
         if self._convention == "martens-grosse":
@@ -213,14 +243,6 @@ class KFAC(KroneckerOptimizer):
             keep_inverses([part for _, part in call], result)
         for state in states:
             state["refreshes"] += 1
-
-
-def _new_state(layer: KroneckerLayer, *, identity: bool) -> State:
-    state = {**new_factors(layer, spectral=False), "refreshes": 0}
-    if identity:
-        for side in SIDES:
-            state[f"{side}_factor"].diagonal(dim1=-2, dim2=-1).fill_(1.0)
-    return state
 
 
 def _update_like_kfac_pytorch(

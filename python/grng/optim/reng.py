@@ -67,6 +67,8 @@ class RENG(RING):
     def backward(self, loss: Tensor | Callable[[], Tensor]) -> Tensor:
         """Add ``∇L + rho_gr·H·∇L`` to the gradients, in place of ``loss.backward()``.
 
+        With ``maximize`` ``∇L − rho_gr·H·∇L``: the penalty lowers the objective.
+
         Args:
             loss: The loss, 0-d, with its graph; or a closure that runs the model and returns it, which
                 ``"finite_difference"`` calls twice, with the same random numbers. What the second call does
@@ -107,11 +109,15 @@ class RENG(RING):
             self._difference(loss, value, parameters, random)
         return value.detach()
 
+    def _weight(self) -> float:
+        """The weight of the penalty, which makes an objective that is maximised smaller."""
+        return -self._rho_gr if self.param_groups[0]["maximize"] else self._rho_gr
+
     def _double_backprop(self, loss: Tensor, parameters: list[nn.Parameter]) -> None:
         with torch.enable_grad():
             grads = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
             penalty = sum((g.square().sum() for g in grads if g is not None), loss.new_zeros(()))
-            (loss + 0.5 * self._rho_gr * penalty).backward()
+            (loss + 0.5 * self._weight() * penalty).backward()
 
     def _difference(
         self,
@@ -153,7 +159,7 @@ class RENG(RING):
                 for module, name, b, old in buffers:
                     module._buffers[name] = b
                     b.copy_(old)
-        factor = torch.where(norm > 0, self._rho_gr * norm / length, 0.0)
+        factor = torch.where(norm > 0, self._weight() * norm / length, 0.0)
         for (p, g), h in zip(moving, second, strict=True):
             total = g if h is None else g + factor.to(g) * (h - g)
             p.grad = total if p.grad is None else p.grad + total

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from grng.curvature.fisher import FISHERS
 from grng.curvature.layers import SHARINGS, KroneckerLayer, Record
 from grng.curvature.quadratic import fisher_along, out_of_order
-from grng.optim.base import ADAMW_EPS, KroneckerOptimizer, check_betas, check_hyperparameter
-from grng.optim.devices import stacked
-from grng.optim.factors import new_factors, preconditioned, refresh_inverses, update_factors
-from grng.optim.grafting import as_steps, graft, take_steps, update_moments
+from grng.optim.base import KroneckerOptimizer, check_betas, check_hyperparameter
+from grng.optim.devices import beside, stacked
+from grng.optim.factors import State, new_factors, preconditioned, refresh_inverses, update_factors
+from grng.optim.fallback import ADAMW_EPS
+from grng.optim.grafting import as_steps, graft, new_moments, take_steps, update_moments
 from grng.optim.kl_clip import clipped_directions
 from grng.optim.shared_inputs import SharedInputs, copy_input_factor
+from grng.optim.undo import write_copies
 
 STEP_LENGTHS = ("graft", "kl_clip")
 
@@ -80,6 +82,8 @@ class RING(KroneckerOptimizer):
             side of LoRA's weights, only the diagonal is kept. Larger convolutions are trained by AdamW.
         max_failures: Steps in a row with non-finite gradients, which change nothing, before
             :class:`PreconditionerError`.
+        maximize: Go up and not down: the step is that of the negative of the loss. Statistics are those of
+            the model's outputs, which have no sign.
 
     Raises:
         ValueError: A hyperparameter is out of range, or the model has no trainable parameter.
@@ -106,9 +110,10 @@ class RING(KroneckerOptimizer):
         fisher: str = "sampled",
         sharing: str = "auto",
         stagger: bool = False,
-        adamw_lr: float | None = None,
+        adamw_lr: float | Tensor | None = None,
         max_factor_dim: int = 8192,
         max_failures: int = 3,
+        maximize: bool = False,
     ) -> None:
         owner = type(self).__name__
         check_hyperparameter(owner, "lr", lr)
@@ -143,20 +148,21 @@ class RING(KroneckerOptimizer):
             kl_clip=kl_clip,
             max_kl=max_kl,
         )
-        if adamw_lr is None:
-            adamw_lr = float(lr) if step_length == "graft" else 1e-3
+        if adamw_lr is None and step_length == "graft":
+            # A scheduler writes into a tensor: each group has its own.
+            adamw_lr = lr.clone() if isinstance(lr, Tensor) else lr
         super().__init__(
             model,
             defaults,
-            adamw_lr=adamw_lr,
+            adamw_lr=1e-3 if adamw_lr is None else adamw_lr,
             max_factor_dim=max_factor_dim,
+            maximize=maximize,
             max_failures=max_failures,
             fisher=fisher,
         )
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See the base class."""
-        super().load_state_dict(state_dict)
+    def _after_loading(self) -> None:
+        super()._after_loading()
         states = [(x, self.state.get(x.weight, {})) for x in self._layers]
         states = [(x, s) for x, s in states if "input_factor" in s]
         for _, state in states:
@@ -164,6 +170,26 @@ class RING(KroneckerOptimizer):
             for key in ("updated_at", "stale_since"):
                 state.setdefault(key, self.param_groups[0]["step"])
         self._inputs.recall(states)
+
+    def _rehearse(self) -> None:
+        super()._rehearse()
+        is_measured = self._step_length == "graft" and self.param_groups[0]["max_kl"] is not None
+        if self._layers and is_measured:
+            weight = self._all_layers[0].weight
+            ratio = torch.zeros((), dtype=torch.promote_types(weight.dtype, torch.float32))
+            self.state[weight]["fisher_ratio"] = ratio.to(weight.device)
+
+    def _new_state(self, layer: KroneckerLayer) -> State:
+        group = self.param_groups[0]
+        # Long ago: a layer that a checkpoint lacks is due at once.
+        never = group["step"] - group["refresh_every"]
+        return {**super()._new_state(layer), "updated_at": never, "stale": 0, "stale_since": never}
+
+    def _new_momentum(self, parameter: nn.Parameter) -> State:
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        if self._step_length == "graft":
+            return new_moments(parameter, dtype)
+        return {"momentum_buffer": torch.zeros_like(parameter, dtype=dtype)}
 
     def _update_layers(self, group: dict[str, Any], layers: list[KroneckerLayer]) -> None:
         self._refresh(group, layers)
@@ -187,6 +213,8 @@ class RING(KroneckerOptimizer):
                 if is_new:
                     state.update(new_factors(layer))
                     new.add(layer)
+        for layer, _ in updates:
+            write_copies(self.state[layer.weight], inverses=layer.blocks > 1)
         self._average(group, updates)
         leaders = self._inputs.leaders(layers)
         # Layers that share an inverse have one turn.
@@ -205,6 +233,9 @@ class RING(KroneckerOptimizer):
             and self.state[x.weight].get("stale")
         ]
         if stale:
+            averaged = {x for x, _ in updates}
+            for layer in (x for x in stale if x not in averaged):
+                write_copies(self.state[layer.weight], inverses=layer.blocks > 1)
             states = [self.state[x.weight] for x in stale]
             leaders = self._inputs.leaders(stale)
             refresh_inverses(
@@ -336,7 +367,7 @@ class RING(KroneckerOptimizer):
                 "leading dimension: the trust region is measured without these layers. Examples must come "
                 "first in every layer's input (batch_first=True)",
                 RuntimeWarning,
-                stacklevel=7,
+                stacklevel=9,
             )
         return [i for i in known if layers[i] not in strangers]
 
@@ -351,11 +382,11 @@ class RING(KroneckerOptimizer):
             for p, d in zip(layer.parameters, direction, strict=True):
                 if p.grad is None:  # frozen after the optimizer was made
                     continue
-                state = self.state[p]
+                state, lr = self.state[p], beside(group["lr"], p)
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(d)
-                step = state["momentum_buffer"].mul_(group["betas"][0]).add_(group["lr"] * d)
-                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(step.to(p.dtype))
+                step = state["momentum_buffer"].mul_(group["betas"][0]).add_(lr * d)
+                p.mul_(1 - lr * group["weight_decay"]).sub_(step.to(p.dtype))
 
 
 def _in_state_dtype(parameter: nn.Parameter) -> Tensor:

@@ -4,7 +4,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from grng.curvature.jacobian import DEFAULT_BUDGET_MB
 from grng.optim.kalman import KalmanOptimizer
@@ -69,7 +69,7 @@ class RKalman(KalmanOptimizer):
     def __init__(
         self,
         model: nn.Module | Iterable[Any],
-        lr: float = 1.0,
+        lr: float | Tensor = 1.0,
         *,
         sigma0: float = 2.0,
         prior: str = "output",

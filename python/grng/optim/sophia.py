@@ -6,20 +6,24 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from grng.curvature.fisher import sampled_loss
+from grng.optim.ascent import ascending, check_maximize
 from grng.optim.base import PreconditionerError, check_hyperparameter
+from grng.optim.devices import refuse_graph_capture, scale_
+from grng.optim.rehearsal import Rehearsing
+from grng.optim.undo import undone_on_error
 
 MAX_FAILURES = 3
 
 
-class SophiaOptimizer(Optimizer):
+class SophiaOptimizer(Rehearsing):
     """What the two Sophias share; see :class:`grng.SophiaG`. A subclass implements ``observe``.
 
     State per parameter: ``exp_avg`` and ``hessian``, in fp32 (fp64 for fp64 parameters) whatever the dtype
     of the parameter, and kept so by ``load_state_dict``. The first parameter group also counts: ``step``,
-    ``next_refresh``, ``skipped_steps``, ``dropped_statistics``.
+    ``next_refresh``, ``skipped_steps``, ``dropped_statistics``. As that is on the host, a step cannot be
+    captured into a CUDA graph, and says so.
     """
 
     def __init__(
@@ -32,8 +36,10 @@ class SophiaOptimizer(Optimizer):
         eps: float,
         weight_decay: float,
         refresh_every: int,
+        maximize: bool,
     ) -> None:
         owner = type(self).__name__
+        check_maximize(owner, maximize)
         check_hyperparameter(owner, "lr", lr)
         if not isinstance(betas, (tuple, list)) or len(betas) != 2:
             raise ValueError(f"{owner}: betas must be two numbers, got {betas!r}")
@@ -53,6 +59,7 @@ class SophiaOptimizer(Optimizer):
         # Of the forward passes since the last step: what their statistics add up to.
         self._sums: dict[nn.Parameter, Tensor] = {}
         self._terms, self._observations = 0, 0
+        self._gradients_seen: list[tuple[int, int]] = []  # when the first of them came
         self._failures = 0
         defaults = dict(
             lr=lr,
@@ -65,6 +72,7 @@ class SophiaOptimizer(Optimizer):
             next_refresh=0,
             skipped_steps=0,
             dropped_statistics=0,
+            maximize=maximize,
         )
         super().__init__(params, defaults)
 
@@ -94,6 +102,8 @@ class SophiaOptimizer(Optimizer):
         return [p for g in self.param_groups for p in g["params"] if p.requires_grad]
 
     def _add(self, parameter: nn.Parameter, value: Tensor) -> None:
+        if not self._sums:
+            self._gradients_seen = self._gradients()
         value = value.detach().to(_state_dtype(parameter))
         known = self._sums.get(parameter)
         self._sums[parameter] = value if known is None else known.add_(value)
@@ -123,34 +133,69 @@ class SophiaOptimizer(Optimizer):
 
         Raises:
             PreconditionerError: Non-finite gradients for more than 3 steps in a row.
-            RuntimeError: A sparse gradient.
+            RuntimeError: A sparse gradient; or the model was moved or cast after the optimizer got its state.
         """
+        refuse_graph_capture(type(self).__name__)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        elif not self._sums and self._rehearse_if_asked():
+            return None
+        self._drop_rehearsal()
         estimates = self._estimates()
-        self._forget()
         with_grad = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
         self._refuse_sparse(with_grad)
+        self._check_places(with_grad)
         good, usable = _all_finite([_grad(p) for p in with_grad], list(estimates.values()))
         first = self.param_groups[0]
         if not usable:
             first["dropped_statistics"] += 1
         if not good:
+            self._forget()
             first["skipped_steps"] += 1
             self._note_failure(with_grad)
             return loss
         self._failures = 0
+        with (
+            ascending(self.param_groups),
+            undone_on_error(self.state, but=PreconditionerError),
+        ):
+            if estimates and usable:
+                self._update_hessian(estimates)
+            for group in self.param_groups:
+                params = [p for p in group["params"] if p.grad is not None]
+                if params:
+                    self._update(group, params)
         if estimates and usable:
-            self._update_hessian(estimates)
             first["next_refresh"] = first["step"] + first["refresh_every"]
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                self._update(group, params)
         first["step"] += 1
+        self._forget()
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients, and drop the statistics that came before those that no step used."""
+        if self._sums and self._gradients_seen != self._gradients():
+            # A backward pass came after them: its step was skipped.
+            self._forget()
+        super().zero_grad(set_to_none)
+        if self._sums:
+            self._gradients_seen = self._gradients()
+
+    def _gradients(self) -> list[tuple[int, int]]:
+        """What tells whether a backward pass has run: which tensors gradients are, and how often written."""
+        grads = [p.grad for g in self.param_groups for p in g["params"]]
+        return [(id(g), 0 if g is None else g._version) for g in grads]
+
+    def _check_places(self, params: list[nn.Parameter]) -> None:
+        for p in params:
+            known = self.state.get(p, {}).get("exp_avg")
+            if known is not None and (known.dtype != _state_dtype(p) or known.device != p.device):
+                raise RuntimeError(
+                    f"{type(self).__name__}: {self._name_of(p)} ({p.dtype}, {p.device}) was moved or cast "
+                    f"after the optimizer got its state ({known.dtype}, {known.device}); make the "
+                    "optimizer after that, or load its state_dict into a new one"
+                )
 
     def _refuse_sparse(self, params: list[nn.Parameter]) -> None:
         for p in params:
@@ -171,6 +216,11 @@ class SophiaOptimizer(Optimizer):
                 "non-finite loss."
             )
 
+    def _rehearse(self) -> None:
+        """Give the state the form that it will have; see :mod:`grng.optim.rehearsal`."""
+        for p in (p for g in self.param_groups for p in g["params"] if p.grad is not None):
+            self._state_of(p)
+
     def _state_of(self, parameter: nn.Parameter) -> dict[str, Any]:
         state: dict[str, Any] = self.state[parameter]
         if not state:
@@ -182,55 +232,54 @@ class SophiaOptimizer(Optimizer):
         for group in self.param_groups:
             params = [p for p in group["params"] if p in estimates]
             if params:
-                averages = [self._state_of(p)["hessian"] for p in params]
-                torch._foreach_mul_(averages, group["betas"][1])
+                # New tensors: a step that runs out of memory puts the old ones back.
+                averages = torch._foreach_mul(
+                    [self._state_of(p)["hessian"] for p in params], group["betas"][1]
+                )
                 torch._foreach_add_(
                     averages, [estimates[p] for p in params], alpha=1 - group["betas"][1]
                 )
+                for p, average in zip(params, averages, strict=True):
+                    self.state[p]["hessian"] = average
 
     def _update(self, group: dict[str, Any], params: list[nn.Parameter]) -> None:
         states = [self._state_of(p) for p in params]
-        momenta = [s["exp_avg"] for s in states]
-        grads = [_grad(p).to(m.dtype) for p, m in zip(params, momenta, strict=True)]
-        torch._foreach_mul_(momenta, group["betas"][0])
+        grads = [_grad(p).to(_state_dtype(p)) for p in params]
+        # New tensors, and all of them before a parameter is written: see _update_hessian.
+        momenta = torch._foreach_mul([s["exp_avg"] for s in states], group["betas"][0])
         torch._foreach_add_(momenta, grads, alpha=1 - group["betas"][0])
         scales = torch._foreach_mul([s["hessian"] for s in states], group["gamma"])
         torch._foreach_clamp_min_(scales, group["eps"])
         steps = list(torch._foreach_div(momenta, scales))
         torch._foreach_clamp_max_(steps, 1.0)
         torch._foreach_clamp_min_(steps, -1.0)
-        lr = float(group["lr"])
+        lr = group["lr"]
+        for state, momentum in zip(states, momenta, strict=True):
+            state["exp_avg"] = momentum
         # A parameter with fewer bits is rounded once, after decay and step.
         weights: list[Tensor] = [p.to(m.dtype) for p, m in zip(params, momenta, strict=True)]
-        torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
-        torch._foreach_add_(weights, steps, alpha=-lr)
+        scale_(weights, 1 - lr * group["weight_decay"])
+        if isinstance(lr, Tensor):  # which nothing waits for
+            scale_(steps, lr)
+            torch._foreach_sub_(weights, steps)
+        else:
+            torch._foreach_add_(weights, steps, alpha=-lr)
         for p, weight in zip(params, weights, strict=True):
             if weight is not p:
                 p.copy_(weight)
 
     # ---- state and reports ----
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict; unlike the base class, keep the dtype of every tensor.
+    def _accepted(self, parameter: nn.Parameter, saved: dict[str, Any]) -> dict[str, Any]:
+        if self._check_together(parameter, saved, ("exp_avg", "hessian")):
+            for key in ("exp_avg", "hessian"):
+                self._check_shape(key, parameter, saved[key], parameter.shape)
+                # Another dtype only where the weights have changed between fp64 and a narrower one.
+                saved[key] = saved[key].to(_state_dtype(parameter))
+        return saved
 
-        Raises:
-            ValueError: Other parameter groups, or a state of another shape. Nothing is loaded then.
-        """
-        saved = state_dict["state"]
-        ids = [i for g in state_dict["param_groups"] for i in g["params"]]
-        mine = [p for g in self.param_groups for p in g["params"]]
-        for i, p in zip(ids, mine, strict=False):
-            for key, value in saved.get(i, {}).items():
-                if value.shape != p.shape:
-                    raise ValueError(
-                        f"{type(self).__name__}: {key} of {self._name_of(p)} must have shape "
-                        f"{list(p.shape)}, the state dict has {list(value.shape)}"
-                    )
-        super().load_state_dict(state_dict)
-        mine = [p for g in self.param_groups for p in g["params"]]
-        for i, p in zip(ids, mine, strict=True):
-            for key, value in saved.get(i, {}).items():
-                self.state[p][key] = value.to(device=p.device, copy=True)
+    def _after_loading(self) -> None:
+        super()._after_loading()
         self._forget()
         self._failures = 0
 
@@ -241,17 +290,12 @@ class SophiaOptimizer(Optimizer):
             **kept,
             "_names": self._names,
             "_failures": self._failures,
+            "_rehearsed": self._rehearsed,
             "_sums": {},
+            "_gradients_seen": [],
             "_terms": 0,
             "_observations": 0,
         }
-
-    def _name_of(self, parameter: nn.Parameter) -> str:
-        for group in self.param_groups:
-            for p, name in zip(group["params"], group.get("param_names", []), strict=False):
-                if p is parameter:
-                    return str(name)
-        return self._names.get(parameter, "a parameter")
 
     def diagnostics(self) -> dict[str, float]:
         """Return plain numbers for a logger; reading them waits for the device.
@@ -314,6 +358,8 @@ class SophiaG(SophiaOptimizer):
         eps: Smallest denominator.
         weight_decay: Decoupled, multiplied by the learning rate.
         refresh_every: Steps between estimates of the Hessian, the paper's k. The first group's counts.
+        maximize: Go up and not down: the step is that of the negative of the loss. The estimate, of the
+            model's outputs, has no sign.
 
     Raises:
         TypeError: A parameter that is not of a real floating-point dtype.
@@ -334,6 +380,7 @@ class SophiaG(SophiaOptimizer):
         eps: float = 1e-12,
         weight_decay: float = 0.1,
         refresh_every: int = 10,
+        maximize: bool = False,
     ) -> None:
         super().__init__(
             model,
@@ -343,6 +390,7 @@ class SophiaG(SophiaOptimizer):
             eps=eps,
             weight_decay=weight_decay,
             refresh_every=refresh_every,
+            maximize=maximize,
         )
 
     def observe(self, outputs: Tensor, *, likelihood: str = "categorical") -> None:
@@ -404,6 +452,7 @@ class SophiaH(SophiaOptimizer):
         eps: Smallest denominator.
         weight_decay: Decoupled, multiplied by the learning rate.
         refresh_every: Steps between estimates of the Hessian, the paper's k. The first group's counts.
+        maximize: Go up and not down: step and Hessian are those of the negative of the loss.
 
     Raises:
         TypeError: A parameter that is not of a real floating-point dtype.
@@ -424,6 +473,7 @@ class SophiaH(SophiaOptimizer):
         eps: float = 1e-12,
         weight_decay: float = 0.1,
         refresh_every: int = 10,
+        maximize: bool = False,
     ) -> None:
         super().__init__(
             model,
@@ -433,6 +483,7 @@ class SophiaH(SophiaOptimizer):
             eps=eps,
             weight_decay=weight_decay,
             refresh_every=refresh_every,
+            maximize=maximize,
         )
 
     def observe(self, loss: Tensor) -> None:
@@ -491,7 +542,9 @@ class SophiaH(SophiaOptimizer):
         return directions
 
     def _estimates(self) -> dict[nn.Parameter, Tensor]:
-        return dict(self._sums)
+        # Of what is maximised the Hessian has the other sign, as the gradient has.
+        up = {p for g in self.param_groups if g["maximize"] for p in g["params"]}
+        return {p: -s if p in up else s for p, s in self._sums.items()}
 
 
 def _grad(parameter: nn.Parameter) -> Tensor:
