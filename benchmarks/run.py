@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 import bench_damped_inverse
+import bench_grafting
 import bench_kalman_update
 import bench_kron_factor
 import bench_kron_factor_conv2d
@@ -24,6 +25,7 @@ BENCHES = {
         bench_kalman_update,
         bench_precondition,
         bench_rank_one,
+        bench_grafting,
         bench_step,
     )
 }

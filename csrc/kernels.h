@@ -135,6 +135,42 @@ struct RankOneBlock {
 void rank_one_cpu(const RankOneBlock* blocks, int64_t count, Dtype dtype, double damping,
                   const Threads& threads);
 
+// ---- grafting (csrc/cpu/grafting.cpp) ----
+
+// The moments of one tensor, and what corrects their start at zero: 1 / (1 - beta1^t) and
+// 1 / sqrt(1 - beta2^t). All arrays have one order of elements and `length` of them.
+struct AdamMoments {
+  void *exp_avg, *exp_avg_sq;
+  Dtype dtype;  // of the moments: fp32 or fp64
+  int64_t length;
+  double mean_scale, root_scale;
+};
+
+// exp_avg and exp_avg_sq <- their averages with grads[i]; lengths[i] = the norm of Adam's step.
+struct AdamGradient {
+  const void* grad;
+  Dtype dtype;
+};
+void adam_moments_cpu(const AdamMoments* items, const AdamGradient* grads, double* lengths,
+                      int64_t count, double beta1, double beta2, double eps,
+                      const Threads& threads);
+
+// param <- decay * param - lr * scale * direction; where the scale is no finite number, Adam's step
+// in place of scale * direction. The param has the order of the moments. So has the direction, of
+// their dtype, where `rows` is 0; otherwise it has rows of `cols` elements, of any strides.
+struct GraftedStep {
+  AdamMoments moments;
+  void* param;
+  Dtype param_dtype;
+  const void* direction;
+  double scale;
+  int64_t rows, cols, col_stride;
+  // Sizes and strides of the dimensions that the rows run over, outermost first.
+  int64_t dims, size[4], stride[4];
+};
+void grafted_step_cpu(const GraftedStep* items, int64_t count, double lr, double decay, double eps,
+                      const Threads& threads);
+
 // ---- kalman_update (csrc/cpu/kalman_*.cpp, csrc/cuda/kalman_update.cu) ----
 
 // One block of parameters: mean and variance [d] are contiguous, jacobian [outputs, d] of any

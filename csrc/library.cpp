@@ -367,6 +367,105 @@ void rank_one(const Tensors outs, const Tensors grads, const Tensors scores, dou
                      threads_of_torch());
 }
 
+// ---- grafting ----
+
+// Whether elements that are next to each other in one are so in the other: one strided dimension
+// then serves both.
+bool same_layout(const Tensor& a, const Tensor& b) {
+  if (a.dim() != b.dim()) return false;
+  for (int64_t i = 0; i < a.dim(); ++i)
+    if (a.size(i) != b.size(i) || (a.size(i) > 1 && a.stride(i) != b.stride(i))) return false;
+  return true;
+}
+
+// No gap between the elements, in whatever order; with non-overlapping strides, one span of them.
+bool is_dense(const Tensor& t) {
+  const Span span = span_of(t, false);
+  return span.end - span.begin == static_cast<uintptr_t>(t.numel()) * t.element_size();
+}
+
+grng::AdamMoments adam_moments_of(const Tensor& exp_avg, const Tensor& exp_avg_sq,
+                                  double mean_scale, double root_scale) {
+  const ScalarType dtype = exp_avg.scalar_type();
+  STD_TORCH_CHECK((dtype == ScalarType::Float || dtype == ScalarType::Double) &&
+                      exp_avg_sq.scalar_type() == dtype && is_dense(exp_avg) &&
+                      same_layout(exp_avg, exp_avg_sq),
+                  "grng: the moments must be dense, float32 or float64, and of one layout");
+  return {exp_avg.data_ptr(), exp_avg_sq.data_ptr(),
+          dtype_of(exp_avg),  static_cast<int64_t>(exp_avg.numel()),
+          mean_scale,         root_scale};
+}
+
+void adam_moments(const Tensors exp_avgs, const Tensors exp_avg_sqs, const Tensor lengths,
+                  const Tensors grads, const std::vector<double> mean_scales,
+                  const std::vector<double> root_scales, double beta1, double beta2, double eps) {
+  const size_t count = exp_avgs.size();
+  STD_TORCH_CHECK(count == exp_avg_sqs.size() && count == grads.size() &&
+                      count == mean_scales.size() && count == root_scales.size(),
+                  "grng: the lists must have the same length");
+  check_dense(lengths, ScalarType::Double, {static_cast<int64_t>(count)}, "lengths");
+  std::vector<grng::AdamMoments> items;
+  std::vector<grng::AdamGradient> gradients;
+  std::vector<Span> spans{span_of(lengths, true)};
+  for (size_t i = 0; i < count; ++i) {
+    items.push_back(adam_moments_of(exp_avgs[i], exp_avg_sqs[i], mean_scales[i], root_scales[i]));
+    STD_TORCH_CHECK(same_layout(exp_avgs[i], grads[i]), "grng: grad must have the moments' layout");
+    gradients.push_back({grads[i].data_ptr(), dtype_of(grads[i])});
+    spans.push_back(span_of(exp_avgs[i], true));
+    spans.push_back(span_of(exp_avg_sqs[i], true));
+    spans.push_back(span_of(grads[i], false));
+  }
+  check_no_overlap(std::move(spans));
+  grng::adam_moments_cpu(items.data(), gradients.data(), static_cast<double*>(lengths.data_ptr()),
+                         static_cast<int64_t>(count), beta1, beta2, eps, threads_of_torch());
+}
+
+void grafted_step(const Tensors params, const Tensors directions, const Tensors exp_avgs,
+                  const Tensors exp_avg_sqs, const std::vector<double> scales,
+                  const std::vector<double> mean_scales, const std::vector<double> root_scales,
+                  double lr, double decay, double eps) {
+  const size_t count = params.size();
+  STD_TORCH_CHECK(count == directions.size() && count == exp_avgs.size() &&
+                      count == exp_avg_sqs.size() && count == scales.size() &&
+                      count == mean_scales.size() && count == root_scales.size(),
+                  "grng: the lists must have the same length");
+  std::vector<grng::GraftedStep> items;
+  std::vector<Span> spans;
+  for (size_t i = 0; i < count; ++i) {
+    const Tensor &param = params[i], &direction = directions[i];
+    grng::GraftedStep item{};
+    item.moments = adam_moments_of(exp_avgs[i], exp_avg_sqs[i], mean_scales[i], root_scales[i]);
+    STD_TORCH_CHECK(
+        same_layout(exp_avgs[i], param) && direction.scalar_type() == exp_avgs[i].scalar_type(),
+        "grng: param must have the moments' layout, direction their dtype");
+    item.param = param.data_ptr();
+    item.param_dtype = dtype_of(param);
+    item.direction = direction.data_ptr();
+    item.scale = scales[i];
+    if (!same_layout(param, direction)) {
+      const int64_t last = param.dim() - 1;
+      bool fits = param.is_contiguous() && direction.dim() == param.dim() && 0 <= last && last <= 4;
+      for (int64_t k = 0; fits && k <= last; ++k) fits = direction.size(k) == param.size(k);
+      STD_TORCH_CHECK(fits, "grng: direction must have param's shape, of up to 5 dimensions");
+      item.cols = param.size(last);
+      item.col_stride = direction.stride(last);
+      item.rows = item.cols > 0 ? item.moments.length / item.cols : 0;
+      item.dims = last;
+      for (int64_t k = 0; k < last; ++k) {
+        item.size[k] = param.size(k);
+        item.stride[k] = direction.stride(k);
+      }
+    }
+    items.push_back(item);
+    spans.push_back(span_of(param, true));
+    for (const Tensor* t : {&direction, &exp_avgs[i], &exp_avg_sqs[i]})
+      spans.push_back(span_of(*t, false));
+  }
+  check_no_overlap(std::move(spans));
+  grng::grafted_step_cpu(items.data(), static_cast<int64_t>(count), lr, decay, eps,
+                         threads_of_torch());
+}
+
 // ---- kalman_update ----
 
 void check_state(const Tensor* mean, const Tensor& variance) {
@@ -661,6 +760,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(grng, m) {
   m.def(
       "_rank1_precondition_(Tensor(a!)[] outs, Tensor[] grads, Tensor[] scores, float damping) -> "
       "()");
+  m.def(
+      "_adam_moments_(Tensor(a!)[] exp_avgs, Tensor(b!)[] exp_avg_sqs, Tensor(c!) lengths, "
+      "Tensor[] grads, float[] mean_scales, float[] root_scales, float beta1, float beta2, float "
+      "eps) -> ()");
+  m.def(
+      "_grafted_step_(Tensor(a!)[] params, Tensor[] directions, Tensor[] exp_avgs, Tensor[] "
+      "exp_avg_sqs, float[] scales, float[] mean_scales, float[] root_scales, float lr, float "
+      "decay, float eps) -> ()");
   m.def("_kalman_gram_(Tensor(a!) gram, Tensor[] variances, Tensor[] jacobians) -> ()");
   m.def(
       "_kalman_apply_(Tensor(a!)[] means, Tensor(b!)[] variances, Tensor[] jacobians, Tensor "
@@ -684,6 +791,8 @@ STABLE_TORCH_LIBRARY_IMPL(grng, CPU, m) {
   m.impl("_precondition_", TORCH_BOX(&precondition));
   m.impl("_damped_inverse_", TORCH_BOX(&damped_inverse));
   m.impl("_rank1_precondition_", TORCH_BOX(&rank_one));
+  m.impl("_adam_moments_", TORCH_BOX(&adam_moments));
+  m.impl("_grafted_step_", TORCH_BOX(&grafted_step));
   m.impl("_kalman_gram_", TORCH_BOX(&kalman_gram));
   m.impl("_kalman_apply_", TORCH_BOX(&kalman_apply));
   m.impl("_kalman_update_", TORCH_BOX(&kalman_update));

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fused kernels for second-order optimizers: five operations, each with a reference, behind one function."""
+"""Fused kernels for second-order optimizers: every operation has a reference, and is one function."""
 
 from importlib.metadata import PackageNotFoundError, version
 
 from grng_kernels._dispatch import BackendStatus, backends, use_backend
 from grng_kernels.damped_inverse.op import damped_inverse
 from grng_kernels.damped_inverse.reference import DampedInverse
+from grng_kernels.grafting.op import adam_moments_, grafted_step_
 from grng_kernels.info import Info
 from grng_kernels.kalman_update.kronecker import KroneckerJacobian
 from grng_kernels.kalman_update.op import kalman_update_
@@ -27,8 +28,10 @@ __all__ = [
     "KroneckerJacobian",
     "SpectralNorm",
     "__version__",
+    "adam_moments_",
     "backends",
     "damped_inverse",
+    "grafted_step_",
     "kalman_update_",
     "kron_factor_conv2d_update_",
     "kron_factor_update_",

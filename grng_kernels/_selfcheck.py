@@ -92,6 +92,15 @@ def _rank_one(cast: Callable[[Tensor], Tensor]) -> list[Tensor]:
     return [k.rank1_precondition(cast(torch.randn(5000)), cast(torch.randn(5000)), damping=0.1)]
 
 
+def _grafting(cast: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    shapes = ((65, 33), (65,))
+    params, means, grads, directions = ([cast(torch.randn(s)) for s in shapes] for _ in range(4))
+    squares = [cast(torch.rand(s)) for s in shapes]
+    norms = k.adam_moments_(means, squares, grads, step=3)
+    k.grafted_step_(params, directions, means, squares, scale=norms / 50, lr=0.1, step=3)
+    return [*params, *means, *squares, norms]
+
+
 CASES: dict[str, Case] = {
     "kron_factor_update_": _kron_factor,
     "kron_factor_conv2d_update_": _kron_factor_conv2d,
@@ -102,6 +111,7 @@ CASES: dict[str, Case] = {
     "precondition": _precondition,
     "precondition narrow": _precondition_narrow,
     "rank1_precondition": _rank_one,
+    "adam_moments_, grafted_step_": _grafting,
 }
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from grng.curvature.layers import KroneckerLayer
 from grng.optim.factors import preconditioned, update_factors
 from grng.optim.fallback import ADAMW_EPS
-from grng.optim.grafting import adam_moments, grafted
-from step_lengths.watched import Watched, flat, nested
+from grng.optim.grafting import as_steps, graft, update_moments
+from step_lengths.watched import Watched, flat, nested, scaled
 
 
 class MomentumAfter(Watched):
@@ -23,8 +23,8 @@ class MomentumAfter(Watched):
 
     def _grafted_step(self, group: dict[str, Any], layers: list[KroneckerLayer]) -> None:
         params = [p for x in layers for p in x.parameters]
-        grads = flat([[g for g in x.grads() if g is not None] for x in layers])
-        _, lengths = adam_moments([self.state[p] for p in params], grads, group["betas"], ADAMW_EPS)
+        of_each, moments = [self.state[p] for p in params], (group["betas"], ADAMW_EPS)
+        lengths = update_moments(params, of_each, *moments)
         states = [self.state[x.weight] for x in layers]
         directions, _ = preconditioned(layers, states, [x.grads() for x in layers])
         averages = []
@@ -34,9 +34,8 @@ class MomentumAfter(Watched):
             average.lerp_(torch.where(torch.isfinite(d), d, average), 1 - group["betas"][0])
             averages.append(average)
         moved = nested(averages, layers)
-        final, _ = grafted(moved, nested(lengths, layers))
-        torch._foreach_mul_(final, self._trust(group, layers, moved, final))
-        self._apply(group, params, final)
+        steps = as_steps(moved, of_each, graft(moved, lengths), *moments)
+        self._move(group, layers, flat(scaled(*steps)))
 
 
 class WarmUp(Watched):

@@ -40,8 +40,7 @@ class QuadraticDirection(Watched):
             averages.append(average)
         # A run starts at the first step: what the zero start of the average takes is given back.
         final = list(torch._foreach_div(averages, 1 - group["betas"][0] ** (group["step"] + 1)))
-        torch._foreach_mul_(final, self._trust(group, layers, nested(final, layers), final))
-        self._apply(group, params, final)
+        self._move(group, layers, final)
 
     def length(
         self, group: dict[str, Any], layers: list[KroneckerLayer], directions: Steps, slope: Tensor
@@ -87,10 +86,9 @@ class QuadraticMomentum(QuadraticDirection):
         if not measured:
             mu = mu.clamp(0.0, group["betas"][0])
         final = [alpha * d + mu * o for d, o in zip(flat(directions), previous, strict=True)]
-        torch._foreach_mul_(final, self._trust(group, layers, directions, final))
         if all(bool(torch.isfinite(t).all()) for t in final):
-            torch._foreach_copy_(previous, final)
-            self._apply(group, params, final)
+            kept = self._move(group, layers, final)
+            torch._foreach_copy_(previous, [kept.to(t) * t for t in final])
 
     def coefficients(
         self, group: dict[str, Any], layers: list[KroneckerLayer], directions: Steps, old: Steps

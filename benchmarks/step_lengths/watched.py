@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """RING that notes what explains a failure, where it has statistics at hand."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,16 +31,32 @@ class Watched(RING):
         self.noted: dict[str, list[float]] = {"kept": [], "kl": [], "form_ratio": []}
 
     def _trust(
-        self, group: dict[str, Any], layers: list[KroneckerLayer], like: Steps, steps: list[Tensor]
+        self,
+        group: dict[str, Any],
+        layers: list[KroneckerLayer],
+        steps: Callable[[], tuple[Steps, list[Tensor]]],
+        squares: Tensor,
     ) -> Tensor:
-        kept = super()._trust(group, layers, like, steps)
+        kept = super()._trust(group, layers, steps, squares)
         ratio = self.state[self._all_layers[0].weight].get("fisher_ratio")
         if ratio is not None:
-            form = ratio * squared_norm(steps)
+            form = ratio * squares.sum()
             self.noted["kept"].append(float(kept))
             self.noted["kl"].append(float(0.5 * (group["lr"] * kept) ** 2 * form))
             if self._has_statistics(layers):
-                self._note_ratio(layers, nested(steps, layers), form)
+                self._note_ratio(layers, scaled(*steps()), form)
+        return kept
+
+    def _move(
+        self, group: dict[str, Any], layers: list[KroneckerLayer], steps: list[Tensor]
+    ) -> Tensor:
+        """Take steps, a tensor for each parameter at lr 1, within the trust region; return what it keeps."""
+        each = nested(steps, layers)
+        squares = torch.stack([squared_norm(step) for step in each]).double()
+        ones = list(torch.ones_like(squares).unbind())
+        lr, kept = group["lr"], self._trust(group, layers, lambda: (each, ones), squares)
+        for p, step in zip([p for x in layers for p in x.parameters], steps, strict=True):
+            p.mul_(1 - lr * group["weight_decay"]).sub_((lr * kept.to(step) * step).to(p.dtype))
         return kept
 
     def _clipped_step(self, group: dict[str, Any], layers: list[KroneckerLayer]) -> None:
@@ -79,6 +96,11 @@ def kronecker_form(
 def squared_norm(tensors: list[Tensor]) -> Tensor:
     """Sum of the squares of all elements, 0-d."""
     return torch.stack(torch._foreach_norm(tensors)).square().sum()
+
+
+def scaled(steps: Steps, factors: list[Tensor]) -> Steps:
+    """Multiply the tensors of each layer by its factor."""
+    return [[f.to(t) * t for t in step] for step, f in zip(steps, factors, strict=True)]
 
 
 def nested(tensors: list[Tensor], layers: list[KroneckerLayer]) -> Steps:

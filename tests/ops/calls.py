@@ -46,6 +46,14 @@ def _narrow(t):
     return [*outs, dots]
 
 
+def _grafting(t):
+    param, mean, square = t["param"].clone(), t["mean"].clone(), t["square"].clone()
+    norm = gk.adam_moments_(mean, square, t["grad"], step=3)
+    scale = norm / 100
+    gk.grafted_step_(param, t["direction"], mean, square, scale=scale, lr=0.1, decay=0.9, step=3)
+    return [param, mean, square, norm]
+
+
 def _inverse(method):
     def run(t):
         return list(gk.damped_inverse(t["factor"], rho=1e-2, method=method))
@@ -115,6 +123,17 @@ OPS = {
         ("auto",),
         lambda: {"grad": torch.randn(700), "score": torch.randn(700)},
         lambda t: [gk.rank1_precondition(t["grad"], t["score"], damping=0.1)],
+    ),
+    "grafting": Op(
+        ("reference", "cpu"),
+        lambda: {
+            "param": torch.randn(33, 65),
+            "mean": torch.randn(33, 65),
+            "square": torch.rand(33, 65),
+            "grad": torch.randn(33, 65),
+            "direction": torch.randn(33, 65),
+        },
+        _grafting,
     ),
 } | {
     f"kalman_update_-{likelihood}-{form}": Op(

@@ -159,6 +159,32 @@ def rank1_samples():
     )
 
 
+def moments_samples():
+    state = [torch.zeros(3, 5), torch.zeros(4)], [torch.zeros(3, 5), torch.zeros(4)]
+    grads = [torch.randn(3, 5), torch.randn(4)]
+    yield "list", (*state, grads, [1.0, 2.0], 0.9, 0.999, 1e-8)
+    yield "bf16", ([torch.zeros(4)], [torch.zeros(4)], [grads[1].bfloat16()], [1.0], 0.9, 0.99, 0.0)
+    strided = [torch.randn(5, 3).mT]
+    yield "strided", (state[0][:1], state[1][:1], strided, [1.0], 0.9, 0.99, 0.0)
+    yield "empty", ([], [], [], [], 0.9, 0.999, 1e-8)
+
+
+def grafted_samples():
+    def lists(*shapes):
+        return tuple([torch.rand(s) for s in shapes] for _ in range(4))
+
+    both = lists((3, 5), (4,))
+    numbers = (0.1, None, 0.99, None)
+    tensors = (None, torch.tensor(0.1), None, torch.tensor(0.99))
+    tail = ([1.0, 2.0], 0.9, 0.999, 1e-8)
+    scales = torch.tensor([0.5, float("nan")], dtype=torch.float64)
+    yield "list", (*both, scales, *numbers, *tail)
+    yield "tensors", (*both, scales, *tensors, *tail)
+    params, _, means, squares = lists((3, 5))
+    cut = [torch.rand(3, 6)[:, :5]]
+    yield "strided", (params, cut, means, squares, scales[:1], *numbers, [1.0], *tail[1:])
+
+
 SAMPLES = [
     pytest.param(op, arguments, id=f"{op}-{name}")
     for op, samples in {
@@ -168,6 +194,8 @@ SAMPLES = [
         "kalman_update_": kalman_samples,
         "precondition": precondition_samples,
         "rank1_precondition": rank1_samples,
+        "adam_moments_": moments_samples,
+        "grafted_step_": grafted_samples,
     }.items()
     for name, arguments in samples()
 ]
@@ -202,6 +230,10 @@ def private_samples():
             [torch.empty(0)],
         ),
     )
+    norms = torch.zeros(1, dtype=torch.float64)
+    one = tuple([torch.rand(3, 5)] for _ in range(4))
+    yield "_adam_moments_", (*one[:2], norms, one[2], [1.0], [1.0], 0.9, 0.999, 1e-8)
+    yield "_grafted_step_", (*one, [0.5], [1.0], [1.0], 0.1, 1.0, 1e-8)
     yield "_kalman_gram_", (gram, [torch.rand(9)], [torch.randn(2, 9)])
     yield "_kalman_update_", (
         [torch.randn(6)], [torch.rand(6)], torch.zeros((), dtype=torch.int32),
@@ -257,6 +289,18 @@ BAD = torch.zeros(3)
         ("_precondition_", 4, [spd(10)[::2, ::2]], "right must be a square float32 matrix with unit column"),
         ("_precondition_", 5, [torch.zeros(2)], "bias must have one element per row of grad"),
         ("_precondition_", 5, [torch.zeros(0)] * 2, "must have the same length"),
+        ("_adam_moments_", 0, [], "the lists must have the same length"),
+        ("_adam_moments_", 0, [torch.zeros(5, 3).mT], "the moments must be dense"),
+        ("_adam_moments_", 1, [torch.zeros(3, 5).double()], "the moments must be dense, float32 or float64"),
+        ("_adam_moments_", 1, [torch.zeros(6, 5)[::2]], "the moments must be dense"),
+        ("_adam_moments_", 2, torch.zeros(1), "lengths has the wrong dtype, shape or layout"),
+        ("_adam_moments_", 3, [torch.zeros(3, 4)], "grad must have the moments' layout"),
+        ("_adam_moments_", 4, [], "the lists must have the same length"),
+        ("_grafted_step_", 0, [torch.zeros(3, 4)], "param must have the moments' layout"),
+        ("_grafted_step_", 1, [torch.zeros(3, 4)], "direction must have param's shape"),
+        ("_grafted_step_", 1, [torch.zeros(3, 5).double()], "direction their dtype"),
+        ("_grafted_step_", 2, [torch.zeros(3, 5).bfloat16()], "the moments must be dense, float32"),
+        ("_grafted_step_", 4, [0.5, 0.5], "the lists must have the same length"),
         ("_kalman_gram_", 0, torch.zeros(2, 2), "gram has the wrong dtype, shape or layout"),
         ("_kalman_gram_", 0, torch.zeros(2, 3).double(), "gram has the wrong dtype, shape or layout"),
         ("_kalman_gram_", 1, [], "one jacobian per variance"),

@@ -55,7 +55,7 @@ def test_layers_that_are_sorted_into_several_calls_take_the_same_steps(name, mon
         next(calls)
         return [part for part in (list(items[::2]), list(items[1::2])) if part]
 
-    for module in ("factors", "ring", "kfac"):
+    for module in ("factors", "grafting", "kfac"):
         monkeypatch.setattr(f"grng.optim.{module}.by_device", in_turns)
     parts = train(MAKERS[name])
     assert next(calls) > 0

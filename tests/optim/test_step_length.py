@@ -13,7 +13,7 @@ from torch.func import functional_call, jvp
 from grng import RING
 from grng.curvature.layers import LinearLayer, Record
 from grng.curvature.quadratic import fisher_along, out_of_order
-from grng.optim.grafting import adam_moments, grafted
+from grng.optim.grafting import adam_steps, as_steps, graft, take_steps, update_moments
 
 
 class Small(nn.Module):
@@ -172,34 +172,60 @@ def test_moments_are_those_of_adamw():
     twin = nn.Parameter(p.detach().clone())
     adamw, state = torch.optim.AdamW([twin], lr=0.1, weight_decay=0.0), {}
     for _ in range(5):
-        grad = torch.randn_like(p)
-        twin.grad = grad
+        p.grad = twin.grad = torch.randn_like(p)
         adamw.step()
-        _, (step,) = adam_moments([state], [grad], (0.9, 0.999), 1e-8)
+        (length,) = update_moments([p], [state], (0.9, 0.999), 1e-8)
+        (step,) = adam_steps([state], (0.9, 0.999), 1e-8)
+        torch.testing.assert_close(length, step.norm(), rtol=1e-12, atol=0)
         with torch.no_grad():
             p.sub_(0.1 * step)
     torch.testing.assert_close(p, twin, rtol=1e-12, atol=0)
 
 
+def grafted_steps(directions, params):
+    """The steps that are taken, those of AdamW being the gradients' signs; and which directions served."""
+    states = [{} for _ in params]
+    lengths = update_moments(params, states, (0.9, 0.999), 1e-30)
+    found = graft([[d] for d in directions], lengths)
+    before = [p.detach().clone() for p in params]
+    with torch.no_grad():
+        moments = {"betas": (0.9, 0.999), "eps": 1e-30}
+        take_steps(params, states, directions, found.scales, lr=1.0, decay=1.0, **moments)
+    steps = [b - p.detach() for b, p in zip(before, params, strict=True)]
+    formed = as_steps([[d] for d in directions], states, found, (0.9, 0.999), 1e-30)
+    for (tensor,), factor, step in zip(*formed, steps, strict=True):
+        torch.testing.assert_close(factor.to(tensor) * tensor, step)
+    return steps, found.serves
+
+
+def moving(grad):
+    p = nn.Parameter(torch.zeros_like(grad))
+    p.grad = grad
+    return p
+
+
 def test_a_direction_without_use_gives_way_to_the_step():
-    wanted = [[torch.tensor([3.0, 4.0])] for _ in range(5)]
+    params = [moving(torch.tensor([3.0, -4.0])) for _ in range(6)]
     directions = [
-        [torch.tensor([0.0, 2.0])],
-        [torch.tensor([1e30, 0.0])],  # its square is out of range
-        [torch.tensor([float("inf"), 0.0])],
-        [torch.tensor([float("nan"), 0.0])],
-        [torch.tensor([0.0, 0.0])],
+        torch.tensor([0.0, 2.0]),
+        torch.tensor([1e30, 0.0]),  # its square is out of range
+        torch.tensor([1e-30, 0.0]),
+        torch.tensor([float("inf"), 0.0]),
+        torch.tensor([float("nan"), 0.0]),
+        torch.tensor([0.0, 0.0]),
     ]
-    steps, serves = grafted(directions, wanted)
-    assert serves.tolist() == [True, True, False, False, False]
-    torch.testing.assert_close(steps[0], torch.tensor([0.0, 5.0]))
-    torch.testing.assert_close(steps[1], torch.tensor([5.0, 0.0]))
-    for step in steps[2:]:
-        assert torch.equal(step, wanted[0][0])
+    steps, serves = grafted_steps(directions, params)
+    assert serves.tolist() == [True, True, True, False, False, False]
+    root = 2**0.5
+    torch.testing.assert_close(steps[0], torch.tensor([0.0, root]))
+    torch.testing.assert_close(steps[1], torch.tensor([root, 0.0]))
+    torch.testing.assert_close(steps[2], torch.tensor([root, 0.0]))
+    for step in steps[3:]:
+        torch.testing.assert_close(step, torch.tensor([1.0, -1.0]))
 
 
 def test_nothing_to_do_is_no_failure():
-    steps, serves = grafted([[torch.zeros(2)]], [[torch.zeros(2)]])
+    steps, serves = grafted_steps([torch.zeros(2)], [moving(torch.zeros(2))])
     assert serves.tolist() == [True]
     assert torch.equal(steps[0], torch.zeros(2))
 

@@ -13,6 +13,8 @@ import grng_kernels as kernels
 from grng.curvature.diagonal import diagonal_factor_update_
 
 SHARINGS = ("auto", "expand", "reduce")
+# Elements of a piece of an input whose scores are computed together on a CPU.
+MOST_SCORED = 2**20
 
 
 class ForwardPass(NamedTuple):
@@ -183,17 +185,21 @@ class KroneckerLayer:
         """Return ``Σ gᵀ Δ a`` over the positions of each example, fp32 or fp64 ``[examples]``."""
         # fp16 would overflow: the step need not be small.
         wide = torch.promote_types(layer_input.dtype, torch.float32)
-        rows, grad = layer_input.to(wide), output_grad.to(wide)
+        rows, grad = layer_input, output_grad
         if rows.dim() == 1:
             rows, grad = rows[None], grad[None]
         weight = self.weight_matrix(step[0].to(wide))
         bias = step[1].to(wide) if len(step) > 1 else None
-        if weight.shape[0] <= weight.shape[1]:
-            inner = torch.nn.functional.linear(rows, weight, bias) * grad
-            return inner.flatten(1).sum(1)
-        # The narrower side is formed: the output of a head over a vocabulary would be large.
-        scores = ((grad @ weight) * rows).flatten(1).sum(1)
-        return scores if bias is None else scores + (grad * bias).flatten(1).sum(1)
+        parts = 1
+        if rows.is_cpu:
+            # What is formed stays in the caches; fresh memory for all of it costs as much as the products.
+            parts = max(1, max(rows.numel(), grad.numel()) // MOST_SCORED)
+        return torch.cat(
+            [
+                _scores(r.to(wide), g.to(wide), weight, bias)
+                for r, g in zip(rows.chunk(parts), grad.chunk(parts), strict=True)
+            ]
+        )
 
     def grads(self) -> tuple[Tensor, Tensor | None]:
         """Return the gradients of weight and bias: zeros for a bias that got none, None without a bias."""
@@ -227,6 +233,15 @@ class KroneckerLayer:
     def matrix_weight(self, matrix: Tensor) -> Tensor:
         """Return ``[blocks * out, in]`` in the shape of the weight."""
         return matrix.reshape(self.weight.shape)
+
+
+def _scores(rows: Tensor, grad: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if weight.shape[0] <= weight.shape[1]:
+        inner = torch.nn.functional.linear(rows, weight, bias) * grad
+        return inner.flatten(1).sum(1)
+    # The narrower side is formed: the output of a head over a vocabulary would be large.
+    scores = ((grad @ weight) * rows).flatten(1).sum(1)
+    return scores if bias is None else scores + (grad * bias).flatten(1).sum(1)
 
 
 class LinearLayer(KroneckerLayer):

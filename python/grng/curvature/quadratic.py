@@ -15,6 +15,7 @@ def fisher_along(
     layers: Sequence[KroneckerLayer],
     records: Callable[[KroneckerLayer], list[Record]],
     steps: list[list[Tensor]],
+    factors: Sequence[Tensor] | None = None,
 ) -> Tensor | None:
     """Return ``Δᵀ F Δ`` for the step ``Δ`` of all layers, 0-d; None without statistics.
 
@@ -26,11 +27,12 @@ def fisher_along(
         layers: The layers that move.
         records: Gives the records of a layer.
         steps: For each layer the step of its parameters: weight, and bias if that moves.
+        factors: Of the step of each layer, 0-d; None: 1.
     """
     found: dict[tuple[int, int], list[Tensor]] = {}
     squares: dict[int, float] = {}
     terms: dict[int, int] = {}
-    for layer, step in zip(layers, steps, strict=True):
+    for k, (layer, step) in enumerate(zip(layers, steps, strict=True)):
         for i, record in enumerate(records(layer)):
             # Where nobody said which passes belong together, it is those of one number in their layer.
             seen_in = record.observation or -1 - i
@@ -40,6 +42,8 @@ def fisher_along(
             squares[seen_in] = 1.0 if record.sampled else float(terms[seen_in]) ** 2
             for c, grad in enumerate(record.grads(), record.first):
                 scores = layer.scores(record.layer_input, grad, step)
+                if factors is not None:
+                    scores = scores * factors[k].to(scores)
                 found.setdefault((seen_in, c), []).append(scores)
     if not found:
         return None

@@ -16,7 +16,8 @@ from grng.optim.ascent import ascending, check_maximize
 from grng.optim.checks import PreconditionerError, check_hyperparameter
 from grng.optim.devices import refuse_graph_capture
 from grng.optim.factors import SIDES, State, add_counters, factor_dtype, new_factors
-from grng.optim.fallback import adamw_step, new_moments
+from grng.optim.fallback import adamw_step
+from grng.optim.grafting import new_moments
 from grng.optim.reporting import ReportingOptimizer
 from grng.optim.strict import Strict, check_routes, check_strict, is_strict
 from grng.optim.undo import undone_on_error

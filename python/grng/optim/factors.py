@@ -358,17 +358,20 @@ def preconditioned(
     layers: list[KroneckerLayer],
     states: list[State],
     given: list[tuple[Tensor, Tensor | None]],
-) -> tuple[list[list[Tensor]], Tensor]:
+    *,
+    with_products: bool = True,
+) -> tuple[list[list[Tensor]], Tensor | None]:
     """Multiply what is shaped like weight and bias by the inverses of both sides.
 
     Args:
         layers: The layers.
         states: Their states.
         given: For each layer the tensor for its weight, and that for its bias or None.
+        with_products: Whether inner products are wanted: they are one more pass over everything.
 
     Returns:
         For each layer ``[weight, bias]`` shaped like its parameters, and the inner products of results and
-        arguments, ``[layers]``.
+        arguments, ``[layers]``, or None.
     """
     blocks: list[list[Tensor]] = [[] for _ in layers]
     dots: list[Tensor | None] = [None] * len(layers)
@@ -380,7 +383,7 @@ def preconditioned(
     for i, (layer, state, (weight, bias)) in enumerate(zip(layers, states, given, strict=True)):
         parts, ends = layer.split(weight, bias)
         if any(layer.diagonal):
-            blocks[i], dots[i] = _diagonal_product(layer, state, parts[0], ends[0])
+            blocks[i], dots[i] = _diagonal_product(layer, state, parts[0], ends[0], with_products)
             continue
         for k, (part, end) in enumerate(zip(parts, ends, strict=True)):
             block = None if layer.blocks == 1 else k
@@ -392,21 +395,27 @@ def preconditioned(
     calls = list(zip(owners, grads, lefts, rights, columns, strict=True))
     for call in by_device(calls, lambda given: given[1]):
         here, gs, ls, rs, ends = (list(column) for column in zip(*call, strict=True))
+        if not with_products:
+            for owner, result in zip(
+                here, kernels.precondition(gs, ls, rs, bias_grad=ends), strict=True
+            ):
+                blocks[owner].append(result)
+            continue
         results, products = kernels.precondition(gs, ls, rs, bias_grad=ends, return_dot=True)
         for owner, result, product in zip(here, results, products, strict=True):
             blocks[owner].append(result)
             so_far = dots[owner]
             dots[owner] = product if so_far is None else so_far + product
     directions = [layer.join(found) for layer, found in zip(layers, blocks, strict=True)]
-    return directions, stacked([d for d in dots if d is not None])
+    return directions, stacked([d for d in dots if d is not None]) if with_products else None
 
 
 def _diagonal_product(
-    layer: KroneckerLayer, state: State, part: Tensor, end: Tensor | None
-) -> tuple[list[Tensor], Tensor]:
+    layer: KroneckerLayer, state: State, part: Tensor, end: Tensor | None, with_product: bool
+) -> tuple[list[Tensor], Tensor | None]:
     left, right = state["output_inverse"], state["input_inverse"]
     grad = part if end is None else torch.cat([part, end[:, None]], 1)
     grad = grad.to(left.dtype)
     result = left[:, None] * grad if layer.diagonal[0] else left @ grad
     result = result * right if layer.diagonal[1] else result @ right
-    return [result], (result * grad).sum()
+    return [result], (result * grad).sum() if with_product else None

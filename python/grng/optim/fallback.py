@@ -4,24 +4,14 @@
 from collections.abc import MutableMapping
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from grng.optim.devices import beside
-from grng.optim.grafting import adam_moments
+from grng.optim.grafting import adam_steps, new_moments, update_moments
 
 State = dict[str, Any]
 ADAMW_BETAS, ADAMW_EPS = (0.9, 0.999), 1e-8
-
-
-def new_moments(like: Tensor, dtype: torch.dtype | None = None) -> State:
-    """Return the state of AdamW before its first step."""
-    return {
-        "step": torch.zeros((), dtype=torch.float32),
-        "exp_avg": torch.zeros_like(like, dtype=dtype),
-        "exp_avg_sq": torch.zeros_like(like, dtype=dtype),
-    }
 
 
 def adamw_step(
@@ -65,8 +55,7 @@ def _wide_step(
     betas: tuple[float, float],
 ) -> None:
     used = [states[p] for p in params]
-    grads = [cast(Tensor, p.grad).to(s["exp_avg"].dtype) for p, s in zip(params, used, strict=True)]
-    _, updates = adam_moments(used, grads, betas, ADAMW_EPS)
-    for p, update in zip(params, updates, strict=True):
+    update_moments(params, used, betas, ADAMW_EPS)
+    for p, update in zip(params, adam_steps(used, betas, ADAMW_EPS), strict=True):
         lr = beside(group["lr"], p)
         p.mul_(1 - lr * group["weight_decay"]).sub_((lr * update).to(p.dtype))

@@ -4,6 +4,8 @@
 import torch
 from torch import Tensor
 
+from grng.optim.devices import stacked
+
 
 def are_finite(tensors: list[Tensor], *, exact: bool = False) -> Tensor:
     """Return for each tensor whether all of it is finite, bool ``[tensors]`` on the device of the first.
@@ -12,7 +14,5 @@ def are_finite(tensors: list[Tensor], *, exact: bool = False) -> Tensor:
     ``exact`` does not take for infinity.
     """
     if exact:
-        flags = [torch.isfinite(t).all() for t in tensors]
-    else:
-        flags = [torch.isfinite(n) for n in torch._foreach_norm(tensors)]
-    return torch.stack([f.to(flags[0].device) for f in flags])
+        return stacked([torch.isfinite(t).all() for t in tensors])
+    return torch.isfinite(stacked(torch._foreach_norm(tensors)))

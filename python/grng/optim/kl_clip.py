@@ -33,6 +33,7 @@ def clipped_directions(
     Source: Pauloski et al. 2021, "KAISA"; Martens & Grosse 2015 for the quadratic form.
     """
     directions, products = preconditioned(layers, states, given)
+    assert products is not None, "asked for"
     form = products.sum()
     factor = torch.where(torch.isfinite(form), kl_clip(form, lr, bound), 0.0)
     for i, (state, direction) in enumerate(zip(states, directions, strict=True)):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """RING: regularised implicit natural gradient."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -12,10 +12,10 @@ from grng.curvature.layers import SHARINGS, KroneckerLayer, Record
 from grng.curvature.quadratic import fisher_along, out_of_order
 from grng.optim.base import KroneckerOptimizer
 from grng.optim.checks import check_betas, check_hyperparameter
-from grng.optim.devices import beside, by_device, scale_, stacked
+from grng.optim.devices import beside, stacked
 from grng.optim.factors import State, new_factors, preconditioned, refresh_inverses, update_factors
-from grng.optim.fallback import ADAMW_EPS, new_moments
-from grng.optim.grafting import adam_moments, grafted
+from grng.optim.fallback import ADAMW_EPS
+from grng.optim.grafting import as_steps, graft, new_moments, take_steps, update_moments
 from grng.optim.kl_clip import clipped_directions
 from grng.optim.shared_inputs import SharedInputs, copy_input_factor
 from grng.optim.strict import Strict, is_strict
@@ -303,71 +303,92 @@ class RING(KroneckerOptimizer):
 
     def _grafted_step(self, group: dict[str, Any], layers: list[KroneckerLayer]) -> None:
         used = [[p for p in x.parameters if p.grad is not None] for x in layers]
-        states = [self.state[p] for ps in used for p in ps]
-        grads = [_in_state_dtype(p) for ps in used for p in ps]
-        means, updates = adam_moments(states, grads, group["betas"], ADAMW_EPS)
-        given, steps, done = [], [], 0
-        for layer, ps in zip(layers, used, strict=True):
-            mean, step = means[done : done + len(ps)], updates[done : done + len(ps)]
-            done += len(ps)
-            bias = None
-            if layer.bias is not None:
-                # A bias that was frozen later has no part in the step.
-                bias = mean[1] if len(ps) > 1 else torch.zeros_like(layer.bias, dtype=mean[0].dtype)
-            given.append((mean[0], bias))
-            steps.append(step)
-        directions, _ = preconditioned(layers, [self.state[x.weight] for x in layers], given)
+        params = [p for ps in used for p in ps]
+        states = [self.state[p] for p in params]
+        moments = group["betas"], ADAMW_EPS
+        lengths = update_moments(params, states, *moments)
+        # The direction gets AdamW's length: no scale of the average matters, nor the correction of its bias.
+        given = [_averages(self.state, x) for x in layers]
+        directions, _ = preconditioned(
+            layers, [self.state[x.weight] for x in layers], given, with_products=False
+        )
         cut = [d[: len(ps)] for d, ps in zip(directions, used, strict=True)]
-        final, serves = grafted(cut, steps)
-        for layer, flag in zip(layers, serves.unbind(), strict=True):
-            failures = self.state[layer.weight]["direction_failures"]
-            failures += (~flag).to(failures.device)
+        found = graft(cut, lengths)
+        # Only a CPU can be asked without waiting for it.
+        if not found.serves.is_cpu or not found.serves.all():
+            for layer, flag in zip(layers, found.serves.unbind(), strict=True):
+                failures = self.state[layer.weight]["direction_failures"]
+                failures += (~flag).to(failures.device)
+        lr = group["lr"]
+        rate = lr
         if group["max_kl"] is not None:
-            trust = self._kept = self._trust(group, layers, cut, final)
-            for together in by_device(final, lambda step: step):
-                torch._foreach_mul_(together, trust.to(together[0].device))
-        self._apply(group, [p for ps in used for p in ps], final)
+            self._kept = self._trust(
+                group,
+                layers,
+                lambda: as_steps(cut, states, found, *moments),
+                found.lengths.square(),
+            )
+            rate = lr * self._kept
+        take_steps(
+            params,
+            states,
+            [d for ds in cut for d in ds],
+            found.scales,
+            lr=rate,
+            decay=1 - lr * group["weight_decay"],
+            betas=group["betas"],
+            eps=ADAMW_EPS,
+        )
 
     def _trust(
         self,
         group: dict[str, Any],
         layers: list[KroneckerLayer],
-        like: list[list[Tensor]],
-        steps: list[Tensor],
+        steps: Callable[[], tuple[list[list[Tensor]], list[Tensor]]],
+        squares: Tensor,
     ) -> Tensor:
         """The part of the step, 0-d in (0, 1], that changes the model's outputs by at most ``max_kl``.
 
         The Fisher information along the step is measured where there are statistics; between, its ratio to
         the squared length of the step is taken to stay. Layers whose statistics are missing at a refresh are
         taken to have the ratio of the others.
+
+        Args:
+            group: The group of the layers.
+            layers: The layers.
+            steps: Gives their steps at lr 1, see :func:`as_steps`; asked only where they are measured.
+            squares: Their squared lengths, fp64 ``[layers]``.
         """
-        taken = iter(steps)
-        sorted_steps = [[next(taken) for _ in d] for d in like]
-        norm = stacked(torch._foreach_norm(steps)).square().sum()
+        norm = squares.sum()
         shared = self.state[self._all_layers[0].weight]
-        found = self._capture
-        known = [i for i, x in enumerate(layers) if found.complete(x) and not found.overwritten(x)]
+        capture = self._capture
+        known = [
+            i for i, x in enumerate(layers) if capture.complete(x) and not capture.overwritten(x)
+        ]
         known = self._in_order(known, layers)
         # Between the refreshes of all, the few layers that missed the last one do not speak for the others.
-        if len(known) == len(layers) or self._refresh_due(group["step"], group["refresh_every"]):
+        if known and (
+            len(known) == len(layers) or self._refresh_due(group["step"], group["refresh_every"])
+        ):
+            tensors, factors = steps()
             form = fisher_along(
                 [layers[i] for i in known],
-                self._capture.complete,
-                [sorted_steps[i] for i in known],
+                capture.complete,
+                [tensors[i] for i in known],
+                [factors[i] for i in known],
             )
-            old = shared.get("fisher_ratio", torch.zeros_like(norm)).to(norm.device)
+            old = shared.get("fisher_ratio", torch.zeros_like(norm)).to(norm)
             if form is not None:
                 # A layer without statistics would count in the length of the step, not in its information.
                 length = norm
                 if len(known) < len(layers):
-                    measured = [step for i in known for step in sorted_steps[i]]
-                    length = stacked(torch._foreach_norm(measured)).square().sum().to(norm)
+                    length = stacked([squares[i] for i in known]).sum()
                 form = form.to(norm)
                 serves = (length > 0) & torch.isfinite(form)
                 shared["fisher_ratio"] = torch.where(serves, form / length, old)
         if "fisher_ratio" not in shared:
             return torch.ones_like(norm)
-        divergence = 0.5 * group["lr"] ** 2 * shared["fisher_ratio"].to(norm.device) * norm
+        divergence = 0.5 * group["lr"] ** 2 * shared["fisher_ratio"].to(norm) * norm
         smallest = torch.finfo(divergence.dtype).tiny
         return (group["max_kl"] / divergence.clamp(min=smallest)).sqrt().clamp(max=1.0)
 
@@ -384,18 +405,6 @@ class RING(KroneckerOptimizer):
                 above=8,
             )
         return [i for i in known if layers[i] not in strangers]
-
-    def _apply(
-        self, group: dict[str, Any], params: list[nn.Parameter], steps: list[Tensor]
-    ) -> None:
-        lr, weights = group["lr"], [p.data for p in params]
-        if isinstance(lr, Tensor) or lr * group["weight_decay"] != 0:
-            scale_(weights, 1 - lr * group["weight_decay"])
-        scale_(steps, lr)
-        narrow = [s.to(w.dtype) for s, w in zip(steps, weights, strict=True)]
-        torch._foreach_sub_(weights, narrow)
-        for p in params:
-            torch.autograd.graph.increment_version(p)
 
     def _clipped_step(self, group: dict[str, Any], layers: list[KroneckerLayer]) -> None:
         states = [self.state[x.weight] for x in layers]
@@ -420,6 +429,16 @@ def _in_state_dtype(parameter: nn.Parameter) -> Tensor:
     grad = parameter.grad
     assert grad is not None, "asked only for parameters that have a gradient"
     return grad if grad.dtype in (torch.float32, torch.float64) else grad.float()
+
+
+def _averages(state: Any, layer: KroneckerLayer) -> tuple[Tensor, Tensor | None]:
+    """The averaged gradients of weight and bias; a bias that was frozen later has no part in the step."""
+    weight = state[layer.weight]["exp_avg"]
+    if layer.bias is None:
+        return weight, None
+    if layer.bias.grad is None:
+        return weight, torch.zeros_like(layer.bias, dtype=weight.dtype)
+    return weight, state[layer.bias]["exp_avg"]
 
 
 def _grads(layer: KroneckerLayer) -> tuple[Tensor, Tensor | None]:
