@@ -193,8 +193,8 @@ class RING(KroneckerOptimizer):
         is_measured = self._step_length == "graft" and self.param_groups[0]["max_kl"] is not None
         if self._layers and is_measured:
             weight = self._all_layers[0].weight
-            ratio = torch.zeros((), dtype=torch.promote_types(weight.dtype, torch.float32))
-            self.state[weight]["fisher_ratio"] = ratio.to(weight.device)
+            ratio = torch.zeros((), dtype=torch.float64, device=weight.device)
+            self.state[weight]["fisher_ratio"] = ratio
 
     def _new_state(self, layer: KroneckerLayer) -> State:
         group = self.param_groups[0]
