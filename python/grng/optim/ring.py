@@ -219,7 +219,7 @@ class RING(KroneckerOptimizer):
             self._clipped_step(group, layers)
 
     def _planned_factors(self, layer: KroneckerLayer) -> dict[str, Any]:
-        shared = {"fisher_ratio": torch.empty((), device="meta")}
+        shared = {"fisher_ratio": torch.empty((), dtype=torch.float64, device="meta")}
         is_kept = self._step_length == "graft" and self.param_groups[0]["max_kl"] is not None
         first = is_kept and layer is self._all_layers[0]
         return {**super()._planned_factors(layer), **(shared if first else {})}
