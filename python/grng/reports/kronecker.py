@@ -104,8 +104,8 @@ def explain(subject: Subject, *, full: bool) -> Report:
             [x.name for x in subject.layers] + [_name(subject, p) for p in others]
         )
     parts: list[Grid | str] = [
-        f"{subject.owner} after {subject.step} steps: {len(subject.layers)} layers with curvature "
-        f"(kronecker), {len(others)} parameters without (adamw)"
+        f"{subject.owner} after {_many(subject.step, 'step')}: {_many(len(subject.layers), 'layer')} with "
+        f"curvature (kronecker), {_many(len(others), 'parameter')} without (adamw)"
     ]
     if any(ends):
         parts.append(f"All names are {ends[0]}…{ends[1]}")
@@ -127,6 +127,10 @@ def explain(subject: Subject, *, full: bool) -> Report:
 
 def _name(subject: Subject, parameter: nn.Parameter) -> str:
     return subject.names.get(parameter, "a parameter")
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _groups(subject: Subject, full: bool) -> list[list[KroneckerLayer]]:
