@@ -34,8 +34,9 @@ class KroneckerOptimizer(ReportingOptimizer):
     in their group, so that groups and checkpoints keep their form. Parameters that are frozen when the
     optimizer is made are in no group: a later gradient of theirs is not used, with one warning.
 
-    State per parameter, all tensors or numbers: for a layer its factors, inverses and momentum under the
-    weight; ``exp_avg``, ``exp_avg_sq``, ``step`` for AdamW. It keeps its dtype through ``load_state_dict``.
+    State per parameter, all tensors or numbers: for a layer its factors, inverses, how these came about (see
+    :mod:`grng.optim.inversions`), and momentum, under the weight; ``exp_avg``, ``exp_avg_sq``, ``step`` for
+    AdamW. It keeps its dtype through ``load_state_dict``.
 
     What a layer was fed is not copied: it must stay as it is until the step. Statistics of an input that was
     overwritten before it, as a static buffer is for the next micro-batch, are dropped, with one warning, and
