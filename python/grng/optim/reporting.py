@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from grng.curvature.layers import KroneckerLayer
 from grng.optim.factors import new_factors
 from grng.optim.watch import WatchedOptimizer
-from grng.reports.kronecker import Subject, diagnostics, explain
+from grng.reports.diagnostics import diagnostics
+from grng.reports.explain import explain
 from grng.reports.memory import MemoryEstimate, adamw_state, bytes_of, estimate
+from grng.reports.subject import Subject
 from grng.reports.text import Report
 
 

@@ -1,98 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``explain()`` and ``diagnostics()`` of the optimizers with Kronecker factors."""
+"""``explain()`` of the optimizers with Kronecker factors: tables."""
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from grng.curvature.layers import KroneckerLayer
-from grng.optim.factors import COUNTERS
 from grng.reports import names as of_names
-from grng.reports.costs import Flops, flops_of
-from grng.reports.measures import Measured, measure
-from grng.reports.memory import MemoryEstimate, bytes_of
+from grng.reports.measures import Measured
+from grng.reports.memory import bytes_of
+from grng.reports.subject import Subject, read
 from grng.reports.text import WIDTH, Grid, Report, bytes_text, count_text, shape_text
-
-SIDES = ("output", "input")
-
-
-@dataclass(frozen=True)
-class Subject:
-    """An optimizer as a report needs it.
-
-    Attributes:
-        owner: Its name.
-        layers: With curvature, those without statistics so far included.
-        curved: Those of them that have factors.
-        parameters: All that are trained.
-        reasons: Of those that AdamW trains, why.
-        names: Of the parameters.
-        states: What the state holds, or will hold, by parameter.
-        memory: What that takes.
-        leaders: For layers whose input factor is that of another layer, that layer.
-        step: Steps so far.
-        refresh_every: Steps between refreshes.
-        kept: What part of the last step was taken, 0-d; None where there was none yet.
-        kept_by: What cuts the step.
-        skipped: Steps in a row with non-finite gradients.
-        fisher: What the statistics are of.
-    """
-
-    owner: str
-    layers: Sequence[KroneckerLayer]
-    curved: Sequence[KroneckerLayer]
-    parameters: Sequence[nn.Parameter]
-    reasons: Mapping[nn.Parameter, str]
-    names: Mapping[nn.Parameter, str]
-    states: Mapping[nn.Parameter, Mapping[str, Any]]
-    memory: MemoryEstimate
-    leaders: Mapping[KroneckerLayer, KroneckerLayer]
-    step: int
-    refresh_every: int
-    kept: Tensor | None
-    kept_by: str
-    skipped: int
-    fisher: str
-
-    def others(self) -> list[nn.Parameter]:
-        """Return the parameters that AdamW trains."""
-        owned = {p for x in self.layers for p in x.parameters}
-        return [p for p in self.parameters if p not in owned]
-
-    def bytes_of(self, layer: KroneckerLayer) -> int:
-        """Return the bytes of a layer's state."""
-        return sum(bytes_of(self.states.get(p, {})) for p in layer.parameters)
-
-    def flops_of(self, layer: KroneckerLayer) -> Flops:
-        """Return the operations of a layer's curvature."""
-        return flops_of(layer, shares_input=layer in self.leaders)
-
-    def flops(self) -> Flops:
-        """Return those of all layers."""
-        found = [self.flops_of(x) for x in self.layers]
-        return Flops(
-            sum(f.row for f in found), sum(f.refresh for f in found), sum(f.step for f in found)
-        )
-
-    def age_of(self, layer: KroneckerLayer) -> int:
-        """Return how many steps the inverses of a layer have served."""
-        state = self.states[layer.weight]
-        # An older version did not say when they were made.
-        return self.step - int(state.get("inverted_at", state.get("updated_at", self.step)))
-
-
-def _measure(subject: Subject) -> tuple[dict[KroneckerLayer, Measured], float | None]:
-    """Read what the devices know: of the layers, and what part of the last step was taken."""
-    states = [subject.states[x.weight] for x in subject.curved]
-    extra = [] if subject.kept is None else [subject.kept]
-    measured, numbers = measure(subject.curved, states, extra)
-    return dict(zip(subject.curved, measured, strict=True)), numbers[0] if numbers else None
-
-
-# ---- explain ----
 
 
 def explain(subject: Subject, *, full: bool) -> Report:
@@ -112,7 +32,7 @@ def explain(subject: Subject, *, full: bool) -> Report:
     groups = _groups(subject, full)
     if groups:
         parts += ["", _route_table(subject, groups, ends), *_shared(subject, groups, ends)]
-    measured, kept = _measure(subject)
+    measured, kept = read(subject)
     if measured:
         parts += [
             "",
@@ -301,75 +221,3 @@ def _totals(subject: Subject, kept: float | None) -> list[str]:
     if subject.skipped:
         lines.append(f"Skipped: {subject.skipped} steps in a row, for non-finite gradients")
     return [*lines, f"Fisher: {subject.fisher}"]
-
-
-# ---- diagnostics ----
-
-
-def diagnostics(subject: Subject) -> dict[str, float]:
-    """Return the numbers; see :meth:`grng.optim.base.KroneckerOptimizer.diagnostics`."""
-    measured, kept = _measure(subject)
-    flops = subject.flops()
-    report: dict[str, float] = {
-        "step": subject.step,
-        "kronecker_layers": len(subject.layers),
-        "adamw_parameters": len(subject.others()),
-        "skipped_steps_in_a_row": subject.skipped,
-        "state_bytes": subject.memory.total,
-        "factor_bytes": subject.memory.factors,
-        "inverse_bytes": subject.memory.inverses,
-        "moment_bytes": subject.memory.moments,
-        "other_bytes": subject.memory.other,
-        "refresh_bytes": subject.memory.refresh,
-        "flops_per_row": flops.row,
-        "flops_per_refresh": flops.refresh,
-        "flops_per_step": flops.step,
-    }
-    if kept is not None:
-        report["step_kept"] = kept
-    for layer in subject.layers:
-        of_layer = subject.flops_of(layer)
-        report[f"{layer.name}/state_bytes"] = subject.bytes_of(layer)
-        report[f"{layer.name}/flops_per_row"] = of_layer.row
-        report[f"{layer.name}/flops_per_refresh"] = of_layer.refresh
-        report[f"{layer.name}/flops_per_step"] = of_layer.step
-    for layer, found in measured.items():
-        report.update(
-            {f"{layer.name}/{k}": v for k, v in _numbers(found, subject.age_of(layer)).items()}
-        )
-    report.update(_over_layers(report, [x.name for x in measured]))
-    return {key: float(value) for key, value in report.items()}
-
-
-def _numbers(found: Measured, age: int) -> dict[str, float]:
-    numbers: dict[str, float] = {
-        "refresh_age": age,
-        "inverse_failures_in_a_row": found.in_a_row,
-        **found.failures,
-    }
-    for i, side in enumerate(SIDES):
-        numbers[f"{side}_residual"] = found.residual[i]
-        if found.inverted[i]:
-            numbers[f"{side}_damping"] = found.damping[i]
-            numbers[f"{side}_norm"] = found.norm[i]
-            numbers[f"{side}_condition"] = found.condition[i]
-    return numbers
-
-
-def _over_layers(report: Mapping[str, float], layers: Sequence[str]) -> dict[str, float]:
-    """Return the sums and the largest of what the layers have."""
-
-    def of(*keys: str) -> list[float]:
-        return [report[f"{x}/{k}"] for x in layers for k in keys if f"{x}/{k}" in report]
-
-    totals: dict[str, float] = {counter: sum(of(counter)) for counter in COUNTERS}
-    for key, parts in (
-        ("largest_condition", ("output_condition", "input_condition")),
-        ("largest_residual", ("output_residual", "input_residual")),
-        ("largest_refresh_age", ("refresh_age",)),
-        ("inverse_failures_in_a_row", ("inverse_failures_in_a_row",)),
-    ):
-        values = of(*parts)
-        if values:
-            totals[key] = max(values)
-    return totals
