@@ -81,16 +81,19 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def _ring(model: nn.Module) -> Contender:
-    optimizer = grng.RING(model, refresh_every=REFRESH_EVERY)
-    return Contender(
-        optimizer,
-        [
-            Seam("statistics", optimizer, "_average"),
-            Seam("refresh", ring, "refresh_inverses"),
-            Seam("precondition", ring, "preconditioned"),
-        ],
-    )
+def _ring(refresh_every: int) -> Callable[[nn.Module], Contender]:
+    def make(model: nn.Module) -> Contender:
+        optimizer = grng.RING(model, refresh_every=refresh_every)
+        return Contender(
+            optimizer,
+            [
+                Seam("statistics", optimizer, "_average"),
+                Seam("refresh", ring, "refresh_inverses"),
+                Seam("precondition", ring, "preconditioned"),
+            ],
+        )
+
+    return make
 
 
 def _kfac(model: nn.Module) -> Contender:
@@ -183,11 +186,14 @@ def _shampoo(model: nn.Module) -> Contender:
 
 
 CONTENDERS: dict[str, Callable[[nn.Module], Contender]] = {
-    "RING": _ring,
+    "RING": _ring(REFRESH_EVERY),
     "KFAC": _kfac,
     "AdamW foreach": _adamw(foreach=True),
     "AdamW fused": _adamw(fused=True),
     "Muon + AdamW": _muon,
     "kfac-pytorch": _kfac_pytorch,
     "Shampoo": _shampoo,
+    "RING, refresh 1": _ring(1),
 }
+# By default, beside each other on equal terms.
+EQUAL = ("RING", "KFAC", "AdamW foreach", "AdamW fused", "Muon + AdamW", "kfac-pytorch", "Shampoo")
