@@ -6,9 +6,8 @@
 Which optimizers there are, and how to install the foreign ones: step_costs/contenders.py. They take turns
 step by step; the first refresh period is not counted. A figure is the median over the periods of the mean of
 the steps of one: cheap and dear steps are mixed as training mixes them. The backward pass of statistics
-counts as "statistics", what hooks do in the model's passes as "forward" and "backward". Memory is the peak
-over a refresh period beyond what was there before the optimizer's first step, each in a process of its own
-(Linux).
+counts as "statistics", what hooks do in the model's passes as "forward" and "backward". Memory is the peak of
+the first steps, a refresh among them, beyond what was there before, each in a process of its own (Linux).
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ from harness.environment import describe
 from harness.files import text_table
 from kalman_memory import peak_of
 from step_costs.clock import PARTS, Clock
-from step_costs.contenders import CONTENDERS, EQUAL, REFRESH_EVERY
+from step_costs.contenders import CONTENDERS, EQUAL, LARGE, REFRESH_EVERY
 from step_costs.picture import draw
-from step_costs.workloads import SMALL, WORKLOADS
+from step_costs.workloads import SLOW, SMALL, WORKLOADS
 from torch.nn.functional import cross_entropy
 
 BASE = "AdamW foreach"
@@ -126,11 +125,11 @@ def add_ratios(rows: list[dict[str, Any]]) -> None:
 
 
 def memory(workload: str, optimizer: str) -> int:
-    """Return the bytes at the peak of one refresh period, beyond those before the first step."""
+    """Return the bytes at the peak until everything was done once, beyond those before the first step."""
     training = Training(workload, optimizer)
 
     def period() -> None:
-        for _ in range(REFRESH_EVERY + 1):
+        for _ in range(training.contender.warm_up):
             training.step()
 
     return peak_of(period)
@@ -168,7 +167,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     found = argparse.ArgumentParser(description=__doc__)
     found.add_argument("--workloads", default=",".join(SMALL), help=f"of {', '.join(WORKLOADS)}")
-    found.add_argument("--optimizers", default=";".join(EQUAL), help=f"of {'; '.join(CONTENDERS)}")
+    found.add_argument("--optimizers", help=f"separated by ';', of {'; '.join(CONTENDERS)}")
     found.add_argument("--periods", type=int, default=3, help=f"of {REFRESH_EVERY} steps each")
     found.add_argument("--no-memory", action="store_true", help="do not measure the peak of memory")
     found.add_argument("--out", type=Path, help="folder for step.json and step.png")
@@ -185,7 +184,8 @@ def main() -> int:
     environment = describe(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     found = []
     for workload in options.workloads.split(","):
-        rows = measure(workload, options.optimizers.split(";"), options.periods)
+        names = options.optimizers or ";".join(LARGE if workload in SLOW else EQUAL)
+        rows = measure(workload, names.split(";"), options.periods)
         add_ratios(rows)
         for row in rows:
             if "ms" in row and not options.no_memory:

@@ -172,3 +172,4 @@ WORKLOADS = {
 }
 # What a CPU does in minutes.
 SMALL = ("mlp", "minilm-lora", "vit-s", "resnet-18")
+SLOW = ("vit-s", "resnet-18")
