@@ -1,165 +1,205 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One training step of a small net with each optimizer, in units of forward plus backward."""
+"""Where the time of a training step goes, in units of forward plus backward, beside other optimizers.
+
+``python benchmarks/bench_step.py [--workloads mlp,minilm-lora,vit-s,resnet-18] [--optimizers 'RING;KFAC;...']
+[--periods N] [--out FOLDER]`` prints a table for each workload and writes step.json and step.png.
+Which optimizers there are, and how to install the foreign ones: step_costs/contenders.py. They take turns
+step by step; the first refresh period is not counted. A figure is the median over the periods of the mean of
+the steps of one: cheap and dear steps are mixed as training mixes them. The backward pass of statistics
+counts as "statistics", what hooks do in the model's passes as "forward" and "backward". Memory is the peak of
+the first steps, a refresh among them, beyond what was there before, each in a process of its own (Linux).
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
+import argparse
+import functools
+import json
+import statistics
+import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
-from harness import cli
-from harness.case import Bench, Case, Contender, Outputs, Plan, Role, relative_error
+from harness.environment import describe
 from harness.files import text_table
-from harness.row import Row
-from torch import Tensor, nn
+from kalman_memory import peak_of
+from step_costs.clock import PARTS, Clock
+from step_costs.contenders import CONTENDERS, EQUAL, LARGE, REFRESH_EVERY
+from step_costs.picture import draw
+from step_costs.workloads import SLOW, SMALL, WORKLOADS
 from torch.nn.functional import cross_entropy
 
-SIZES = (784, 256, 256, 10)
-# Two refresh periods of RING's default: a sample mixes cheap and dear steps as training does.
-STEPS = 20
-BASE = "forward, backward"
-LIMIT = 1e-5
-MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
+BASE = "AdamW foreach"
 
 
-def _model(device: torch.device) -> nn.Sequential:
-    torch.manual_seed(0)
-    layers: list[nn.Module] = []
-    for fan_in, fan_out in itertools.pairwise(SIZES):
-        layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
-    return nn.Sequential(*layers[:-1]).to(device)
+class Training:
+    """A model and its optimizer."""
+
+    def __init__(self, workload: str, optimizer: str) -> None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model, self._x, self._y = WORKLOADS[workload].make(device)
+        self._clock = Clock(device)
+        self._autocast = functools.partial(
+            torch.autocast, device.type, torch.bfloat16, enabled=WORKLOADS[workload].autocast
+        )
+        self.contender = CONTENDERS[optimizer](self.model)
+
+    def step(self) -> dict[str, float]:
+        """Make one training step; return the seconds of its parts.
+
+        Raises:
+            RuntimeError: The loss is not finite.
+        """
+        clock, contender = self._clock, self.contender
+        with clock.watching(contender.seams):
+            with clock.part("update"):
+                contender.optimizer.zero_grad()
+            with clock.part("forward"), self._autocast():
+                logits = self.model(self._x).float()
+            if contender.observe is not None:
+                contender.observe(logits)
+            with clock.part("backward"):
+                loss = cross_entropy(logits, self._y)
+                loss.backward()  # type: ignore[no-untyped-call]
+            with clock.part("update"):
+                contender.step()
+        if not bool(torch.isfinite(loss.detach())):
+            raise RuntimeError("the loss is not finite")
+        return clock.take()
 
 
-def _batch(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator(device).manual_seed(1)
-    x = torch.empty(size, SIZES[0], device=device).normal_(generator=generator)
-    teacher = torch.empty(SIZES[0], SIZES[-1], device=device).normal_(generator=generator)
-    return x, (x @ teacher).argmax(dim=1)
+def measure(workload: str, names: list[str], periods: int) -> list[dict[str, Any]]:
+    """Return one row for each optimizer: ms of each part, and of the whole."""
+    trainings, problems = {}, {}
+    for name in names:
+        try:
+            trainings[name] = Training(workload, name)
+            trainings[name].step()
+        except Exception as failure:
+            trainings.pop(name, None)
+            problems[name] = f"{type(failure).__name__}: {str(failure).strip().splitlines()[0]}"
+    for _ in range(REFRESH_EVERY - 1):
+        for training in trainings.values():
+            training.step()
+    samples: dict[str, list[dict[str, float]]] = {name: [] for name in trainings}
+    for _ in range(periods * REFRESH_EVERY):
+        for name, training in trainings.items():
+            samples[name].append(training.step())
+    rows = []
+    for name in names:
+        row: dict[str, Any] = {"workload": workload, "optimizer": name}
+        if name in problems:
+            rows.append({**row, "problem": problems[name]})
+            continue
+        means = [
+            {p: statistics.mean(s[p] for s in chunk) * 1e3 for p in PARTS}
+            for chunk in _chunks(samples[name])
+        ]
+        row["ms"] = {p: statistics.median(mean[p] for mean in means) for p in PARTS}
+        totals = [sum(mean.values()) for mean in means]
+        row["step_ms"], row["spread_ms"] = (
+            statistics.median(totals),
+            max(totals) - min(totals),
+        )
+        row["state_mb"] = trainings[name].contender.state_bytes() / 1e6
+        rows.append(row)
+    return rows
 
 
-class _Training:
-    """A model, its optimizer and one step of both."""
-
-    def __init__(self, make: MakeOptimizer | None, x: Tensor, y: Tensor) -> None:
-        """Args: make: builds the optimizer; None measures forward and backward alone."""
-        self._make, self._x, self._y = make, x, y
-        self.restart()
-
-    def restart(self) -> None:
-        self._net = _model(self._x.device)
-        self._optimizer = self._make(self._net) if self._make else None
-        self._observe = getattr(self._optimizer, "observe", None)
-
-    def step(self) -> Outputs:
-        self._net.zero_grad(set_to_none=True)
-        logits = self._net(self._x)
-        if self._observe is not None:
-            self._observe(logits)
-        loss = cross_entropy(logits, self._y)
-        loss.backward()  # type: ignore[no-untyped-call]
-        if self._optimizer is not None:
-            self._optimizer.step()
-        return [loss.detach()]
-
-    def learns(self) -> bool:
-        """Return whether the loss falls over one sample's worth of steps; starts anew."""
-        losses = [float(self.step()[0]) for _ in range(STEPS + 1)]
-        self.restart()
-        return losses[-1] < losses[0]
+def _chunks(samples: list[dict[str, float]]) -> list[list[dict[str, float]]]:
+    return [samples[i : i + REFRESH_EVERY] for i in range(0, len(samples), REFRESH_EVERY)]
 
 
-def _contender(
-    name: str, backend: str, role: Role, make: MakeOptimizer | None, x: Tensor, y: Tensor
-) -> Contender:
-    training: list[_Training] = []
-
-    def call() -> Outputs:
-        return training[0].step()
-
-    def reset() -> None:
-        if training:
-            training[0].restart()
-            return
-        training.append(_Training(make, x, y))
-        if make is not None and not training[0].learns():
-            raise RuntimeError(f"the loss did not fall in {STEPS} steps")
-
-    return Contender(name, backend, role, call, reset)
-
-
-def _ring(model: nn.Module) -> torch.optim.Optimizer:
-    import grng
-
-    ring: MakeOptimizer | None = getattr(grng, "RING", None)
-    if ring is None:
-        raise RuntimeError("grng.RING is not part of this installation")
-    return ring(model)
-
-
-def _adamw(**options: bool) -> MakeOptimizer:
-    return lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3, **options)  # type: ignore[arg-type]
-
-
-def _sgd(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, foreach=True)
-
-
-def _case(plan: Plan, size: int) -> Case:
-    x, y = _batch(size, plan.device)
-    expected = cross_entropy(_model(plan.device).double()(x.double()), y).detach()
-    parameters = sum((a + 1) * b for a, b in itertools.pairwise(SIZES))
-    return Case(
-        op="step",
-        shape=f"mlp-fashion batch {size}",
-        dims={"layers": list(SIZES), "batch": size, "parameters": parameters},
-        dtype="float32",
-        bytes=12.0 * parameters,
-        flops=6.0 * parameters * size,
-        error=relative_error([expected]),
-        limit=LIMIT,
-        contenders=[
-            _contender(BASE, "torch", "yardstick", None, x, y),
-            _contender("grng.RING", "grng", "ours", _ring, x, y),
-            _contender("AdamW foreach", "torch", "rival", _adamw(foreach=True), x, y),
-            _contender("AdamW fused", "torch", "rival", _adamw(fused=True), x, y),
-            _contender("SGD momentum", "torch", "yardstick", _sgd, x, y),
-        ],
-        modes=("eager",),
-        repetitions=STEPS,
-        notes=(
-            f"mean of {STEPS} consecutive steps; error: of the first loss; "
-            "roofline: forward and backward only",
-        ),
-    )
-
-
-def cases(plan: Plan) -> Iterator[Case]:
-    """Yield every case of the plan; ``sizes`` are batch sizes."""
-    for size in plan.sizes or ((64,) if plan.quick else (256,)):
-        yield _case(plan, size)
-
-
-def in_units(rows: Sequence[Row]) -> tuple[list[Row], str]:
-    """Return rows with ``forward_backward_units`` among their dims, and a table of them."""
-    base = {row.shape: row.p50_ms for row in rows if row.provider == BASE}
-    done, lines = [], []
+def add_ratios(rows: list[dict[str, Any]]) -> None:
+    """Add what each step is in units of the base's forward and backward, and of the base's step."""
+    base = next((r for r in rows if r["optimizer"] == BASE and "ms" in r), None)
+    if base is None:
+        return
+    unit = base["ms"]["forward"] + base["ms"]["backward"]
     for row in rows:
-        unit, ms = base.get(row.shape), row.p50_ms
-        if ms is not None and unit:
-            row = dataclasses.replace(row, dims={**row.dims, "forward_backward_units": ms / unit})
-            share = f"{ms / unit:.2f}"
-            lines.append((row.provider, f"{ms:.3f}", share, f"{ms - unit:.3f}"))
-        else:
-            lines.append((row.provider, "-", "-", "; ".join(row.notes[-1:])))
-        done.append(row)
-    return done, text_table(
-        ("optimizer", "ms per step", "forward+backward units", "optimizer's part, ms"), lines
-    )
+        if "ms" in row:
+            row["units"] = {p: ms / unit for p, ms in row["ms"].items()}
+            row["step_per_adamw_step"] = row["step_ms"] / base["step_ms"]
 
 
-BENCH = Bench("step", "one training step, 784-256-256-10", cases, finish=in_units)
+def memory(workload: str, optimizer: str) -> int:
+    """Return the bytes at the peak until everything was done once, beyond those before the first step."""
+    training = Training(workload, optimizer)
+
+    def period() -> None:
+        for _ in range(training.contender.warm_up):
+            training.step()
+
+    return peak_of(period)
+
+
+def _peak_mb(workload: str, optimizer: str) -> float:
+    command = [sys.executable, *sys.argv, "--memory", workload, optimizer]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return int(done.stdout.split()[-1]) / 1e6
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return the rows as text."""
+    head = ("optimizer", "ms", *PARTS, "of AdamW", "state MB", "peak MB")
+    lines = []
+    for row in rows:
+        if "problem" in row:
+            lines.append((row["optimizer"], row["problem"], *[""] * (len(head) - 2)))
+            continue
+        units = row.get("units", {})
+        lines.append(
+            (
+                row["optimizer"],
+                f"{row['step_ms']:.1f}",
+                *(f"{units[p]:.3f}" if units else "-" for p in PARTS),
+                f"{row['step_per_adamw_step']:.2f}" if units else "-",
+                f"{row['state_mb']:.1f}",
+                f"{row['peak_mb']:.0f}" if "peak_mb" in row else "-",
+            )
+        )
+    return text_table(head, lines)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    found = argparse.ArgumentParser(description=__doc__)
+    found.add_argument("--workloads", default=",".join(SMALL), help=f"of {', '.join(WORKLOADS)}")
+    found.add_argument("--optimizers", help=f"separated by ';', of {'; '.join(CONTENDERS)}")
+    found.add_argument("--periods", type=int, default=3, help=f"of {REFRESH_EVERY} steps each")
+    found.add_argument("--no-memory", action="store_true", help="do not measure the peak of memory")
+    found.add_argument("--out", type=Path, help="folder for step.json and step.png")
+    found.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)
+    return found
+
+
+def main() -> int:
+    """Measure what was asked for."""
+    options = parser().parse_args()
+    if options.memory:
+        print(memory(*options.memory))
+        return 0
+    environment = describe(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    found = []
+    for workload in options.workloads.split(","):
+        names = options.optimizers or ";".join(LARGE if workload in SLOW else EQUAL)
+        rows = measure(workload, names.split(";"), options.periods)
+        add_ratios(rows)
+        for row in rows:
+            if "ms" in row and not options.no_memory:
+                row["peak_mb"] = _peak_mb(workload, row["optimizer"])
+        found += rows
+        print(f"{WORKLOADS[workload].title}; parts in units of AdamW's forward + backward")
+        print(table(rows), flush=True)
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"environment": environment, "rows": found}, indent=2) + "\n"
+        (options.out / "step.json").write_text(text, encoding="utf-8")
+        draw(found, {name: w.title for name, w in WORKLOADS.items()}, options.out / "step.png")
+    return 0
+
 
 if __name__ == "__main__":
-    sys.exit(cli.main(BENCH))
+    sys.exit(main())

@@ -169,6 +169,12 @@ def _bench(ops: str, budget_s: int, *more: str) -> Command:
     return command
 
 
+def _step(context: Context) -> list[str]:
+    optimizers = "RING;RING, refresh 1;AdamW foreach;AdamW fused"
+    arguments = ["--workloads", "mlp,vit-b-lora", "--optimizers", optimizers, "--no-memory"]
+    return _script("bench_step.py", *arguments, "--out", str(context.folder))
+
+
 STAGES = (
     Stage("machine", 35, _machine),
     Stage("build", 80, _build),
@@ -176,8 +182,10 @@ STAGES = (
     Stage("gpu tests", 70, _tests),
     Stage("memcheck", 45, _sanitize("memcheck"), uncached=True),
     Stage("factors", 70, _bench("kron_factor", 50, "--sizes", "64,256,768,3072")),
-    Stage("other ops", 90, _bench("kalman_update,damped_inverse,precondition,rank_one", 14)),
-    Stage("step", 25, _bench("step", 15)),
+    Stage(
+        "other ops", 90, _bench("kalman_update,damped_inverse,precondition,rank_one,grafting", 14)
+    ),
+    Stage("step", 25, _step),
     Stage("racecheck", 35, _sanitize("racecheck"), uncached=True),
     Stage("initcheck", 35, _sanitize("initcheck"), uncached=True),
 )

@@ -13,7 +13,6 @@ import bench_kron_factor
 import bench_kron_factor_conv2d
 import bench_precondition
 import bench_rank_one
-import bench_step
 from harness import cli
 
 BENCHES = {
@@ -26,7 +25,6 @@ BENCHES = {
         bench_precondition,
         bench_rank_one,
         bench_grafting,
-        bench_step,
     )
 }
 

@@ -9,6 +9,7 @@ kfac-pytorch and Distributed Shampoo are imported if they are installed; they ar
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -32,6 +33,7 @@ class Contender:
         step: Makes a step after the backward pass.
         seams: Functions that do statistics, refresh and preconditioning; the rest of a step is "update".
         state_bytes: Returns the bytes that it keeps between steps.
+        warm_up: Steps after which it has done everything once.
     """
 
     def __init__(
@@ -40,10 +42,11 @@ class Contender:
         seams: list[Seam] | None = None,
         before: Callable[[], None] | None = None,
         further_bytes: Callable[[], int] | None = None,
+        warm_up: int = 2,
     ) -> None:
         """Args: before: called in front of the step; further_bytes: of state outside of the optimizer's."""
         self.optimizer, self.seams = optimizer, seams or []
-        self._before, self._further_bytes = before, further_bytes
+        self._before, self._further_bytes, self.warm_up = before, further_bytes, warm_up
         self.observe = getattr(optimizer, "observe", None)
         if self.observe is not None:
             self.seams.append(Seam("statistics", self, "observe"))
@@ -81,16 +84,19 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def _ring(model: nn.Module) -> Contender:
-    optimizer = grng.RING(model, refresh_every=REFRESH_EVERY)
-    return Contender(
-        optimizer,
-        [
-            Seam("statistics", optimizer, "_average"),
-            Seam("refresh", ring, "refresh_inverses"),
-            Seam("precondition", ring, "preconditioned"),
-        ],
-    )
+def _ring(refresh_every: int) -> Callable[[nn.Module], Contender]:
+    def make(model: nn.Module) -> Contender:
+        optimizer = grng.RING(model, refresh_every=refresh_every)
+        return Contender(
+            optimizer,
+            [
+                Seam("statistics", optimizer, "_average"),
+                Seam("refresh", ring, "refresh_inverses"),
+                Seam("precondition", ring, "preconditioned"),
+            ],
+        )
+
+    return make
 
 
 def _kfac(model: nn.Module) -> Contender:
@@ -138,13 +144,13 @@ def _muon(model: nn.Module) -> Contender:
     return Contender(_MuonAndAdamW(model))
 
 
-def _kfac_pytorch(model: nn.Module) -> Contender:
+def _kfac_pytorch(model: nn.Module, refresh_every: int = REFRESH_EVERY) -> Contender:
     kfac_preconditioner = importlib.import_module("kfac.preconditioner")
     inverse = importlib.import_module("kfac.layers.inverse").KFACInverseLayer
     preconditioner = kfac_preconditioner.KFACPreconditioner(
         model,
-        factor_update_steps=REFRESH_EVERY,
-        inv_update_steps=REFRESH_EVERY,
+        factor_update_steps=refresh_every,
+        inv_update_steps=refresh_every,
         compute_method="inverse",
     )
     seams = [
@@ -179,15 +185,20 @@ def _shampoo(model: nn.Module) -> Contender:
         start_preconditioning_step=REFRESH_EVERY,
         grafting_config=package.AdamPreconditionerConfig(beta2=0.999, epsilon=1e-8),
     )
-    return Contender(optimizer)
+    return Contender(optimizer, warm_up=REFRESH_EVERY + 1)
 
 
 CONTENDERS: dict[str, Callable[[nn.Module], Contender]] = {
-    "RING": _ring,
+    "RING": _ring(REFRESH_EVERY),
     "KFAC": _kfac,
     "AdamW foreach": _adamw(foreach=True),
     "AdamW fused": _adamw(fused=True),
     "Muon + AdamW": _muon,
     "kfac-pytorch": _kfac_pytorch,
     "Shampoo": _shampoo,
+    "RING, refresh 1": _ring(1),
+    "kfac-pytorch, refresh 1": functools.partial(_kfac_pytorch, refresh_every=1),
 }
+# By default, beside each other on equal terms; the large models without those that take minutes for a step.
+EQUAL = ("RING", "KFAC", "AdamW foreach", "AdamW fused", "Muon + AdamW", "kfac-pytorch", "Shampoo")
+LARGE = ("RING", "KFAC", "AdamW foreach", "AdamW fused", "Muon + AdamW", "kfac-pytorch")

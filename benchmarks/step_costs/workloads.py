@@ -29,6 +29,7 @@ class Workload:
         draw: Makes the inputs from a generator.
         batch: Examples.
         classes: Of the labels.
+        autocast: Whether the model computes in bf16.
     """
 
     title: str
@@ -36,6 +37,7 @@ class Workload:
     draw: Callable[[torch.Generator], Tensor]
     batch: int
     classes: int
+    autocast: bool = False
 
     def make(self, device: torch.device) -> tuple[nn.Module, Tensor, Tensor]:
         """Return the model, its inputs and labels; the same at every call."""
@@ -106,6 +108,34 @@ def resnet18(classes: int) -> nn.Module:
     )
 
 
+class LoraLinear(nn.Module):
+    """A frozen linear layer and the product of two narrow ones (Hu et al. 2022)."""
+
+    def __init__(self, frozen: nn.Linear, rank: int) -> None:
+        """Args: frozen: keeps its weights; rank: of what is added."""
+        super().__init__()
+        self.frozen = frozen.requires_grad_(False)
+        self.a = nn.Linear(frozen.in_features, rank, bias=False)
+        # Not zero as at the start of training: A would have no gradient.
+        self.b = nn.Linear(rank, frozen.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The sum of both."""
+        whole: Tensor = self.frozen(x) + 2.0 * self.b(self.a(x))
+        return whole
+
+
+def vit_lora(width: int, depth: int, heads: int, rank: int, classes: int) -> nn.Module:
+    """Return a vision transformer for 224 x 224 with LoRA in its attention and a head; the rest is frozen."""
+    model = VisionTransformer(224, 16, width, depth, heads, 4, classes).requires_grad_(False)
+    for block in model.blocks:
+        attention: Any = block.attention
+        attention.qkv = LoraLinear(attention.qkv, rank)
+        attention.proj = LoraLinear(attention.proj, rank)
+    model.head.requires_grad_(True)
+    return model
+
+
 WORKLOADS = {
     "mlp": Workload(
         "MLP 784-256-256-10, batch 256", lambda: mlp(784, 256, 256, 10), _normal(256, 784), 256, 10
@@ -131,4 +161,15 @@ WORKLOADS = {
         32,
         200,
     ),
+    "vit-b-lora": Workload(
+        "ViT-B/16 + LoRA r 16, batch 64 x 196 patches, bf16",
+        lambda: vit_lora(768, 12, 12, 16, 100),
+        _normal(64, 224 * 224),
+        64,
+        100,
+        autocast=True,
+    ),
 }
+# What a CPU does in minutes.
+SMALL = ("mlp", "minilm-lora", "vit-s", "resnet-18")
+SLOW = ("vit-s", "resnet-18")
