@@ -142,7 +142,7 @@ def _check_betas(op: str, betas: tuple[float, float]) -> None:
 
 
 def _steps(op: str, step: float | Sequence[float], count: int) -> list[float]:
-    steps = list(step) if isinstance(step, (list, tuple)) else [step] * count
+    steps: list[float] = [step] * count if isinstance(step, (int, float)) else list(step)
     if len(steps) != count:
         raise ValueError(
             f"{op}: step must be one number or one for each item, got {len(steps)} for {count}"

@@ -97,8 +97,8 @@ def graft(directions: list[list[Tensor]], lengths: Tensor) -> Graft:
     wanted = _per_layer(list(lengths.unbind()), sizes)
     serves = (torch.isfinite(norms) & (norms > 0)) | (wanted == 0)
     scales = torch.where(norms > 0, wanted / norms, 0.0)
-    scales = torch.where(serves, scales, torch.nan).unbind()
-    each = [scale for scale, n in zip(scales, sizes, strict=True) for _ in range(n)]
+    chosen = torch.where(serves, scales, torch.nan).unbind()
+    each = [scale for scale, n in zip(chosen, sizes, strict=True) for _ in range(n)]
     return Graft(stacked(each), serves, wanted)
 
 
