@@ -70,7 +70,9 @@ class Training:
         return clock.take()
 
 
-def measure(workload: str, names: list[str], periods: int) -> list[dict[str, Any]]:
+def measure(
+    workload: str, names: list[str], periods: int, period: int = REFRESH_EVERY
+) -> list[dict[str, Any]]:
     """Return one row for each optimizer: ms of each part, and of the whole."""
     trainings, problems = {}, {}
     for name in names:
@@ -80,11 +82,11 @@ def measure(workload: str, names: list[str], periods: int) -> list[dict[str, Any
         except Exception as failure:
             trainings.pop(name, None)
             problems[name] = f"{type(failure).__name__}: {str(failure).strip().splitlines()[0]}"
-    for _ in range(REFRESH_EVERY - 1):
+    for _ in range(period - 1):
         for training in trainings.values():
             training.step()
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in trainings}
-    for _ in range(periods * REFRESH_EVERY):
+    for _ in range(periods * period):
         for name, training in trainings.items():
             samples[name].append(training.step())
     rows = []
@@ -95,7 +97,7 @@ def measure(workload: str, names: list[str], periods: int) -> list[dict[str, Any
             continue
         means = [
             {p: statistics.mean(s[p] for s in chunk) * 1e3 for p in PARTS}
-            for chunk in _chunks(samples[name])
+            for chunk in _chunks(samples[name], period)
         ]
         row["ms"] = {p: statistics.median(mean[p] for mean in means) for p in PARTS}
         totals = [sum(mean.values()) for mean in means]
@@ -108,8 +110,8 @@ def measure(workload: str, names: list[str], periods: int) -> list[dict[str, Any
     return rows
 
 
-def _chunks(samples: list[dict[str, float]]) -> list[list[dict[str, float]]]:
-    return [samples[i : i + REFRESH_EVERY] for i in range(0, len(samples), REFRESH_EVERY)]
+def _chunks(samples: list[dict[str, float]], size: int) -> list[list[dict[str, float]]]:
+    return [samples[i : i + size] for i in range(0, len(samples), size)]
 
 
 def add_ratios(rows: list[dict[str, Any]]) -> None:
@@ -168,7 +170,8 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=__doc__)
     found.add_argument("--workloads", default=",".join(SMALL), help=f"of {', '.join(WORKLOADS)}")
     found.add_argument("--optimizers", help=f"separated by ';', of {'; '.join(CONTENDERS)}")
-    found.add_argument("--periods", type=int, default=3, help=f"of {REFRESH_EVERY} steps each")
+    found.add_argument("--periods", type=int, default=2, help="to take the median of")
+    found.add_argument("--period", type=int, default=REFRESH_EVERY, help="steps of one")
     found.add_argument("--no-memory", action="store_true", help="do not measure the peak of memory")
     found.add_argument("--out", type=Path, help="folder for step.json and step.png")
     found.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)
@@ -185,7 +188,7 @@ def main() -> int:
     found = []
     for workload in options.workloads.split(","):
         names = options.optimizers or ";".join(LARGE if workload in SLOW else EQUAL)
-        rows = measure(workload, names.split(";"), options.periods)
+        rows = measure(workload, names.split(";"), options.periods, options.period)
         add_ratios(rows)
         for row in rows:
             if "ms" in row and not options.no_memory:
