@@ -14,6 +14,7 @@ import torch
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import profile_step  # noqa: E402
 from step_costs import contenders, workloads  # noqa: E402
 from step_costs.clock import PARTS, Clock, Seam  # noqa: E402
 
@@ -97,6 +98,14 @@ def test_all_models_can_be_built_and_run():
         "head.weight",
         "head.bias",
     }
+
+
+def test_profile_tells_refreshes_from_other_steps():
+    text = profile_step.section("mlp")
+    between, at_refresh = text.split("at a refresh")
+    assert "grng::_adam_moments_" in between
+    assert "_damped_inverse_" in at_refresh
+    assert "_damped_inverse_" not in between
 
 
 def test_quick_run_writes_table_json_and_picture(tmp_path):
