@@ -245,7 +245,7 @@ class KroneckerOptimizer(ReportingOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        elif not any(self._capture.records.values()) and self._rehearse_if_asked():
+        elif not self._capture.has_passed() and self._rehearse_if_asked():
             return None
         self._drop_rehearsal()
         self._check_places()
