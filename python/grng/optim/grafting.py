@@ -95,7 +95,7 @@ def graft(directions: list[list[Tensor]], lengths: Tensor) -> Graft:
     sizes = [len(d) for d in directions]
     norms = _per_layer(_norms([t for d in directions for t in d]), sizes)
     wanted = _per_layer(list(lengths.unbind()), sizes)
-    serves = (torch.isfinite(norms) & (norms > 0)) | (wanted == 0)
+    serves = torch.isfinite(norms) & ((norms > 0) | (wanted == 0))
     scales = torch.where(norms > 0, wanted / norms, 0.0)
     chosen = torch.where(serves, scales, torch.nan).unbind()
     each = [scale for scale, n in zip(chosen, sizes, strict=True) for _ in range(n)]
