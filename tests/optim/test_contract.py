@@ -2,9 +2,11 @@
 """The contract of ``torch.optim``, for every class with a model: what surrounds a step, what is loaded."""
 
 import copy
+import functools
 import io
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -19,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import lr_scheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from grng.optim import fallback
 from tests.optim.training import (
     EACH,
     GRADIENT,
@@ -589,6 +592,57 @@ def test_a_state_goes_where_the_parameters_are(name):
                 assert value.device.type == ("cpu" if key == "step" else "meta")
 
 
+@gradient
+def test_a_schedule_may_make_numbers_of_numpy(name):
+    # Of a Python float and its fp32 numpy makes fp32, which is no float.
+    results = []
+    for number in (float, np.float32):
+        way, model, opt = run(name, lr=number(0.125))
+        scheduler = lr_scheduler.LambdaLR(opt, lambda k, number=number: number(0.5) ** k)
+        for k in range(3):
+            train(way, model, opt, [k])
+            scheduler.step()
+        results.append(values(model))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+# ---- parameters of other kinds ----
+
+
+@pytest.mark.parametrize("name", ["RING", "RENG"])
+def test_weights_that_are_columns_of_one_matrix_take_the_steps_of_weights_that_are_not(name):
+    results = []
+    for apart in (False, True):
+        way, model = WAYS[name], new_net()
+        whole = torch.cat([model.q.weight, model.k.weight], 1).detach()
+        for layer, part in zip((model.q, model.k), whole.chunk(2, 1), strict=True):
+            layer.weight = nn.Parameter(part.clone() if apart else part)
+        train(way, model, way(model), range(6))
+        results.append(values(model))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_complex_parameters_are_trained_as_by_adamw_on_the_route_of_gpus(monkeypatch):
+    # With foreach, which is torch's choice on a GPU only.
+    adamw = functools.partial(fallback.adamw, foreach=True)
+    monkeypatch.setattr(fallback, "adamw", adamw)
+
+    def trained(make):
+        torch.manual_seed(0)
+        p = nn.Parameter(torch.randn(3, dtype=torch.complex64))
+        opt = make([p])
+        for number in range(3):
+            p.grad = torch.randn(3, dtype=torch.complex64) * (1 + number)
+            opt.step()
+        return p.detach()
+
+    want = trained(lambda params: torch.optim.AdamW(params, lr=0.1))
+    got = trained(lambda params: quietly(WAYS["RING"].make, params, lr=0.1))
+    torch.testing.assert_close(got, want)
+
+
 # ---- distributed checkpoints ----
 
 
@@ -656,6 +710,25 @@ def test_an_optimizer_that_was_asked_for_its_state_before_the_first_step_goes_on
         train(way, m, o, range(5))
         assert same(values(model), values(m))
         assert same_state(opt.state_dict(), o.state_dict())
+
+
+@pytest.mark.parametrize("goes_back", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("name", KRONECKER)
+def test_a_model_that_was_tried_out_is_asked_for_its_state_as_one_that_was_not(name, goes_back):
+    # By a summary, the compiler, a search for the batch size: before a checkpoint is read.
+    way, model, opt = run(name)
+    train(way, model, opt, range(6))
+    _, twin, other = run(name)
+    out = twin(batch(0)[0])
+    if goes_back:
+        out.sum().backward()
+        other.zero_grad()
+    form = get_optimizer_state_dict(twin, other)
+    assert other.param_groups[0]["step"] == 0
+    asked = get_optimizer_state_dict(model, opt)
+    assert {k: set(v) for k, v in form["state"].items()} == {
+        k: set(v) for k, v in asked["state"].items()
+    }
 
 
 @pytest.mark.parametrize("how", ["nested", "flat", "plain"])

@@ -15,6 +15,7 @@ from tests.optim.training import (
     EACH,
     GRADIENT,
     KALMAN,
+    KRONECKER,
     WAYS,
     backward,
     batch,
@@ -354,3 +355,33 @@ def test_after_a_kernel_without_memory_another_batch_may_come(kernel, call, name
     train(way, model, opt, range(13, 16))
     train(way, plain, reference, range(13, 16))
     assert same_state(snapshot(plain, reference), snapshot(model, opt))
+
+
+@pytest.mark.parametrize("steps", [0, 12])
+@pytest.mark.parametrize("name", KRONECKER)
+def test_where_adamw_finds_no_memory_the_layers_have_made_their_step(name, steps, monkeypatch):
+    way, model, opt = run(name)
+    train(way, model, opt, range(steps))
+    plain, reference = copy.deepcopy((model, opt))
+    backward(way, model, opt, steps)
+
+    def fails(*args, **kwargs):
+        raise torch.OutOfMemoryError("no memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("grng.optim.fallback.adamw", fails)
+        with pytest.raises(torch.OutOfMemoryError):
+            opt.step()
+    opt.zero_grad()
+    backward(way, plain, reference, steps)
+    plain.norm.zero_grad()
+    reference.step()
+    reference.zero_grad()
+    assert same(values(plain), values(model))
+    layers = [p for n, p in model.named_parameters() if not n.startswith("norm")]
+    others = [p for n, p in plain.named_parameters() if not n.startswith("norm")]
+    assert same_state([opt.state[p] for p in layers], [reference.state[p] for p in others])
+    assert opt.param_groups[0]["step"] == reference.param_groups[0]["step"]
+    train(way, model, opt, range(steps + 1, steps + 4))
+    train(way, plain, reference, range(steps + 1, steps + 4))
+    assert same(values(plain), values(model))

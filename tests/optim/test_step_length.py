@@ -224,6 +224,13 @@ def test_a_direction_without_use_gives_way_to_the_step():
         torch.testing.assert_close(step, torch.tensor([1.0, -1.0]))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_direction_that_is_not_finite_is_not_taken_where_there_is_no_step_either(value):
+    steps, serves = grafted_steps([torch.full((2,), value)], [moving(torch.zeros(2))])
+    assert serves.tolist() == [False]
+    assert torch.equal(steps[0], torch.zeros(2))
+
+
 def test_nothing_to_do_is_no_failure():
     steps, serves = grafted_steps([torch.zeros(2)], [moving(torch.zeros(2))])
     assert serves.tolist() == [True]

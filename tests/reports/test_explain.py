@@ -164,6 +164,17 @@ def test_what_was_kept_of_the_step(options, name):
     assert free.diagnostics()["step_kept"] == 1
 
 
+def test_a_skipped_step_is_told():
+    model = mlp()
+    opt = RING(model)
+    take_step(model, opt)
+    for lines in ("Skipped: 1 step in a row, for", "Skipped: 2 steps in a row, for"):
+        model(torch.full((2, 5), float("nan"))).sum().backward()
+        opt.step()
+        opt.zero_grad()
+        assert lines in opt.explain()
+
+
 def test_failures_add_up_and_are_seen():
     model = mlp()
     opt = RING(model, refresh_every=1)

@@ -285,6 +285,10 @@ class Capture:
         records = self.records[layer]
         return bool(records) and all(r.layer_input.numel() == 0 for r in records)
 
+    def has_passed(self) -> bool:
+        """Return whether a backward pass came whose gradients were not zeroed since."""
+        return any(r.passed and not r.outdated for rs in self.records.values() for r in rs)
+
     def close(self) -> None:
         """Take the hooks off, and forget everything recorded."""
         self._finalizer()

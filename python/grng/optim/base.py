@@ -245,7 +245,7 @@ class KroneckerOptimizer(ReportingOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        elif not any(self._capture.records.values()) and self._rehearse_if_asked():
+        elif not self._capture.has_passed() and self._rehearse_if_asked():
             return None
         self._drop_rehearsal()
         self._check_places()
@@ -253,7 +253,7 @@ class KroneckerOptimizer(ReportingOptimizer):
         if not self._is_in_order():
             self._forget()
             return loss
-        with ascending(self.param_groups), undone_on_error(self.state, but=PreconditionerError):
+        with ascending(self.param_groups):
             self._update()
         self._forget()
         return loss
@@ -262,17 +262,9 @@ class KroneckerOptimizer(ReportingOptimizer):
         curved: set[nn.Parameter] = set()
         for group in self.param_groups:
             if group["kind"] == KRONECKER:
-                overwritten = self._find_overwritten()
-                idle = self._demote_silent()
-                layers = [x for x in self._layers if x.weight.grad is not None]
-                curved.update(p for x in layers for p in x.parameters)
-                layers = [x for x in layers if x not in idle]
-                if layers:
-                    self._note_fisher(layers)
-                    self._update_layers(group, layers)
-                for x, count in overwritten.items():
-                    if self._has_curvature(x):
-                        self.state[x.weight]["factor_failures"] += count
+                # Not what follows: what AdamW does not find memory for, the layers have moved without.
+                with undone_on_error(self.state, but=PreconditionerError):
+                    curved = self._curved_step(group)
             group["step"] += 1
         left = [
             p
@@ -286,6 +278,21 @@ class KroneckerOptimizer(ReportingOptimizer):
                 # Layers without statistics share the settings of the first such group.
                 self._adamw_step(group, [*group["params"], *left])
                 left = []
+
+    def _curved_step(self, group: dict[str, Any]) -> set[nn.Parameter]:
+        """Make the step of the layers; return their parameters."""
+        overwritten = self._find_overwritten()
+        idle = self._demote_silent()
+        layers = [x for x in self._layers if x.weight.grad is not None]
+        curved = {p for x in layers for p in x.parameters}
+        layers = [x for x in layers if x not in idle]
+        if layers:
+            self._note_fisher(layers)
+            self._update_layers(group, layers)
+        for x, count in overwritten.items():
+            if self._has_curvature(x):
+                self.state[x.weight]["factor_failures"] += count
+        return curved
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients; statistics of those that no step used go with the next forward pass."""
@@ -315,7 +322,7 @@ class KroneckerOptimizer(ReportingOptimizer):
                     self._fall_back(
                         'the statistics are of the gradients of the loss, as with fisher="empirical": '
                         "observe() was not called, or could not reach all layers",
-                        above=4,
+                        above=5,
                     )
 
     def _check_places(self) -> None:

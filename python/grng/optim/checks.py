@@ -2,6 +2,7 @@
 """Checks of what an optimizer is given, and the error for numerics that failed too often."""
 
 import math
+import numbers
 from typing import Any
 
 from torch import Tensor
@@ -30,7 +31,7 @@ def check_hyperparameter(
             )
         number = float(value)
     right = ")" if high == math.inf else "]"
-    known = isinstance(number, (int, float)) and not isinstance(number, bool)
+    known = isinstance(number, numbers.Real) and not isinstance(number, bool)
     if not (known and math.isfinite(number) and low <= number <= high):
         raise ValueError(
             f"{owner}: {name} must be a number in [{low}, {high}{right}, got {value!r}"

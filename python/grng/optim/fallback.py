@@ -45,6 +45,7 @@ def adamw_step(
         weight_decay=group["weight_decay"],
         eps=ADAMW_EPS,
         maximize=False,
+        has_complex=any(p.is_complex() for p in params),
     )
 
 

@@ -95,7 +95,7 @@ def graft(directions: list[list[Tensor]], lengths: Tensor) -> Graft:
     sizes = [len(d) for d in directions]
     norms = _per_layer(_norms([t for d in directions for t in d]), sizes)
     wanted = _per_layer(list(lengths.unbind()), sizes)
-    serves = (torch.isfinite(norms) & (norms > 0)) | (wanted == 0)
+    serves = torch.isfinite(norms) & ((norms > 0) | (wanted == 0))
     scales = torch.where(norms > 0, wanted / norms, 0.0)
     chosen = torch.where(serves, scales, torch.nan).unbind()
     each = [scale for scale, n in zip(chosen, sizes, strict=True) for _ in range(n)]
@@ -115,7 +115,10 @@ def take_steps(
 ) -> None:
     """Take the steps that :class:`Graft` describes, times ``lr``; parameters shrink to ``decay`` first."""
     items = list(zip(params, states, directions, scales.unbind(), strict=True))
-    for call in by_device(items, lambda given: given[0]):
+    # Views that lie between each other's elements would be taken to overlap: each of them alone.
+    alone = [item for item in items if not _is_dense(item[0])]
+    rest = [item for item in items if _is_dense(item[0])] if alone else items
+    for call in [*by_device(rest, lambda given: given[0]), *([item] for item in alone)]:
         here = [s for _, s, _, _ in call]
         device = call[0][0].device
         kernels.grafted_step_(
@@ -126,8 +129,9 @@ def take_steps(
             scale=scales.to(device)
             if len(call) == len(items)
             else stacked([x for *_, x in call]).to(device),
-            lr=lr.to(device) if isinstance(lr, Tensor) else lr,
-            decay=decay.to(device) if isinstance(decay, Tensor) else decay,
+            # A schedule may have made it a number of numpy.
+            lr=lr.to(device) if isinstance(lr, Tensor) else float(lr),
+            decay=decay.to(device) if isinstance(decay, Tensor) else float(decay),
             step=_counts(here),
             betas=betas,
             eps=eps,
@@ -178,6 +182,10 @@ def adam_steps(states: Sequence[State], betas: tuple[float, float], eps: float) 
     return steps
 
 
+def _is_dense(t: Tensor) -> bool:
+    return t.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense(t))
+
+
 def _grad(parameter: Tensor) -> Tensor:
     assert parameter.grad is not None, "asked only for parameters that have a gradient"
     return parameter.grad
@@ -193,7 +201,7 @@ def _norms(tensors: list[Tensor]) -> list[Tensor]:
     if not tensors[0].is_cpu:
         return list(torch._foreach_norm(tensors, 2, torch.float64))
     # There a sum in fp64 of fp32 elements makes a copy of them first.
-    norms = torch.stack([n.double() for n in torch._foreach_norm(tensors)])
+    norms = stacked([n.double() for n in torch._foreach_norm(tensors)])
     unusual = ~((norms > SAFE[0]) & (norms < SAFE[1]))
     if unusual.any():
         for i in unusual.nonzero().flatten().tolist():

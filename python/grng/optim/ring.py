@@ -402,7 +402,7 @@ class RING(KroneckerOptimizer):
                 f"the inputs of {names} do not have the examples of the loss in their leading dimension: the "
                 "trust region is measured without these layers. Examples must come first in every layer's "
                 "input (batch_first=True)",
-                above=8,
+                above=9,
             )
         return [i for i in known if layers[i] not in strangers]
 

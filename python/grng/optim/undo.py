@@ -5,6 +5,9 @@ A state is a dict of tensors and numbers for each parameter. What a step replace
 these dicts, which costs nothing. What it writes in place it writes into clones, of :func:`write_copies`: of
 the factors, on the steps that average statistics into them. Inverses are replaced, by the tensors that they
 were computed into. Until such a step ends it needs so much memory more as the factors take.
+
+Two things stay: AdamW's moments of layers, where a direction finds no memory after they were averaged; and
+the step of the layers, where AdamW finds none for what it trains.
 """
 
 import contextlib

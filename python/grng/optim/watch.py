@@ -179,7 +179,7 @@ class WatchedOptimizer(Rehearsing):
                 f"the input of {', '.join(x.name for x in found)} was changed in place between the forward "
                 "pass and step(): its statistics are dropped. Give the model a new tensor, or a clone() of a "
                 "static buffer",
-                above=5,
+                above=6,
             )
         return found
 
@@ -221,7 +221,7 @@ class WatchedOptimizer(Rehearsing):
             self._fall_back(
                 f"no new statistics reach {', '.join(x.name for x in old)}: their factors stay as they are "
                 "(the hooks were removed, or the module is bypassed now)",
-                above=5,
+                above=6,
             )
             self._cut_off.update(old)
         if new:
@@ -230,7 +230,7 @@ class WatchedOptimizer(Rehearsing):
                 "module is bypassed, compiled before the optimizer was made, or recomputed; the forward "
                 "pass ran before the optimizer was made; its input was overwritten; or the hooks were "
                 "removed): trained by AdamW",
-                above=5,
+                above=6,
             )
             self._demote(new)
         return idle

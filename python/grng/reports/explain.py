@@ -219,5 +219,7 @@ def _totals(subject: Subject, kept: float | None) -> list[str]:
     if kept is not None:
         lines.append(f"Trust: {subject.kept_by} left {100 * kept:.3g} % of the last step")
     if subject.skipped:
-        lines.append(f"Skipped: {subject.skipped} steps in a row, for non-finite gradients")
+        lines.append(
+            f"Skipped: {_many(subject.skipped, 'step')} in a row, for non-finite gradients"
+        )
     return [*lines, f"Fisher: {subject.fisher}"]
