@@ -143,10 +143,10 @@ GRNG_INLINE void grafted_chunk(const GraftedStep& item, const Chunk& c, double l
   const T* direction = static_cast<const T*>(item.direction);
   const T rate = static_cast<T>(lr), kept = static_cast<T>(decay);
   const int64_t wide = item.rows > 0 ? item.cols : 1;
-  if (!std::isfinite(item.scale))
+  const T root = static_cast<T>(std::sqrt(item.scale));
+  if (!std::isfinite(root))
     return adam_step<T>(param, item.moments, c.begin * wide, c.end * wide, rate, kept,
                         static_cast<T>(eps));
-  const T root = static_cast<T>(std::sqrt(item.scale));
   if (item.rows == 0)
     return step<T>(param + c.begin, direction + c.begin, 1, c.end - c.begin, root, rate, kept);
   for (int64_t r = c.begin; r < c.end; ++r)

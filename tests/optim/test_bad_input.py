@@ -409,3 +409,20 @@ def test_counts_of_an_older_checkpoint_serve_both_sides():
     assert int(state["input_updates"]) == int(state["output_updates"]) == 7
     assert state["input_updates"].dtype == torch.int32
     assert "updates" not in state
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), torch.ones(1)], ids=str)
+@pytest.mark.parametrize("make", [RING, RENG, KFAC])
+def test_a_rate_that_a_schedule_spoiled_changes_nothing(make, value):
+    model = nn.Linear(4, 3)
+    opt = make(model)
+    opt.observe(model(torch.randn(8, 4)))
+    model(torch.randn(8, 4)).square().mean().backward()
+    opt.param_groups[0]["lr"] = value
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(
+        ValueError, match=r"lr of param_groups\[0\] must be a finite number or a 0-d"
+    ):
+        opt.step()
+    assert not opt.state
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))

@@ -235,7 +235,8 @@ def test_memory_is_flat_over_a_thousand_steps(optimizer):
 
     def counts():
         gc.collect()
-        tensors = [o for o in gc.get_objects() if isinstance(o, torch.Tensor)]
+        # Not what a compiler left behind, whose sizes may be symbols.
+        tensors = [o for o in gc.get_objects() if type(o) in (torch.Tensor, nn.Parameter)]
         return len(tensors), sum(t.nbytes for t in tensors), held(opt), sys.getallocatedblocks()
 
     for _ in range(100):
@@ -244,6 +245,8 @@ def test_memory_is_flat_over_a_thousand_steps(optimizer):
     for _ in range(900):
         take_step(model, opt, x)
     late = counts()
-    assert late[:3] == early[:3]
+    # Other tests' garbage may go meanwhile.
+    assert late[0] <= early[0] and late[1] <= early[1]
+    assert late[2] == early[2]
     # One object kept from each step would be 900.
     assert late[3] - early[3] < 600

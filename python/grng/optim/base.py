@@ -13,7 +13,7 @@ from grng.curvature.find import find_layers
 from grng.curvature.fisher import check_outputs, exact_losses, loss_terms, sampled_loss
 from grng.curvature.layers import KroneckerLayer
 from grng.optim.ascent import ascending, check_maximize
-from grng.optim.checks import PreconditionerError, check_hyperparameter
+from grng.optim.checks import PreconditionerError, check_hyperparameter, check_rates
 from grng.optim.devices import refuse_graph_capture
 from grng.optim.factors import SIDES, State, add_counters, factor_dtype, new_factors
 from grng.optim.fallback import adamw_step
@@ -239,6 +239,7 @@ class KroneckerOptimizer(ReportingOptimizer):
                 ``strict`` every fallback.
             RuntimeError: The model was moved or cast after the optimizer got its state, or a gradient is
                 sparse; nothing is changed.
+            ValueError: A learning rate is no finite number any more; nothing is changed.
         """
         refuse_graph_capture(type(self).__name__)
         loss = None
@@ -248,6 +249,7 @@ class KroneckerOptimizer(ReportingOptimizer):
         elif not self._capture.has_passed() and self._rehearse_if_asked():
             return None
         self._drop_rehearsal()
+        check_rates(type(self).__name__, self.param_groups)
         self._check_places()
         self._check_outside()
         if not self._is_in_order():

@@ -27,7 +27,7 @@ def check_hyperparameter(
         if value.dim() > 0:
             raise ValueError(
                 f"{owner}: {name} must be a number or 0-d, got shape {list(value.shape)}: "
-                "a Tensor lr must be 1-element, without dimensions"
+                "a Tensor lr must be 1-element, and have no dimensions"
             )
         number = float(value)
     right = ")" if high == math.inf else "]"
@@ -40,6 +40,21 @@ def check_hyperparameter(
         raise ValueError(
             f"{owner}: {name} must be a whole number in [{low}, {high}{right}, got {value!r}"
         )
+
+
+def check_rates(owner: str, groups: list[dict[str, Any]]) -> None:
+    """Check that what a schedule made of the learning rates can be used; tensors are not read.
+
+    Raises:
+        ValueError: NaN or infinite, or a tensor with dimensions.
+    """
+    for i, group in enumerate(groups):
+        lr = group["lr"]
+        is_good = lr.dim() == 0 if isinstance(lr, Tensor) else math.isfinite(lr)
+        if not is_good:
+            raise ValueError(
+                f"{owner}: lr of param_groups[{i}] must be a finite number or a 0-d tensor, got {lr!r}"
+            )
 
 
 def check_betas(owner: str, betas: Any) -> None:

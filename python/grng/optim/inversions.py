@@ -87,7 +87,7 @@ def _note(states: list[State], outcomes: list[Sequence[Outcome | None]]) -> None
     kept = torch.where(bad[..., None], old[..., : Column.INFO], torch.stack([damping, norm], -1))
     new = torch.cat([kept, torch.stack([info, in_a_row], -1)], -1)
     for state, table in zip(states, new.unbind(), strict=True):
-        state[KEY] = table
+        state[KEY] = table.clone()  # of its own: whoever saves it saves its storage
     torch._foreach_add_(
         [s["inverse_failures"] for s in states], list(bad.sum(1, dtype=torch.int32).unbind())
     )
