@@ -235,7 +235,7 @@ def test_memory_is_flat_over_a_thousand_steps(optimizer):
 
     def counts():
         gc.collect()
-        # Not what other tests left behind: sizes of a compiler's tensors may be symbols, sparse ones have none.
+        # Not what other tests left: sizes of a compiler's tensors may be symbols, sparse ones have none.
         plain = [o for o in gc.get_objects() if type(o) in (torch.Tensor, nn.Parameter)]
         tensors = [t for t in plain if t.layout == torch.strided]
         return len(tensors), sum(t.nbytes for t in tensors), held(opt), sys.getallocatedblocks()
