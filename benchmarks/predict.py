@@ -146,6 +146,16 @@ def calls() -> list[Call]:
         ),
         Call("damped_inverse, one size", 180, "18 steps of power iteration, 5 launches each"),
         Call("precondition, any list of LoRA weights", 2, "3 with the inner products"),
+        Call(
+            "adam_moments_ of 48 weights, by torch's list kernels",
+            58,
+            "10 for the list where torch has one kernel for all, and a cast of each norm",
+        ),
+        Call(
+            "grafted_step_ of 48 weights, by torch's kernels",
+            480,
+            "about 10 for each weight: a loop in the reference; the first thing to group on a GPU",
+        ),
         Call("rank1_precondition, any list", 4, "with the one that writes the damping"),
     ]
 
