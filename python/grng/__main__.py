@@ -13,7 +13,7 @@ from typing import NoReturn
 from grng.compare.errors import UsageError
 
 EXIT_USAGE = 2
-_EXTRAS = ("rich", "matplotlib")
+_OPTIMIZERS = "ring,adamw,sgd"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -43,9 +43,13 @@ def _add_compare(commands: argparse._SubParsersAction[_Parser]) -> None:
         formatter_class=_Formatter,
     )
     add = parser.add_argument
-    add("--task", default="fashion-mnist", help="data set")
+    add(
+        "--task",
+        default="fashion-mnist",
+        help="data set, or an environment of reinforcement learning: cartpole, acrobot, hopper, ...",
+    )
     add("--model", help="mlp (the default), resnet or vit for fashion-mnist; other tasks have one")
-    add("--optimizers", default="ring,adamw,sgd", metavar="SPECS", help="comma-separated")
+    add("--optimizers", metavar="SPECS", help="comma-separated (default: " + _OPTIMIZERS + ")")
     add("--epochs", type=int, help="passes over the training set (default: 10)")
     add("--steps", type=int, metavar="N", help="train for N steps instead of whole epochs")
     add(
@@ -110,10 +114,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _require_extras() -> None:
-    missing = [name for name in _EXTRAS if importlib.util.find_spec(name) is None]
+def _require(*modules: str, extra: str) -> None:
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
-        raise UsageError(f'needs {" and ".join(missing)}: pip install "grng-kernels[compare]"')
+        raise UsageError(f'needs {" and ".join(missing)}: pip install "grng-kernels[{extra}]"')
 
 
 def _dispatch(arguments: argparse.Namespace, argv: list[str]) -> int:
@@ -122,12 +126,19 @@ def _dispatch(arguments: argparse.Namespace, argv: list[str]) -> int:
 
         print("\n".join(lines()))
         return 0
-    _require_extras()
+    _require("rich", "matplotlib", extra="compare")
     # Only now: importing grng must need neither rich nor matplotlib.
     from grng.compare import cli
+    from grng.rl.environments import TASKS
 
     if arguments.command == "plot":
         return cli.plot(arguments)
+    if arguments.task in TASKS:
+        _require("gymnasium", extra=TASKS[arguments.task].extra)
+        from grng.rl.compare import cli as rl
+
+        return rl.compare(arguments, argv)
+    arguments.optimizers = arguments.optimizers or _OPTIMIZERS
     return cli.compare(arguments, argv)
 
 

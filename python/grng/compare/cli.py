@@ -24,6 +24,8 @@ from grng.compare.results import ComparisonResult, create_folder, load
 from grng.compare.runs import check_specs, execute, parameter_counts
 from grng.compare.summary import DEFAULT_REFERENCE
 from grng.compare.table import print_summary
+from grng.rl.compare import plots as rl_plots
+from grng.rl.compare import results as rl_results
 from grng.tasks import ClassificationData, DataError, LoadRequest
 
 EXIT_OK = 0
@@ -100,7 +102,7 @@ def _given(value: int | None, default: int) -> int:
     return default if value is None else value
 
 
-def _without_paths(argv: list[str]) -> list[str]:
+def without_paths(argv: list[str]) -> list[str]:
     """The arguments with folders of this machine replaced by the name of their option."""
     cleaned: list[str] = []
     for argument in argv:
@@ -258,7 +260,7 @@ def compare(arguments: argparse.Namespace, argv: list[str]) -> int:
     make_plan(config, len(data.train_labels))
     folder, created_utc = create_folder(arguments.out, config.task)
     result = ComparisonResult(
-        command=["python", "-m", "grng", *_without_paths(argv)],
+        command=["python", "-m", "grng", *without_paths(argv)],
         config=_describe_config(config, specs, resolved),
         environment=environment.describe(device),
         data=_describe_data(data, device),
@@ -278,6 +280,12 @@ def compare(arguments: argparse.Namespace, argv: list[str]) -> int:
     return {FINISHED: EXIT_OK, INTERRUPTED: EXIT_INTERRUPTED}.get(result.status, EXIT_FAILED)
 
 
+def _draw(path: Path, folder: Path) -> list[Path]:
+    if rl_results.is_rl_result(path):
+        return [rl_plots.save_figure(rl_results.load(path), folder)]
+    return save_figures(load(path), folder)
+
+
 def plot(arguments: argparse.Namespace) -> int:
     """Draws the figures of saved results again, next to each result.
 
@@ -289,8 +297,7 @@ def plot(arguments: argparse.Namespace) -> int:
     """
     console = make_console()
     for path in arguments.results:
-        result = load(path)
         folder = path if path.is_dir() else path.parent
-        for written in save_figures(result, folder):
+        for written in _draw(path, folder):
             console.print(f"wrote {written}", markup=False, highlight=False, soft_wrap=True)
     return EXIT_OK

@@ -12,6 +12,7 @@ import torch
 from grng.compare.errors import UsageError
 from grng.compare.measures import MEASURES, Measure
 from grng.compare.summary import DEFAULT_REFERENCE
+from grng.rl.environments import TASKS as ENVIRONMENTS
 from grng.tasks import TASKS, Model, ModelOptions, Task
 from grng_kernels import use_backend
 
@@ -57,7 +58,8 @@ class CompareConfig:
             UsageError: A value is outside its range, or the task is unknown.
         """
         if self.task not in TASKS:
-            raise UsageError(f"unknown task {self.task!r}; valid tasks: {', '.join(TASKS)}")
+            valid = ", ".join((*TASKS, *ENVIRONMENTS))
+            raise UsageError(f"unknown task {self.task!r}; valid tasks: {valid}")
         self._check_model()
         _at_least_one("--epochs", self.epochs)
         _at_least_one("--batch-size", self.batch_size)

@@ -10,6 +10,7 @@ import torch
 from grng.compare import environment
 from grng.compare.errors import UsageError
 from grng.compare.optimizers import OPTIMIZERS, valid_options
+from grng.rl.environments import TASKS as ENVIRONMENTS
 from grng.tasks import TASKS
 
 
@@ -44,4 +45,7 @@ def lines() -> list[str]:
     report.append("tasks")
     for name, task in TASKS.items():
         report.append(f"  {name}: {task.description}; models: {', '.join(task.models)}")
+    report.append("environments of reinforcement learning")
+    for name, environment_of in ENVIRONMENTS.items():
+        report.append(f"  {name}: {environment_of.title}; extra: {environment_of.extra}")
     return report

@@ -215,7 +215,8 @@ def valid_options(name: str) -> tuple[str, ...]:
     return entry.options if entry.options is not None else tuple(_parameters(entry))
 
 
-def _value(text: str) -> OptionValue:
+def parse_value(text: str) -> OptionValue:
+    """Return the value of an option: a number, a tuple, True, False, None, else the text itself."""
     lowered = text.lower()
     if lowered in ("true", "false", "none"):
         return {"true": True, "false": False, "none": None}[lowered]
@@ -254,7 +255,7 @@ def parse_spec(text: str) -> OptimizerSpec:
             raise UsageError(f"optimizer {label!r}: option {key!r} must be given as {key}=value")
         if key in options:
             raise UsageError(f"optimizer {label!r}: option {key!r} is given twice")
-        options[key] = _value(value)
+        options[key] = parse_value(value)
     return OptimizerSpec(label, name, options)
 
 

@@ -97,13 +97,14 @@ class ComparisonResult:
         }
         text = json.dumps(content, indent=1, allow_nan=False)
         # A list of numbers reads better, and takes a quarter of the space, on one line.
-        text = _join_number_lists(text)
+        text = join_number_lists(text)
         with replacing(folder / FILE_NAME) as partial:
             partial.write_text(text + "\n", encoding="utf-8")
         return folder / FILE_NAME
 
 
-def _join_number_lists(text: str) -> str:
+def join_number_lists(text: str) -> str:
+    """Return indented JSON with each list of numbers on one line."""
     lines: list[str] = []
     for line in text.split("\n"):
         stripped = line.strip()

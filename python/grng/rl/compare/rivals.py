@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training with Stable-Baselines3, as it is installed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+
+from grng.compare.errors import UsageError
+from grng.rl.compare.methods import Method
+from grng.rl.environments import MakeEnvironment, Task
+
+ENVIRONMENTS = 8
+_GAMMA = 0.99
+
+
+class _Episodes(BaseCallback):
+    """Tells of each episode that ends, and of the steps so far."""
+
+    def __init__(self, tell: Callable[[int, list[float]], None]) -> None:
+        super().__init__()
+        self._tell = tell
+
+    def _on_step(self) -> bool:
+        found = [info["episode"]["r"] for info in self.locals["infos"] if "episode" in info]
+        self._tell(self.num_timesteps, [float(value) for value in found])
+        return True
+
+
+def train(
+    method: Method,
+    task: Task,
+    make: MakeEnvironment,
+    *,
+    steps: int,
+    seed: int,
+    hidden: tuple[int, ...],
+    tell: Callable[[int, list[float]], None],
+) -> Callable[[int], list[float]]:
+    """Train; return a function of a number of episodes that evaluates with the likeliest actions.
+
+    Args:
+        method: A rival.
+        task: What is trained on; decides whether observations and rewards are normalised.
+        make: Makes one environment.
+        steps: In all environments.
+        seed: Of weights, actions and environments.
+        hidden: Layer sizes of both networks.
+        tell: Called after each step with the steps so far and the returns of the episodes that ended.
+
+    Raises:
+        UsageError: The class refuses an option.
+    """
+    settings = method.settings()
+    gamma = float(settings.get("gamma", _GAMMA))
+
+    def vector(count: int, *, is_training: bool) -> Any:
+        env: Any = DummyVecEnv([lambda: Monitor(make())] * count)
+        if task.is_normalized:
+            env = VecNormalize(
+                env, training=is_training, norm_reward=is_training, gamma=gamma
+            )
+        return env
+
+    env = vector(ENVIRONMENTS, is_training=True)
+    try:
+        with warnings.catch_warnings():
+            # PPO tells of a batch that does not divide the rollout; the last one is smaller then.
+            warnings.simplefilter("ignore", UserWarning)
+            model = method.rival_class(
+                "MlpPolicy",
+                env,
+                seed=seed,
+                device="cpu",
+                policy_kwargs={"net_arch": list(hidden)} | settings.pop("policy_kwargs", {}),
+                **settings,
+            )
+    except (TypeError, ValueError, AssertionError) as error:
+        raise UsageError(f"optimizer {method.label!r}: {error}") from error
+    model.learn(steps, callback=_Episodes(tell))
+
+    def evaluate(episodes: int) -> list[float]:
+        apart = vector(1, is_training=False)
+        if task.is_normalized:
+            apart.obs_rms = env.obs_rms
+        apart.seed(seed + 1_000_000)
+        returns, _ = evaluate_policy(
+            model, apart, n_eval_episodes=episodes, return_episode_rewards=True
+        )
+        apart.close()
+        return [float(value) for value in returns]
+
+    return evaluate

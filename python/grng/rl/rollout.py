@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Acting in a vector of environments, and what comes of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+
+from grng.rl.environments import MakeEnvironment
+from grng.rl.errors import RLError
+from grng.rl.networks import Policy
+from grng.rl.normalization import ObservationScale, RewardScale
+from grng.rl.replay import Replayable
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass
+class Rollout:
+    """Some steps in each environment; arrays ``[steps, environments, ...]``."""
+
+    observations: Array  # as the networks take them
+    next_observations: Array  # after the step, before any reset
+    actions: torch.Tensor
+    rewards: Array  # in the units of the reward scale
+    terminated: Array
+    ended: Array  # terminated, or cut by a time limit
+    # Of each episode that ended, in the order of their ends: step of the rollout, return, length.
+    episodes: list[tuple[int, float, int]]
+
+
+class Collector:
+    """Environments that go on where they were, with the scales of what they gave."""
+
+    def __init__(
+        self,
+        make: MakeEnvironment,
+        environments: int,
+        *,
+        seed: int,
+        gamma: float,
+        normalize_observations: bool,
+        normalize_rewards: bool,
+    ) -> None:
+        """Args: make: one environment; environments: how many; seed: of the first, the others count on."""
+        self._environments = gymnasium.vector.SyncVectorEnv(
+            [lambda: Replayable(make())] * environments,
+            autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP,
+        )
+        self.observation_space = self._environments.single_observation_space
+        self.action_space = self._environments.single_action_space
+        size = int(np.prod(self.observation_space.shape or (1,)))
+        self.observation_scale = ObservationScale(size, is_active=normalize_observations)
+        self._reward_scale = RewardScale(environments, gamma, is_active=normalize_rewards)
+        self._observations = self._flat(self._environments.reset(seed=seed)[0])
+        self._returns, self._lengths = np.zeros(environments), np.zeros(environments, dtype=int)
+
+    def _flat(self, observations: Array) -> Array:
+        return observations.reshape(len(observations), -1).astype(np.float64)
+
+    def collect(self, policy: Policy, steps: int, generator: torch.Generator) -> Rollout:
+        """Act ``steps`` times in each environment with actions drawn from the policy.
+
+        Raises:
+            RLError: A reward or an observation is NaN or infinite; says where.
+        """
+        observations, following, actions, rewards, terminations, ends = [], [], [], [], [], []
+        episodes: list[tuple[int, float, int]] = []
+        for step in range(steps):
+            seen = self._observations
+            drawn = policy.draw(torch.from_numpy(self.observation_scale(seen)), generator)
+            after, reward, terminated, truncated, info = self._environments.step(
+                policy.to_environment(drawn)
+            )
+            ended = terminated | truncated
+            after = self._flat(after)
+            reached = after.copy()
+            for i in np.flatnonzero(ended):
+                reached[i] = np.asarray(info["final_obs"][i]).reshape(-1)
+            _check_finite(reward, reached, step)
+            self._returns += reward
+            self._lengths += 1
+            for i in np.flatnonzero(ended):
+                episodes.append((step, float(self._returns[i]), int(self._lengths[i])))
+            self._returns[ended], self._lengths[ended] = 0.0, 0
+            self._reward_scale.learn(reward, ended)
+            observations.append(seen)
+            following.append(reached)
+            actions.append(drawn)
+            rewards.append(reward)
+            terminations.append(terminated)
+            ends.append(ended)
+            self._observations = after
+        seen = np.stack(observations)
+        # The scale of the actions' rollout is that of its gradient: it learns only now.
+        rollout = Rollout(
+            self.observation_scale(seen),
+            self.observation_scale(np.stack(following)),
+            torch.stack(actions),
+            self._reward_scale(np.stack(rewards)),
+            np.stack(terminations),
+            np.stack(ends),
+            episodes,
+        )
+        self.observation_scale.learn(seen)
+        return rollout
+
+    def close(self) -> None:
+        """Close the environments."""
+        self._environments.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything by which the environments go on exactly: numbers, strings, lists, dicts."""
+        return {
+            "environments": [env.snapshot() for env in self._environments.envs],
+            "observations": self._observations.tolist(),
+            "returns": self._returns.tolist(),
+            "lengths": self._lengths.tolist(),
+            "observation_scale": self.observation_scale.state_dict(),
+            "reward_scale": self._reward_scale.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Repeat the episodes that were under way.
+
+        Raises:
+            RLError: The environments do not come to the observations that were saved.
+        """
+        saved = np.array(state["observations"])
+        for i, (env, snapshot) in enumerate(
+            zip(self._environments.envs, state["environments"], strict=True)
+        ):
+            again = np.asarray(env.restore(snapshot), dtype=np.float64).reshape(-1)
+            if not np.array_equal(again, saved[i]):
+                raise RLError(
+                    f"environment {i} came to another observation when its episode was repeated from the "
+                    "checkpoint: it is not deterministic, or another version of it is installed"
+                )
+        self._observations = saved
+        self._returns = np.array(state["returns"])
+        self._lengths = np.array(state["lengths"])
+        self.observation_scale.load_state_dict(state["observation_scale"])
+        self._reward_scale.load_state_dict(state["reward_scale"])
+
+
+def _check_finite(rewards: Array, observations: Array, step: int) -> None:
+    for name, values in (("reward", rewards), ("observation", observations)):
+        finite = np.isfinite(values).reshape(len(values), -1).all(1)
+        if not finite.all():
+            i = int(np.flatnonzero(~finite)[0])
+            raise RLError(
+                f"{name} of environment {i} must be finite, got {values[i]} at step {step} of the rollout; "
+                "the policy is as it was before this rollout"
+            )
