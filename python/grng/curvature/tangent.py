@@ -47,7 +47,25 @@ class Tangent:
         if not known:
             return torch.zeros_like(self._probe)
         products, along = zip(*known, strict=True)
+        # Not on a way back to the probe, such an operation is passed over, and the product is wrong.
+        if _has_error([g for g in products if isinstance(g, Tensor)]):
+            raise RuntimeError("an operation is marked as differentiable once")
         (moved,) = torch.autograd.grad(
             products, self._probe, along, retain_graph=True, allow_unused=True
         )
         return torch.zeros_like(self._probe) if moved is None else moved
+
+
+def _has_error(tensors: Sequence[Tensor]) -> bool:
+    """Whether the graphs have an operation in place of the derivative of one that has none."""
+    todo = [t.grad_fn for t in tensors]
+    seen = set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "torch::autograd::Error":
+            return True
+        seen.add(node)
+        todo += [following for following, _ in node.next_functions]
+    return False

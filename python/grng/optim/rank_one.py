@@ -504,14 +504,19 @@ class RankOneNPG(Rehearsing):
                     self.state[p][_BUFFER] = torch.zeros_like(p, dtype=_wide(p))
 
     def _accepted(self, parameter: nn.Parameter, saved: dict[str, Any]) -> dict[str, Any]:
-        if _BUFFER in saved:
-            self._check_shape(_BUFFER, parameter, saved[_BUFFER], parameter.shape)
-            # Another dtype only where the weights have changed between fp64 and a narrower one.
-            saved[_BUFFER] = saved[_BUFFER].to(_wide(parameter))
-        return saved
+        # What another optimizer kept is of no use here; SGD has None before its first step.
+        average = saved.get(_BUFFER)
+        if average is None:
+            return {}
+        self._check_shape(_BUFFER, parameter, average, parameter.shape)
+        # Another dtype only where the weights have changed between fp64 and a narrower one.
+        return {_BUFFER: average.to(_wide(parameter))}
 
     def _after_loading(self) -> None:
         super()._after_loading()
+        # A flat distributed state dict has an empty one for each parameter.
+        for p in [p for p, state in self.state.items() if not state]:
+            del self.state[p]
         self._pending = None
         self._last = {}
 
