@@ -4,6 +4,7 @@
 from grng.optim.checks import PreconditionerError
 from grng.optim.kfac import KFAC
 from grng.optim.loko import LoKO
+from grng.optim.rank_one import RankOneNPG
 from grng.optim.reng import RENG
 from grng.optim.ring import RING
 from grng.optim.rkalman import RKalman
@@ -19,6 +20,7 @@ __all__ = [
     "MemoryEstimate",
     "PreconditionerError",
     "RKalman",
+    "RankOneNPG",
     "SophiaG",
     "SophiaH",
     "__version__",

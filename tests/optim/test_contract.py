@@ -31,6 +31,7 @@ from tests.optim.training import (
     backward,
     batch,
     new_net,
+    observe_actions,
     quietly,
     same,
     same_state,
@@ -41,6 +42,8 @@ from tests.optim.training import (
 
 each = pytest.mark.parametrize("name", EACH)
 gradient = pytest.mark.parametrize("name", GRADIENT)
+# Of what .grad holds, with or without a factorised Fisher matrix.
+descending = pytest.mark.parametrize("name", [*GRADIENT, "RankOneNPG"])
 kalman = pytest.mark.parametrize("name", KALMAN)
 kronecker = pytest.mark.parametrize("name", KRONECKER)
 
@@ -86,7 +89,7 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@gradient
+@descending
 def test_nothing_waits_for_a_learning_rate(name):
     counts = []
     for as_tensor in (False, True):
@@ -149,7 +152,7 @@ def test_a_scheduler_that_cycles_the_momentum(name):
 # ---- maximize ----
 
 
-@gradient
+@descending
 def test_maximize_takes_the_steps_of_the_negative_loss(name):
     results = []
     for sign, flag in ((1.0, False), (-1.0, True)):
@@ -189,7 +192,7 @@ def test_maximize_may_be_set_for_a_group(name):
             torch.testing.assert_close(step, expected, rtol=1e-4, atol=1e-7)
 
 
-@gradient
+@descending
 @pytest.mark.parametrize("value", [1, None, "yes"])
 def test_maximize_is_true_or_false(name, value):
     with pytest.raises(ValueError, match="maximize must be True or False"):
@@ -244,7 +247,7 @@ def test_a_closure_without_backward_changes_nothing(name):
     assert not same(before[0], values(model))
 
 
-@kalman
+@pytest.mark.parametrize("name", [*KALMAN, "RankOneNPG"])
 def test_a_closure_that_observes_nothing_is_an_error(name):
     way, model, opt = run(name)
     train(way, model, opt, range(2))
@@ -377,8 +380,7 @@ def test_narrow_parameters_have_a_wide_state_after_loading(name, way_back):
     other = way(twin)
     other.load_state_dict(state_dict=saved)
     assert same_state(other.state_dict(), opt.state_dict())
-    factor = "variance" if name in KALMAN else "hessian" if "Sophia" in name else "input_factor"
-    assert other.state[twin.head.weight][factor].dtype == torch.float32
+    assert other.state[twin.head.weight][entries(name)[0]].dtype == torch.float32
     train(way, model, opt, range(3, 6))
     train(way, twin, other, range(3, 6))
     assert same(values(model), values(twin))
@@ -481,13 +483,18 @@ def entries(name):
     if name in KALMAN:
         return ["variance", "prior"]
     if "Sophia" in name:
-        return ["exp_avg", "hessian"]
+        return ["hessian", "exp_avg"]
+    if name == "RankOneNPG":
+        return ["momentum_buffer"]
     found = ["input_factor", "output_inverse", "input_residual"]
     return found if name == "KFAC" else [*found, "output_vector", "exp_avg", "exp_avg_sq", "step"]
 
 
-@pytest.mark.parametrize("fault", ["missing", "another shape"])
-@each
+# A state without momentum is that of a parameter without a gradient: nothing of it is missing.
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [(n, "missing") for n in EACH if n != "RankOneNPG"] + [(n, "another shape") for n in EACH],
+)
 def test_a_state_that_is_not_whole_names_its_parameter(name, fault):
     way, model, opt = run(name)
     train(way, model, opt, range(3))
@@ -536,9 +543,11 @@ def test_a_state_dict_of_another_optimizer_is_refused_or_starts_anew(name):
             opt.load_state_dict(saved)
         assert not opt.state
     else:
+        kept = dict(opt.param_groups[0])
         opt.load_state_dict(saved)
         assert opt.param_groups[0]["lr"] == 0.125
-        assert opt.param_groups[0]["forgetting"] == 1.0
+        own = "forgetting" if name in KALMAN else "damping"
+        assert opt.param_groups[0][own] == kept[own]
     train(way, model, opt, range(2))
 
 
@@ -592,7 +601,7 @@ def test_a_state_goes_where_the_parameters_are(name):
                 assert value.device.type == ("cpu" if key == "step" else "meta")
 
 
-@gradient
+@descending
 def test_a_schedule_may_make_numbers_of_numpy(name):
     # Of a Python float and its fp32 numpy makes fp32, which is no float.
     results = []
@@ -805,6 +814,9 @@ def test_accelerate_wraps_an_optimizer(name):
             if name == "RENG":
                 other.observe(out)
                 other.backward(loss)
+            elif name == "RankOneNPG":
+                observe_actions(other, out, number)
+                accelerator.backward(loss)
             else:
                 other.observe(loss if name == "SophiaH" else out)
                 accelerator.backward(loss)

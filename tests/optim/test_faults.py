@@ -20,6 +20,7 @@ from tests.optim.training import (
     backward,
     batch,
     new_net,
+    observe_actions,
     same,
     same_state,
     snapshot,
@@ -165,7 +166,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_too_many_are_an_error(nam
     assert not same(before[0], values(model))
 
 
-@gradient
+@pytest.mark.parametrize("name", [*GRADIENT, "RankOneNPG"])
 def test_a_scaler_that_skips_steps_changes_nothing_else(name):
     """Statistics of a step that was skipped are dropped: the run is the one without it."""
     way, plain = WAYS[name], new_net()
@@ -189,6 +190,8 @@ def test_a_scaler_that_skips_steps_changes_nothing_else(name):
         else:
             if name == "SophiaH":
                 opt.observe(loss)
+            elif name == "RankOneNPG":
+                observe_actions(opt, out, number)
             else:
                 opt.observe(out)
             scaler.scale(loss).backward()
@@ -304,6 +307,7 @@ LAUNCHES = [
         ("kalman_update_", 0, name)
         for name in ("RKalman", "RKalman-factored", "RKalman-ema", "LoKO")
     ),
+    *(("rank1_precondition", 0, name) for name in ("RankOneNPG", "RankOneNPG-fixed")),
 ]
 
 

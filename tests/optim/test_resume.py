@@ -75,7 +75,9 @@ def test_a_run_that_is_resumed_after_every_step_is_the_uninterrupted_one(name):
     assert same(values(whole), values(model))
 
 
-@pytest.mark.parametrize("name", ["RING", "RING-stagger", "KFAC", "SophiaG", "RKalman"])
+@pytest.mark.parametrize(
+    "name", ["RING", "RING-stagger", "KFAC", "SophiaG", "RKalman", "RankOneNPG"]
+)
 def test_a_resumed_run_with_steps_that_were_skipped(name):
     """Statistics, counts and schedules go on where a step with NaN changed nothing."""
 
@@ -88,6 +90,8 @@ def test_a_resumed_run_with_steps_that_were_skipped(name):
                 out, y = model(bad), torch.zeros(way.rows, dtype=torch.long)
                 if name == "RKalman":
                     opt.observe(out, y)
+                elif name == "RankOneNPG":
+                    opt.observe(out[:, 0])
                 else:
                     nn.functional.cross_entropy(out, y).backward()
                 opt.step()
@@ -118,7 +122,7 @@ def test_a_resumed_run_with_heads_that_rest(name):
     check(WAYS[name], build)
 
 
-@pytest.mark.parametrize("name", ["RING", "KFAC", "SophiaG", "RKalman"])
+@pytest.mark.parametrize("name", ["RING", "KFAC", "SophiaG", "RKalman", "RankOneNPG"])
 def test_a_learning_rate_in_a_tensor_and_a_scheduler_resume(name):
     way = WAYS[name]
 

@@ -9,7 +9,8 @@ RKalman and LoKO have no loss, and read no ``.grad``: their steps are made by ``
 these do not apply to them: the direction of gradients (in its place, that observations are learned),
 ``maximize``, weight decay, steps without gradients or with zero ones (a step without an observation is an
 error), and a ``step`` of each parameter that is no tensor (they have none). All the rest runs over them
-too.
+too. RankOneNPG reads ``.grad`` and needs an observation: of the list it leaves out the last two. Like
+torch's SGD it has no state without momentum.
 """
 
 import copy
@@ -33,7 +34,7 @@ from torch.testing._internal.common_optimizers import (
 )
 from torch.testing._internal.common_utils import TestCase
 
-from grng import KFAC, RENG, RING, LoKO, RKalman, SophiaG, SophiaH
+from grng import KFAC, RENG, RING, LoKO, RankOneNPG, RKalman, SophiaG, SophiaH
 
 BARE = "given parameters and not a model"
 KRONECKER = (RING, RENG, KFAC)
@@ -129,7 +130,22 @@ FILTERS = [
     )
     for cls in KALMAN
 ]
-BOTH = [*INFOS, *FILTERS]
+POLICY = [
+    OptimizerInfo(
+        RankOneNPG,
+        optim_inputs_func=_inputs(
+            {"lr": 0.5},
+            {"lr": 0.5, "scores": 3, "momentum": 0.5},
+            {"lr": 0.01, "step_length": "fixed", "score": "mean"},
+        ),
+        optim_error_inputs_func=_errors(
+            damping=(0.0, "damping must be"), max_kl=(0.0, "max_kl must be")
+        ),
+        **PLAIN,
+    )
+]
+DESCENDING = [*INFOS, *POLICY]
+BOTH = [*INFOS, *FILTERS, *POLICY]
 
 
 def build(info, params, **kwargs):
@@ -175,6 +191,9 @@ class Run:
         if self.info.optim_cls in KALMAN:
             self.opt.observe(self.outputs().unsqueeze(0), self.targets.unsqueeze(0))
             return self.loss().detach()
+        if self.info.optim_cls is RankOneNPG:
+            # As if the targets were actions of a Gaussian policy.
+            self.opt.observe(-0.5 * (self.outputs() - self.targets).square())
         loss = self.sign * self.loss()
         loss.backward()
         return loss
@@ -232,7 +251,7 @@ class TestTorchSuite(TestCase):
 
     # ---- steps ----
 
-    @optims(INFOS)
+    @optims(DESCENDING)
     def test_goes_right_direction(self, device, dtype, optim_info):
         for schedulers in ((), *optim_info.scheduler_inputs):
             for contiguous in (True, False):
@@ -297,7 +316,7 @@ class TestTorchSuite(TestCase):
                 self.assertEqual(plain.values(), tensor.values())
                 self.assertIsInstance(tensor.opt.param_groups[0]["lr"], torch.Tensor)
 
-    @optims(INFOS)
+    @optims(DESCENDING)
     def test_maximize_is_the_step_of_the_negative_loss(self, device, dtype, optim_info):
         for kwargs in kwargs_of(optim_info, device, dtype):
             plain = Run(optim_info, device, dtype, {**kwargs, "maximize": False})
@@ -349,7 +368,7 @@ class TestTorchSuite(TestCase):
 
     # ---- state ----
 
-    @optims(BOTH)
+    @optims([*INFOS, *FILTERS])
     def test_non_empty_state(self, device, dtype, optim_info):
         for kwargs in kwargs_of(optim_info, device, dtype):
             run = Run(optim_info, device, dtype, kwargs)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from grng import KFAC, RENG, RING, LoKO, RKalman, SophiaG, SophiaH
+from grng import KFAC, RENG, RING, LoKO, RankOneNPG, RKalman, SophiaG, SophiaH
 
 CLASSES = 3
 
@@ -65,9 +65,14 @@ WAYS = {
     "RKalman-full": Way(RKalman, dict(covariance="full", batch="stacked")),
     "RKalman-ema": Way(RKalman, dict(noise="ema", batch="mean")),
     "LoKO": Way(LoKO, dict(sigma0=0.3)),
+    "RankOneNPG": Way(RankOneNPG, dict(lr=0.5, momentum=0.5)),
+    "RankOneNPG-scores": Way(RankOneNPG, dict(lr=0.5, scores=3)),
+    "RankOneNPG-fixed": Way(
+        RankOneNPG, dict(lr=0.02, step_length="fixed", score="mean", weight_decay=0.1)
+    ),
 }
 # One way for each class.
-EACH = ("RING", "RENG", "KFAC", "SophiaG", "SophiaH", "RKalman", "LoKO")
+EACH = ("RING", "RENG", "KFAC", "SophiaG", "SophiaH", "RKalman", "LoKO", "RankOneNPG")
 GRADIENT = ("RING", "RENG", "KFAC", "SophiaG", "SophiaH")
 KRONECKER = ("RING", "RENG", "KFAC")
 KALMAN = ("RKalman", "LoKO")
@@ -84,6 +89,14 @@ def batch(number, rows=8, dtype=torch.float32):
     return x, torch.randint(0, CLASSES, (rows,), generator=generator)
 
 
+def observe_actions(opt, out, number):
+    """Show an optimizer of policies actions that were drawn from the outputs, as logits."""
+    generator = torch.Generator().manual_seed(number)
+    log_probs = out.log_softmax(-1)
+    actions = log_probs.detach().float().exp().multinomial(1, generator=generator)
+    opt.observe(log_probs.gather(1, actions))
+
+
 def backward(way, model, opt, number, *, sign=1.0):
     """All of a step up to ``step()``: the batch ``number`` through the model, and back."""
     x, y = batch(number, way.rows, next(model.parameters()).dtype)
@@ -94,6 +107,9 @@ def backward(way, model, opt, number, *, sign=1.0):
 
     def loss_of():
         out = model(x)
+        if isinstance(opt, RankOneNPG):
+            observe_actions(opt, out, number)
+            return sign * F.cross_entropy(out, y)
         if isinstance(opt, SophiaH):
             loss = sign * F.cross_entropy(out, y)
             opt.observe(loss)

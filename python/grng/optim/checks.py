@@ -7,7 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-COUNTS = ("refresh_every", "max_factor_dim", "max_rows", "max_failures", "check_interval")
+COUNTS = (
+    *("refresh_every", "max_factor_dim", "max_rows", "max_failures", "check_interval"),
+    *("scores", "seed"),
+)
 
 
 class PreconditionerError(RuntimeError):
