@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Deep reinforcement learning on Gymnasium environments with the rank-1 natural policy gradient."""
 
+from typing import TYPE_CHECKING
+
 from grng.rl.config import ActorCriticConfig
 from grng.rl.environments import TASKS
 from grng.rl.errors import EnvironmentUnavailable, RLError
 from grng.rl.reports import TensorBoardLog
+
+if TYPE_CHECKING:
+    from grng.rl.trainer import ActorCritic
 
 __all__ = [
     "TASKS",

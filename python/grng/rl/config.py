@@ -112,9 +112,7 @@ class ActorCriticConfig:
         return {**values, "hidden": list(self.hidden)}
 
 
-def _check(
-    name: str, value: Any, is_kind: bool, *, low: float, high: float = math.inf
-) -> None:
+def _check(name: str, value: Any, is_kind: bool, *, low: float, high: float = math.inf) -> None:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not (is_number and is_kind and math.isfinite(value) and low <= value <= high):
         kind = "a number" if isinstance(low, float) else "a whole number"

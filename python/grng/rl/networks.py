@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import gymnasium
@@ -25,7 +26,7 @@ def mlp(
     """Return a tanh network with orthogonal weights and zero biases."""
     layers: list[nn.Module] = []
     sizes = [inputs, *hidden, outputs]
-    for i, (a, b) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for i, (a, b) in enumerate(pairwise(sizes)):
         is_last = i + 2 == len(sizes)
         linear = nn.Linear(a, b)
         nn.init.orthogonal_(linear.weight, gain if is_last else _HIDDEN_GAIN, generator)

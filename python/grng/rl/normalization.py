@@ -29,9 +29,7 @@ class ObservationScale:
         """Return the observations normalised, fp32."""
         if self._is_active:
             deviation = np.sqrt(self._moments.var + _EPSILON)
-            observations = np.clip(
-                (observations - self._moments.mean) / deviation, -_LIMIT, _LIMIT
-            )
+            observations = np.clip((observations - self._moments.mean) / deviation, -_LIMIT, _LIMIT)
         return observations.astype(np.float32)
 
     def state_dict(self) -> dict[str, Any]:

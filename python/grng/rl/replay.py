@@ -62,7 +62,9 @@ class Replayable(gymnasium.Wrapper[Any, Any, Any, Any]):
         space = self.env.action_space
         actions = snapshot["actions"]
         for number, action in enumerate(actions):
-            observation, _, terminated, truncated, _ = self.step(np.array(action, dtype=space.dtype))
+            observation, _, terminated, truncated, _ = self.step(
+                np.array(action, dtype=space.dtype)
+            )
             if (terminated or truncated) and number + 1 < len(actions):
                 raise RLError(
                     f"environment ended its episode at action {number + 1} of {len(actions)} that were "

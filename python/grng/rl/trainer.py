@@ -61,7 +61,9 @@ class ActorCritic:
         known = {f.name for f in fields(ActorCriticConfig)}
         for name in settings:
             if name not in known:
-                raise RLError(f"unknown setting {name!r}; valid settings: {', '.join(sorted(known))}")
+                raise RLError(
+                    f"unknown setting {name!r}; valid settings: {', '.join(sorted(known))}"
+                )
         self.name = environment if isinstance(environment, str) else "given"
         if isinstance(environment, str):
             settings.setdefault("normalize_observations", find_task(environment).is_normalized)
@@ -249,7 +251,9 @@ class ActorCritic:
             torch.save(state, partial)
 
     @classmethod
-    def load(cls, path: str | Path, environment: str | MakeEnvironment | None = None) -> ActorCritic:
+    def load(
+        cls, path: str | Path, environment: str | MakeEnvironment | None = None
+    ) -> ActorCritic:
         """Return the agent that :meth:`save` wrote; it goes on as the saved one would have.
 
         Args:

@@ -101,7 +101,9 @@ class _Progress:
         if self._is_silent or self._console.is_terminal:
             return
         value = "none" if run.final_return is None else f"{run.final_return:.1f}"
-        line = f"{run.method} seed {run.seed}  {run.status}  final return {value}  {run.seconds:.1f} s"
+        line = (
+            f"{run.method} seed {run.seed}  {run.status}  final return {value}  {run.seconds:.1f} s"
+        )
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

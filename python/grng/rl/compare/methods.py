@@ -25,7 +25,15 @@ _RIVALS: dict[str, tuple[str, str, dict[str, Any]]] = {
 NAMES = (*POLICY_OPTIMIZERS, *_RIVALS)
 # Set by the comparison, the same for every method.
 _SHARED = ("optimizer", "optimizer_options", "seed", "hidden", "normalize_observations")
-_NOT_OPTIONS = ("policy", "env", "seed", "device", "verbose", "tensorboard_log", "_init_setup_model")
+_NOT_OPTIONS = (
+    "policy",
+    "env",
+    "seed",
+    "device",
+    "verbose",
+    "tensorboard_log",
+    "_init_setup_model",
+)
 
 
 @dataclass(frozen=True)
@@ -108,9 +116,13 @@ def parse_method(text: str) -> Method:
     for pair in pairs:
         key, has_value, value = pair.partition("=")
         if key not in keys:
-            raise UsageError(f"unknown option {key!r} of {name!r}; valid options: {', '.join(keys)}")
+            raise UsageError(
+                f"unknown option {key!r} of {name!r}; valid options: {', '.join(keys)}"
+            )
         if not has_value or not value or key in options:
-            raise UsageError(f"optimizer {label!r}: option {key!r} must be given once, as {key}=value")
+            raise UsageError(
+                f"optimizer {label!r}: option {key!r} must be given once, as {key}=value"
+            )
         options[key] = parse_value(value)
     return Method(label, name, options)
 

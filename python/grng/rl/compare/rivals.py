@@ -63,9 +63,7 @@ def train(
     def vector(count: int, *, is_training: bool) -> Any:
         env: Any = DummyVecEnv([lambda: Monitor(make())] * count)
         if task.is_normalized:
-            env = VecNormalize(
-                env, training=is_training, norm_reward=is_training, gamma=gamma
-            )
+            env = VecNormalize(env, training=is_training, norm_reward=is_training, gamma=gamma)
         return env
 
     env = vector(ENVIRONMENTS, is_training=True)

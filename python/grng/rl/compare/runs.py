@@ -13,7 +13,7 @@ import grng
 from grng.compare.errors import UsageError
 from grng.rl.compare.methods import Method
 from grng.rl.compare.records import DIVERGED, FINISHED, RLRun
-from grng.rl.environments import MakeEnvironment, Task, maker, find_task
+from grng.rl.environments import MakeEnvironment, Task, find_task, maker
 from grng.rl.errors import EnvironmentUnavailable, RLError
 from grng.rl.reports import Update
 from grng.rl.trainer import ActorCritic
@@ -82,9 +82,9 @@ def execute(method: Method, run: RLRun, config: RLConfig, tell: Callable[[], Non
 
     try:
         evaluate = _train(method, run.seed, config, episodes, grow)
-    except (grng.PreconditionerError, FloatingPointError, RLError, ValueError) as error:
-        if isinstance(error, (UsageError, EnvironmentUnavailable)):
-            raise
+    except (UsageError, EnvironmentUnavailable):
+        raise
+    except (grng.PreconditionerError, ValueError) as error:
         # A distribution of NaN is a ValueError of torch's.
         run.status, run.problem = DIVERGED, str(error).splitlines()[0]
         return
@@ -119,9 +119,7 @@ def _train(
             tell=tell,
         )
     try:
-        agent = ActorCritic(
-            config.task_name, seed=seed, hidden=config.hidden, **method.settings()
-        )
+        agent = ActorCritic(config.task_name, seed=seed, hidden=config.hidden, **method.settings())
     except EnvironmentUnavailable:
         raise
     except RLError as error:
