@@ -47,8 +47,9 @@ class Collector:
         normalize_rewards: bool,
     ) -> None:
         """Args: make: one environment; environments: how many; seed: of the first, the others count on."""
+        self._each: list[Replayable] = [Replayable(make()) for _ in range(environments)]
         self._environments = gymnasium.vector.SyncVectorEnv(
-            [lambda: Replayable(make())] * environments,
+            [lambda env=env: env for env in self._each],  # type: ignore[misc]
             autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP,
         )
         self.observation_space = self._environments.single_observation_space
@@ -116,7 +117,7 @@ class Collector:
     def state_dict(self) -> dict[str, Any]:
         """Return everything by which the environments go on exactly: numbers, strings, lists, dicts."""
         return {
-            "environments": [env.snapshot() for env in self._environments.envs],
+            "environments": [env.snapshot() for env in self._each],
             "observations": self._observations.tolist(),
             "returns": self._returns.tolist(),
             "lengths": self._lengths.tolist(),
@@ -131,9 +132,7 @@ class Collector:
             RLError: The environments do not come to the observations that were saved.
         """
         saved = np.array(state["observations"])
-        for i, (env, snapshot) in enumerate(
-            zip(self._environments.envs, state["environments"], strict=True)
-        ):
+        for i, (env, snapshot) in enumerate(zip(self._each, state["environments"], strict=True)):
             again = np.asarray(env.restore(snapshot), dtype=np.float64).reshape(-1)
             if not np.array_equal(again, saved[i]):
                 raise RLError(

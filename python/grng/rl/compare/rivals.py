@@ -92,6 +92,7 @@ def train(
             model, apart, n_eval_episodes=episodes, return_episode_rewards=True
         )
         apart.close()
+        assert isinstance(returns, list), "asked for the return of each episode"
         return [float(value) for value in returns]
 
     return evaluate

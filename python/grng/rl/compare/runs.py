@@ -67,6 +67,7 @@ def execute(method: Method, run: RLRun, config: RLConfig, tell: Callable[[], Non
         tell: Called now and then, when the curve has grown.
 
     Raises:
+        EnvironmentUnavailable: A package is missing.
         UsageError: The method refuses an option.
     """
     episodes: list[tuple[int, float]] = []
