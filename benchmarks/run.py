@@ -13,6 +13,7 @@ import bench_kron_factor
 import bench_kron_factor_conv2d
 import bench_precondition
 import bench_rank_one
+import bench_rank_one_step
 from harness import cli
 
 BENCHES = {
@@ -24,6 +25,7 @@ BENCHES = {
         bench_kalman_update,
         bench_precondition,
         bench_rank_one,
+        bench_rank_one_step,
         bench_grafting,
     )
 }

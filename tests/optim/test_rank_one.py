@@ -333,6 +333,19 @@ def test_momentum_and_decay_are_those_of_the_docstring():
         close(flat(model.parameters()), (1 - 0.3 * 0.05) * before - 0.3 * average)
 
 
+def test_momentum_that_was_switched_off_begins_anew():
+    results = []
+    for before in (0.0, 0.9):
+        model = policy()
+        opt = RankOneNPG(model, lr=0.0, momentum=before)
+        take_step(model, opt)
+        for momentum in (0.0, 0.5, 0.5):
+            opt.param_groups[0].update(lr=1.0, momentum=momentum)
+            take_step(model, opt)
+        results.append(values(model))
+    assert same(*results)
+
+
 def test_rates_decay_and_sign_are_of_a_group():
     model, alone = policy(), policy()
     first, second = list(model.parameters())[:2], list(model.parameters())[2:]
@@ -650,7 +663,8 @@ def test_a_graph_that_is_gone_is_said_to_be():
 
 def bad_log_probs(model, opt):
     log_probs, _ = drawn(model)
-    opt.observe(torch.cat([log_probs, log_probs[:1] * math.inf]))
+    # Of a constant: the scores are finite.
+    opt.observe(torch.cat([log_probs, log_probs[:1] + math.nan]))
     log_probs.mean().backward()
 
 
