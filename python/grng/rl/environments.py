@@ -75,7 +75,10 @@ def maker(name: str) -> MakeEnvironment:
     try:
         make().close()
     except gymnasium.error.DependencyNotInstalled as error:
-        raise EnvironmentUnavailable(_missing(name, _first_line(error), task.extra)) from error
+        text = _first_line(error)
+        # An id of Gymnasium is no task whose extra is known.
+        extra = next((one for one in ("mujoco", "box2d") if one in text.lower()), task.extra)
+        raise EnvironmentUnavailable(_missing(name, text, extra)) from error
     except (gymnasium.error.Error, ImportError) as error:
         known = ", ".join(TASKS)
         raise RLError(
