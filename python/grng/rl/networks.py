@@ -28,7 +28,8 @@ def mlp(
     sizes = [inputs, *hidden, outputs]
     for i, (a, b) in enumerate(pairwise(sizes)):
         is_last = i + 2 == len(sizes)
-        linear = nn.Linear(a, b)
+        # Without torch's own start, which would draw from the global generator.
+        linear = nn.utils.skip_init(nn.Linear, a, b)
         nn.init.orthogonal_(linear.weight, gain if is_last else _HIDDEN_GAIN, generator)
         nn.init.zeros_(linear.bias)
         layers += [linear] if is_last else [linear, nn.Tanh()]
