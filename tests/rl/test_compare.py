@@ -9,8 +9,9 @@ import gymnasium
 import numpy as np
 import pytest
 import stable_baselines3
+from gymnasium.envs.classic_control import CartPoleEnv
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from grng.__main__ import main
 from grng.rl import ActorCritic
@@ -113,6 +114,46 @@ def test_observations_are_normalised_for_every_method_where_it_is_usual(monkeypa
         assert run["curve_return"] == [None, None] and run["episodes"] == 0
         # The environment's own rewards.
         assert all(-2000 < value < -1 for value in run["evaluation"])
+
+
+def test_a_rival_is_evaluated_with_the_scale_it_learned_with(monkeypatch, tmp_path):
+    _, content, _ = compare(
+        monkeypatch,
+        tmp_path,
+        *("--optimizers", "a2c:gamma=0.9", "--steps", "80", "--checkpoints", "2"),
+        task="pendulum",
+    )
+    env = VecNormalize(DummyVecEnv([lambda: gymnasium.make("Pendulum-v1")] * 8), gamma=0.9)
+    model = stable_baselines3.A2C(
+        "MlpPolicy", env, gamma=0.9, seed=0, policy_kwargs={"net_arch": [8]}, device="cpu"
+    )
+    model.learn(80)
+    one = gymnasium.make("Pendulum-v1")
+    seen, _ = one.reset(seed=1_000_000)
+    total, has_ended = 0.0, False
+    while not has_ended:
+        action, _ = model.predict(env.normalize_obs(seen[None]), deterministic=True)
+        seen, reward, _, has_ended, _ = one.step(action[0])
+        total += reward
+    assert content["runs"][0]["evaluation"][0] == pytest.approx(total, rel=1e-4)
+
+
+def test_no_environment_stays_open(monkeypatch, tmp_path):
+    opened, closed = [], set()
+    made, close = CartPoleEnv.__init__, CartPoleEnv.close
+
+    def keep(self, *arguments, **options):
+        opened.append(self)
+        made(self, *arguments, **options)
+
+    def forget(self):
+        closed.add(id(self))
+        close(self)
+
+    monkeypatch.setattr(CartPoleEnv, "__init__", keep)
+    monkeypatch.setattr(CartPoleEnv, "close", forget)
+    compare(monkeypatch, tmp_path, "--optimizers", f"adamw,a2c,{NAN}", "--steps", "20")
+    assert len(opened) > 40 and closed == {id(env) for env in opened}
 
 
 def test_a_run_that_diverges_is_recorded_and_the_others_are_made(monkeypatch, tmp_path, capsys):

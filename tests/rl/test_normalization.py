@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from grng.rl.normalization import ObservationScale, RewardScale
-from tests.rl.environments import agent
+from tests.rl.environments import Counter, agent
 
 
 def moments(values):
@@ -112,3 +112,13 @@ def test_a_rollout_is_all_in_one_scale_and_only_then_learned():
         deviation = np.sqrt(np.array(before["variance"]) + 1e-8)
         expected = np.clip((first - before["mean"]) / deviation, -10, 10).astype(np.float32)
         np.testing.assert_array_equal(found.observations[0], expected)
+
+
+def test_the_discounted_return_begins_anew_where_a_time_limit_cut():
+    one = agent(lambda: Counter(3, is_cut=True), gamma=0.5)
+    one._collector.collect(one.policy, 9, one._generator)
+    rewards = np.repeat(1 + (np.arange(9) % 3 + 1)[:, None] / 10, 2, axis=1)
+    ended = np.repeat((np.arange(9) % 3 == 2)[:, None], 2, axis=1)
+    mean, variance = moments(by_hand(rewards, ended, 0.5).reshape(-1))
+    found = one._collector._reward_scale.state_dict()
+    assert found["mean"] == pytest.approx(mean) and found["variance"] == pytest.approx(variance)

@@ -75,6 +75,19 @@ def test_the_snapshot_is_loaded_with_weights_only(tmp_path):
     env.close()
 
 
+def test_a_generator_whose_state_is_an_array():
+    env, again = Replayable(maker("cartpole")()), Replayable(maker("cartpole")())
+    env.reset(seed=1)
+    again.reset(seed=2)
+    env.unwrapped.np_random = np.random.Generator(np.random.MT19937(5))
+    env.reset()
+    saved = json.dumps(env.snapshot())
+    assert json.dumps(env.snapshot()) == saved
+    again.restore(json.loads(saved))
+    actions = [np.int64(1)] * 30
+    assert go_on(again, actions) == go_on(env, actions)
+
+
 @pytest.mark.parametrize("now", [2, 3])
 def test_refuses_an_environment_whose_episode_ends_earlier_now(now):
     env = Replayable(Counter(5))
