@@ -115,3 +115,21 @@ def test_training_with_checkpoints_is_training_without(tmp_path):
     other.train(48)
     assert state(one) == state(other)
     assert numbers(ActorCritic.load(tmp_path / "a.pt").policy.state_dict()) == state(one)["policy"]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("place", ["step", "zero_grad"])
+def test_training_goes_on_after_ctrl_c_in_an_update(optimizer, place, monkeypatch):
+    one = agent(Bandit, optimizer=optimizer)
+    one.train(16)
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(one.optimizer, place, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            one.train(16)
+    assert one.steps == 16
+    one.train(16)
+    assert one.steps == 32

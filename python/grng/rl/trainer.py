@@ -182,13 +182,14 @@ class ActorCritic:
         self, observations: Tensor, rollout: Rollout, advantages: np.ndarray[Any, Any]
     ) -> float:
         weights = torch.from_numpy((advantages - advantages.mean()) / (advantages.std() + 1e-8))
+        # First: with the gradients of an update that was interrupted, what was observed for it goes too.
+        self.optimizer.zero_grad()
         distribution = self.policy(observations.flatten(0, 1))
         log_probs = distribution.log_prob(rollout.actions.flatten(0, 1))
-        if isinstance(self.optimizer, grng.RankOneNPG):
-            self.optimizer.observe(log_probs)
         entropy = distribution.entropy().mean()
         gain = (weights.float().flatten() * log_probs).mean() + self.config.entropy * entropy
-        self.optimizer.zero_grad()
+        if isinstance(self.optimizer, grng.RankOneNPG):
+            self.optimizer.observe(log_probs)
         (-gain).backward()
         self.optimizer.step()
         return float(entropy.detach())
