@@ -131,3 +131,14 @@ def test_a_run_that_goes_beyond_its_steps_ends_with_a_whole_rollout():
     assert one.steps == 32
     one.train(1)
     assert one.steps == 48
+
+
+def test_a_folder_that_is_not_there_is_found_before_training(tmp_path):
+    one, path = agent(Bandit), tmp_path / "none" / "a.pt"
+    with pytest.raises(
+        RLError, match=r"checkpoint must be a file in a folder that exists, got .*a\.pt"
+    ):
+        one.train(16, checkpoint=path)
+    assert one.steps == 0
+    with pytest.raises(RLError, match=r"path must be a file in a folder that exists"):
+        one.save(path)

@@ -119,10 +119,13 @@ class ActorCritic:
             checkpoint_every: > 0.
 
         Raises:
-            RLError: ``steps`` or ``checkpoint_every`` is no whole number > 0; an environment gave NaN.
+            RLError: ``steps`` or ``checkpoint_every`` is no whole number > 0; the folder of ``checkpoint``
+                is not there; or an environment or the policy gave NaN.
         """
         for name, value in (("steps", steps), ("checkpoint_every", checkpoint_every)):
             _check_count(name, value)
+        if checkpoint is not None:
+            _check_folder("checkpoint", checkpoint)
         goal, saved = self.steps + steps, self.steps
         with progress_bar(self.name, self.steps, goal, is_shown=progress) as show:
             while self.steps < goal:
@@ -249,7 +252,12 @@ class ActorCritic:
     # ---- checkpoints ----
 
     def save(self, path: str | Path) -> None:
-        """Write everything by which training goes on exactly; the file is whole or is not there."""
+        """Write everything by which training goes on exactly; the file is whole or is not there.
+
+        Raises:
+            RLError: The folder of ``path`` is not there.
+        """
+        _check_folder("path", path)
         state = {
             "format": _FORMAT,
             "environment": self.name,
@@ -313,3 +321,8 @@ class ActorCritic:
 def _check_count(name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise RLError(f"{name} must be a whole number > 0, got {value!r}")
+
+
+def _check_folder(name: str, path: str | Path) -> None:
+    if not Path(path).parent.is_dir():
+        raise RLError(f"{name} must be a file in a folder that exists, got {str(path)!r}")
