@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -74,7 +75,7 @@ class ActorCriticConfig:
         Raises:
             RLError: One is out of range; names it.
         """
-        if self.optimizer not in POLICY_OPTIMIZERS:
+        if not isinstance(self.optimizer, str) or self.optimizer not in POLICY_OPTIMIZERS:
             raise RLError(
                 f"optimizer must be one of {', '.join(POLICY_OPTIMIZERS)}, got {self.optimizer!r}"
             )
@@ -84,12 +85,19 @@ class ActorCriticConfig:
             _check(name, getattr(self, name), True, low=0.0, high=1.0)
         for name in ("entropy", "critic_lr"):
             _check(name, getattr(self, name), True, low=0.0)
-        _check("seed", self.seed, isinstance(self.seed, int), low=0)
-        hidden = tuple(self.hidden)
-        if not all(isinstance(size, int) and size > 0 for size in hidden):
-            raise RLError(f"hidden must be whole numbers > 0, got {self.hidden!r}")
+        # What torch's generators take.
+        _check("seed", self.seed, isinstance(self.seed, int), low=0, high=2**63 - 1)
+        for name in ("normalize_observations", "normalize_rewards"):
+            if not isinstance(getattr(self, name), bool):
+                raise RLError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if not isinstance(self.optimizer_options, dict):
+            raise RLError(f"optimizer_options must be a dict, got {self.optimizer_options!r}")
+        sizes = self.hidden if isinstance(self.hidden, (tuple, list)) else [None]
+        if not all(type(size) is int and size > 0 for size in sizes):
+            raise RLError(f"hidden must be a tuple of whole numbers > 0, got {self.hidden!r}")
         # A list, as JSON and the command line have it, is as good.
-        object.__setattr__(self, "hidden", hidden)
+        object.__setattr__(self, "hidden", tuple(self.hidden))
+        object.__setattr__(self, "optimizer_options", copy.deepcopy(self.optimizer_options))
 
     def policy_optimizer(self, policy: nn.Module) -> torch.optim.Optimizer:
         """Return the optimizer of a policy.
@@ -109,7 +117,7 @@ class ActorCriticConfig:
     def plain(self) -> dict[str, Any]:
         """Return the settings as numbers, strings, lists and dicts."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {**values, "hidden": list(self.hidden)}
+        return copy.deepcopy({**values, "hidden": list(self.hidden)})
 
 
 def _check(name: str, value: Any, is_kind: bool, *, low: float, high: float = math.inf) -> None:

@@ -75,12 +75,15 @@ def maker(name: str) -> MakeEnvironment:
     try:
         make().close()
     except gymnasium.error.DependencyNotInstalled as error:
-        raise EnvironmentUnavailable(_missing(name, _first_line(error), task.extra)) from error
+        text = first_line(error)
+        # An id of Gymnasium is no task whose extra is known.
+        extra = next((one for one in ("mujoco", "box2d") if one in text.lower()), task.extra)
+        raise EnvironmentUnavailable(_missing(name, text, extra)) from error
     except (gymnasium.error.Error, ImportError) as error:
         known = ", ".join(TASKS)
         raise RLError(
             f"environment must be one of {known}, or an id that Gymnasium knows, got {name!r}: "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from error
     return make
 
@@ -89,5 +92,6 @@ def _missing(name: str, what: str, extra: str) -> str:
     return f'environment {name!r} needs more ({what}): pip install "grng-kernels[{extra}]"'
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or its name where it says nothing."""
     return (str(error) or type(error).__name__).splitlines()[0]

@@ -28,7 +28,8 @@ def mlp(
     sizes = [inputs, *hidden, outputs]
     for i, (a, b) in enumerate(pairwise(sizes)):
         is_last = i + 2 == len(sizes)
-        linear = nn.Linear(a, b)
+        # Without torch's own start, which would draw from the global generator.
+        linear = nn.utils.skip_init(nn.Linear, a, b)
         nn.init.orthogonal_(linear.weight, gain if is_last else _HIDDEN_GAIN, generator)
         nn.init.zeros_(linear.bias)
         layers += [linear] if is_last else [linear, nn.Tanh()]
@@ -61,6 +62,8 @@ class Policy(nn.Module):
         if isinstance(actions, gymnasium.spaces.Discrete):
             outputs = int(actions.n)
         elif isinstance(actions, gymnasium.spaces.Box) and len(actions.shape) == 1:
+            if not np.issubdtype(actions.dtype, np.floating):
+                raise RLError(f"action space must be Discrete or of floating-point, got {actions}")
             if not (np.isfinite(actions.low).all() and np.isfinite(actions.high).all()):
                 raise RLError(f"action space must have finite bounds, got {actions}")
             outputs = actions.shape[0]
@@ -79,8 +82,12 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def draw(self, observations: Tensor, generator: torch.Generator) -> Tensor:
-        """Return an action for each observation, drawn with the generator."""
-        out = self.net(observations)
+        """Return an action for each observation, drawn with the generator.
+
+        Raises:
+            RLError: An output is NaN or infinite.
+        """
+        out = self._outputs(observations)
         if self.is_discrete:
             return torch.multinomial(out.softmax(-1), 1, generator=generator).squeeze(-1)
         noise = torch.randn(out.shape, generator=generator, dtype=out.dtype)
@@ -88,9 +95,22 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def best(self, observations: Tensor) -> Tensor:
-        """Return the likeliest action for each observation."""
-        out: Tensor = self.net(observations)
+        """Return the likeliest action for each observation.
+
+        Raises:
+            RLError: An output is NaN or infinite.
+        """
+        out = self._outputs(observations)
         return out.argmax(-1) if self.is_discrete else out
+
+    def _outputs(self, observations: Tensor) -> Tensor:
+        out: Tensor = self.net(observations)
+        deviation = out if self.is_discrete else self.log_std.exp()
+        if not (out.isfinite().all() and deviation.isfinite().all()):
+            raise RLError(
+                "policy: its outputs must be finite, got NaN or infinity; training diverged"
+            )
+        return out
 
     def to_environment(self, actions: Tensor) -> np.ndarray[Any, Any]:
         """Return the actions as the environment takes them."""
@@ -100,7 +120,8 @@ class Policy(nn.Module):
         assert isinstance(self.space, gymnasium.spaces.Box)
         part = (np.clip(values, -1.0, 1.0) + 1.0) / 2.0
         low, high = self.space.low, self.space.high
-        return (low + part * (high - low)).astype(self.space.dtype)
+        # Rounding can pass a bound.
+        return np.clip(low + part * (high - low), low, high).astype(self.space.dtype)
 
 
 def observation_size(space: gymnasium.Space[Any]) -> int:

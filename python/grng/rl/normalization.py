@@ -50,6 +50,10 @@ class RewardScale:
         self._moments = RunningMeanStd(shape=(), dtype=np.float64)
         self._returns = np.zeros(environments)
 
+    def begin(self) -> None:
+        """Forget the episodes under way, and not the moments."""
+        self._returns = np.zeros_like(self._returns)
+
     def learn(self, rewards: Array, ended: Array) -> None:
         """Take one step's rewards ``[environments]`` into the moments of the discounted return."""
         if self._is_active:

@@ -8,6 +8,7 @@ deterministic given its seed.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import gymnasium
@@ -37,9 +38,13 @@ class Replayable(gymnasium.Wrapper[Any, Any, Any, Any]):
         return self.env.reset(seed=seed, options=options)
 
     def step(self, action: Any) -> Any:
-        """Act, as :meth:`gymnasium.Env.step`."""
+        """Act, as :meth:`gymnasium.Env.step`; the last observation of an episode is a copy."""
         self._actions.append(np.array(action).tolist())
-        return self.env.step(action)
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        if terminated or truncated:
+            # The next reset may write into the same array, before anybody has read this one.
+            observation = copy.deepcopy(observation)
+        return observation, reward, terminated, truncated, info
 
     def snapshot(self) -> dict[str, Any]:
         """Return start and actions: numbers, strings, lists and dicts."""
@@ -49,7 +54,7 @@ class Replayable(gymnasium.Wrapper[Any, Any, Any, Any]):
         """Begin the saved episode and repeat its actions; return the observation after the last.
 
         Raises:
-            RLError: The episode ends before its actions do: not the environment that was saved.
+            RLError: The episode ends, which it had not: not the environment that was saved.
         """
         start = snapshot["start"]
         seed = start.get("seed")
@@ -62,10 +67,10 @@ class Replayable(gymnasium.Wrapper[Any, Any, Any, Any]):
         space = self.env.action_space
         actions = snapshot["actions"]
         for number, action in enumerate(actions):
-            observation, _, terminated, truncated, _ = self.step(
-                np.array(action, dtype=space.dtype)
-            )
-            if (terminated or truncated) and number + 1 < len(actions):
+            # A number where it was one, and no array of no dimension: it may be a key of a dict.
+            again = np.array(action, dtype=space.dtype)[()]
+            observation, _, terminated, truncated, _ = self.step(again)
+            if terminated or truncated:
                 raise RLError(
                     f"environment ended its episode at action {number + 1} of {len(actions)} that were "
                     "repeated from the checkpoint; it is not the one that was saved"

@@ -22,6 +22,7 @@ class Update:
     """What one update did."""
 
     steps: int  # taken in all environments so far
+    taken: int  # of them, in this update
     episodes: list[tuple[int, float, int]]  # that ended: steps taken so far, return, length
     entropy: float
     value_loss: float
@@ -38,11 +39,17 @@ def progress_bar(
 
     Yields:
         What to call after each update; it does nothing where the bar is not shown.
+
+    Raises:
+        ImportError: rich is not installed; says how to install it.
     """
     if not is_shown:
         yield lambda update: None
         return
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    try:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    except ImportError as error:
+        raise ImportError('progress=True needs rich: pip install "grng-kernels[rl]"') from error
 
     returns: deque[float] = deque(maxlen=EPISODES)
     columns = (
@@ -84,7 +91,6 @@ class TensorBoardLog:
                 'TensorBoardLog needs tensorboard: pip install "grng-kernels[tensorboard]"'
             ) from error
         self._writer: SummaryWriter = SummaryWriter(folder)
-        self._steps = 0
 
     def __call__(self, update: Update) -> None:
         """Write the scalars of one update."""
@@ -95,9 +101,8 @@ class TensorBoardLog:
         add("policy/entropy", update.entropy, update.steps)
         add("value/loss", update.value_loss, update.steps)
         add("value/explained_variance", update.explained_variance, update.steps)
-        rate = (update.steps - self._steps) / max(update.seconds, 1e-9)
+        rate = update.taken / max(update.seconds, 1e-9)
         add("time/steps_per_second", rate, update.steps)
-        self._steps = update.steps
         for key, number in update.optimizer.items():
             add(f"optimizer/{key}", number, update.steps)
 

@@ -12,7 +12,7 @@ import torch
 
 from grng.rl.environments import MakeEnvironment
 from grng.rl.errors import RLError
-from grng.rl.networks import Policy
+from grng.rl.networks import Policy, observation_size
 from grng.rl.normalization import ObservationScale, RewardScale
 from grng.rl.replay import Replayable
 
@@ -46,19 +46,39 @@ class Collector:
         normalize_observations: bool,
         normalize_rewards: bool,
     ) -> None:
-        """Args: make: one environment; environments: how many; seed: of the first, the others count on."""
+        """Args: make: one environment; environments: how many; seed: of the first, the others count on.
+
+        Raises:
+            RLError: The space of observations is not supported, a first observation is not finite, or
+                all environments are one.
+        """
         self._each: list[Replayable] = [Replayable(make()) for _ in range(environments)]
+        if len({id(env.unwrapped) for env in self._each}) < environments:
+            raise RLError(
+                "environment must be made anew by each call of its function, got the same"
+            )
         self._environments = gymnasium.vector.SyncVectorEnv(
             [lambda env=env: env for env in self._each],  # type: ignore[misc]
             autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP,
         )
         self.observation_space = self._environments.single_observation_space
         self.action_space = self._environments.single_action_space
-        size = int(np.prod(self.observation_space.shape or (1,)))
+        size = observation_size(self.observation_space)
         self.observation_scale = ObservationScale(size, is_active=normalize_observations)
         self._reward_scale = RewardScale(environments, gamma, is_active=normalize_rewards)
+        self._observations: Array
+        self._begin(seed)
+
+    def _begin(self, seed: int | None = None) -> None:
+        """Begin an episode in each environment."""
         self._observations = self._flat(self._environments.reset(seed=seed)[0])
-        self._returns, self._lengths = np.zeros(environments), np.zeros(environments, dtype=int)
+        self._returns = np.zeros(len(self._each))
+        self._lengths = np.zeros(len(self._each), dtype=int)
+        self._reward_scale.begin()
+        # Whether a rollout was begun and not ended: some environments may have acted, others not.
+        self._is_torn = True
+        _check_finite("observation", self._observations, "at the start")
+        self._is_torn = False
 
     def _flat(self, observations: Array) -> Array:
         return observations.reshape(len(observations), -1).astype(np.float64)
@@ -66,9 +86,13 @@ class Collector:
     def collect(self, policy: Policy, steps: int, generator: torch.Generator) -> Rollout:
         """Act ``steps`` times in each environment with actions drawn from the policy.
 
+        After a rollout that was not ended, by an error or Ctrl-C, new episodes begin.
+
         Raises:
-            RLError: A reward or an observation is NaN or infinite; says where.
+            RLError: A reward, an observation or an output of the policy is NaN or infinite; says where.
         """
+        self._mend()
+        self._is_torn = True
         observations, following, actions, rewards, terminations, ends = [], [], [], [], [], []
         episodes: list[tuple[int, float, int]] = []
         for step in range(steps):
@@ -82,7 +106,10 @@ class Collector:
             reached = after.copy()
             for i in np.flatnonzero(ended):
                 reached[i] = np.asarray(info["final_obs"][i]).reshape(-1)
-            _check_finite(reward, reached, step)
+            place = f"at step {step} of the rollout; the policy is as it was before this rollout"
+            _check_finite("reward", reward, place)
+            _check_finite("observation", reached, place)
+            _check_finite("observation", after, place)
             self._returns += reward
             self._lengths += 1
             for i in np.flatnonzero(ended):
@@ -108,7 +135,12 @@ class Collector:
             episodes,
         )
         self.observation_scale.learn(seen)
+        self._is_torn = False
         return rollout
+
+    def _mend(self) -> None:
+        if self._is_torn:
+            self._begin()
 
     def close(self) -> None:
         """Close the environments."""
@@ -116,6 +148,7 @@ class Collector:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything by which the environments go on exactly: numbers, strings, lists, dicts."""
+        self._mend()
         return {
             "environments": [env.snapshot() for env in self._each],
             "observations": self._observations.tolist(),
@@ -146,12 +179,8 @@ class Collector:
         self._reward_scale.load_state_dict(state["reward_scale"])
 
 
-def _check_finite(rewards: Array, observations: Array, step: int) -> None:
-    for name, values in (("reward", rewards), ("observation", observations)):
-        finite = np.isfinite(values).reshape(len(values), -1).all(1)
-        if not finite.all():
-            i = int(np.flatnonzero(~finite)[0])
-            raise RLError(
-                f"{name} of environment {i} must be finite, got {values[i]} at step {step} of the rollout; "
-                "the policy is as it was before this rollout"
-            )
+def _check_finite(name: str, values: Array, place: str) -> None:
+    finite = np.isfinite(values).reshape(len(values), -1).all(1)
+    if not finite.all():
+        i = int(np.flatnonzero(~finite)[0])
+        raise RLError(f"{name} of environment {i} must be finite, got {values[i]} {place}")

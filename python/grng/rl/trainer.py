@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import torch
 from torch import Tensor
@@ -64,6 +65,12 @@ class ActorCritic:
                 raise RLError(
                     f"unknown setting {name!r}; valid settings: {', '.join(sorted(known))}"
                 )
+        if not isinstance(environment, str) and (
+            not callable(environment) or isinstance(environment, gymnasium.Env)
+        ):
+            raise RLError(
+                f"environment must be a name or a function that makes one, got {environment!r}"
+            )
         self.name = environment if isinstance(environment, str) else "given"
         if isinstance(environment, str):
             settings.setdefault("normalize_observations", find_task(environment).is_normalized)
@@ -112,11 +119,13 @@ class ActorCritic:
             checkpoint_every: > 0.
 
         Raises:
-            RLError: ``steps`` or ``checkpoint_every`` is no whole number > 0; an environment gave NaN.
+            RLError: ``steps`` or ``checkpoint_every`` is no whole number > 0; the folder of ``checkpoint``
+                is not there; or an environment or the policy gave NaN.
         """
         for name, value in (("steps", steps), ("checkpoint_every", checkpoint_every)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise RLError(f"{name} must be a whole number > 0, got {value!r}")
+            _check_count(name, value)
+        if checkpoint is not None:
+            _check_folder("checkpoint", checkpoint)
         goal, saved = self.steps + steps, self.steps
         with progress_bar(self.name, self.steps, goal, is_shown=progress) as show:
             while self.steps < goal:
@@ -154,10 +163,12 @@ class ActorCritic:
             observations.flatten(0, 1), torch.from_numpy(returns).float().flatten()
         )
         before = self.steps
-        self.steps += advantages.size
+        taken = advantages.size
+        self.steps += taken
         spread = float(np.var(returns))
         return Update(
             steps=self.steps,
+            taken=taken,
             episodes=[(before + (t + 1) * c.environments, r, n) for t, r, n in rollout.episodes],
             entropy=entropy,
             value_loss=loss,
@@ -174,13 +185,14 @@ class ActorCritic:
         self, observations: Tensor, rollout: Rollout, advantages: np.ndarray[Any, Any]
     ) -> float:
         weights = torch.from_numpy((advantages - advantages.mean()) / (advantages.std() + 1e-8))
+        # First: with the gradients of an update that was interrupted, what was observed for it goes too.
+        self.optimizer.zero_grad()
         distribution = self.policy(observations.flatten(0, 1))
         log_probs = distribution.log_prob(rollout.actions.flatten(0, 1))
-        if isinstance(self.optimizer, grng.RankOneNPG):
-            self.optimizer.observe(log_probs)
         entropy = distribution.entropy().mean()
         gain = (weights.float().flatten() * log_probs).mean() + self.config.entropy * entropy
-        self.optimizer.zero_grad()
+        if isinstance(self.optimizer, grng.RankOneNPG):
+            self.optimizer.observe(log_probs)
         (-gain).backward()
         self.optimizer.step()
         return float(entropy.detach())
@@ -212,18 +224,25 @@ class ActorCritic:
         Args:
             episodes: How many; each begins with a seed of its own.
             seed: Of the first; far from those of training.
+
+        Raises:
+            RLError: ``episodes`` is no whole number > 0; or the policy's outputs are not finite.
         """
+        _check_count("episodes", episodes)
         return [self._episode(seed + i) for i in range(episodes)]
 
     def _episode(self, seed: int) -> float:
         env = self._make()
         observation, _ = env.reset(seed=seed)
         total, has_ended = 0.0, False
-        while not has_ended:
-            observation, reward, terminated, truncated, _ = env.step(self.act(observation[None])[0])
-            total += float(reward)
-            has_ended = terminated or truncated
-        env.close()
+        try:
+            while not has_ended:
+                action = self.act(observation[None])[0]
+                observation, reward, terminated, truncated, _ = env.step(action)
+                total += float(reward)
+                has_ended = terminated or truncated
+        finally:
+            env.close()
         return total
 
     def close(self) -> None:
@@ -233,7 +252,12 @@ class ActorCritic:
     # ---- checkpoints ----
 
     def save(self, path: str | Path) -> None:
-        """Write everything by which training goes on exactly; the file is whole or is not there."""
+        """Write everything by which training goes on exactly; the file is whole or is not there.
+
+        Raises:
+            RLError: The folder of ``path`` is not there.
+        """
+        _check_folder("path", path)
         state = {
             "format": _FORMAT,
             "environment": self.name,
@@ -266,7 +290,8 @@ class ActorCritic:
         """
         try:
             state = torch.load(path, weights_only=True)
-        except (OSError, RuntimeError, ValueError, EOFError) as error:
+        except Exception as error:
+            # Whatever the bytes of another file make of torch's reader.
             raise RLError(f"{path}: no checkpoint that can be read: {error}") from error
         if not isinstance(state, dict) or state.get("format") != _FORMAT:
             raise RLError(f"{path}: must be a checkpoint of format {_FORMAT}")
@@ -291,3 +316,13 @@ class ActorCritic:
 
     def _spaces(self) -> list[str]:
         return [str(self._collector.observation_space), str(self._collector.action_space)]
+
+
+def _check_count(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise RLError(f"{name} must be a whole number > 0, got {value!r}")
+
+
+def _check_folder(name: str, path: str | Path) -> None:
+    if not Path(path).parent.is_dir():
+        raise RLError(f"{name} must be a file in a folder that exists, got {str(path)!r}")

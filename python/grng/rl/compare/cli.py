@@ -19,7 +19,7 @@ from grng.rl.compare.methods import Method, parse_methods
 from grng.rl.compare.plots import save_figure
 from grng.rl.compare.records import DIVERGED, FINISHED, INTERRUPTED, RUNNING, RLRun
 from grng.rl.compare.results import RLResult
-from grng.rl.compare.runs import RLConfig, execute
+from grng.rl.compare.runs import RLConfig, check, execute
 from grng.rl.compare.table import print_table
 from grng.rl.environments import maker
 from grng.rl.errors import EnvironmentUnavailable, RLError
@@ -37,6 +37,8 @@ _FOREIGN: dict[str, Any] = {
     "train_limit": None,
     "validation": None,
     "data_dir": None,
+    "warmup_fraction": 0.05,
+    "reference": "adamw",
 }
 
 
@@ -46,12 +48,15 @@ def _config(arguments: argparse.Namespace) -> RLConfig:
             raise UsageError(f"--{name.replace('_', '-')} does not go with --task {arguments.task}")
     if arguments.device == "cuda":
         raise UsageError("--device must be cpu or auto: these networks are small")
+    if arguments.threads is not None and arguments.threads < 1:
+        raise UsageError(f"--threads must be > 0, got {arguments.threads}")
+    has_seeds, has_hidden = arguments.seeds is not None, arguments.hidden is not None
     return RLConfig(
         task_name=arguments.task,
         steps=_STEPS if arguments.steps is None else arguments.steps,
-        seeds=_integers("--seeds", arguments.seeds) if arguments.seeds else (arguments.seed,),
+        seeds=_integers("--seeds", arguments.seeds) if has_seeds else (arguments.seed,),
         checkpoints=50 if arguments.checkpoints is None else arguments.checkpoints,
-        hidden=_integers("--hidden", arguments.hidden) if arguments.hidden else (64, 64),
+        hidden=_integers("--hidden", arguments.hidden) if has_hidden else (64, 64),
     )
 
 
@@ -147,7 +152,9 @@ def compare(arguments: argparse.Namespace, argv: list[str]) -> int:
     try:
         # By name, before a run: what is missing, and which task is unknown.
         maker(config.task_name)
-        methods = parse_methods(arguments.optimizers or DEFAULT_METHODS)
+        given = arguments.optimizers
+        methods = parse_methods(DEFAULT_METHODS if given is None else given)
+        check(methods, config)
     except EnvironmentUnavailable as error:
         print(f"grng compare: {error}", file=sys.stderr)
         return EXIT_FAILED

@@ -28,6 +28,7 @@ _SHARED = ("optimizer", "optimizer_options", "seed", "hidden", "normalize_observ
 _NOT_OPTIONS = (
     "policy",
     "env",
+    "policy_kwargs",
     "seed",
     "device",
     "verbose",

@@ -69,11 +69,13 @@ def draw(result: RLResult) -> Figure:
         seeds = config["seeds"]
         repeats = f"{len(seeds)} seeds: mean and range" if len(seeds) > 1 else f"seed {seeds[0]}"
         hidden = "-".join(map(str, config["hidden"]))
+        sides = {method["settings"].get("environments", 8) for method in config["methods"]}
+        beside = f"{sides.pop()} environments side by side  ·  " if len(sides) == 1 else ""
         axes.set_title(f"{config['title']}: return by optimizer\n", loc="left")
         axes.text(
             0,
             1.02,
-            f"tanh networks of {hidden} for all  ·  8 environments side by side  ·  {repeats}",
+            f"tanh networks of {hidden} for all  ·  {beside}{repeats}",
             transform=axes.transAxes,
             fontsize=9.5,
             color="#555555",

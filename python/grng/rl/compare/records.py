@@ -70,7 +70,8 @@ class RLRun:
         self.episodes = len(episodes)
         self.solved_at = None
         if solved is not None:
-            full = range(EPISODES, len(episodes) + 1)
+            # Methods end with whole rollouts: what they do beyond the last point does not count.
+            full = range(EPISODES, counts[-1] + 1 if counts else 0)
             # Rounding must not decide it where every episode reaches the bound.
             at = next((n for n in full if mean(n) >= solved - 1e-9), None)
             self.solved_at = None if at is None else ends[at - 1]

@@ -127,6 +127,8 @@ def load(path: Path) -> RLResult:
         keys = ("command", "config", "environment", "created_utc", "status")
         runs = [RLRun(**run) for run in content["runs"]]
         return RLResult(**{key: content[key] for key in keys}, runs=runs)
+    except UsageError:
+        raise
     except OSError as error:
         raise UsageError(f"{file}: {error.strerror}") from error
     except (KeyError, TypeError, ValueError) as error:

@@ -33,6 +33,46 @@ class _Episodes(BaseCallback):
         return True
 
 
+def _vector(
+    task: Task, make: MakeEnvironment, count: int, gamma: float, *, is_training: bool
+) -> Any:
+    env: Any = DummyVecEnv([lambda: Monitor(make())] * count)
+    if task.is_normalized:
+        env = VecNormalize(env, training=is_training, norm_reward=is_training, gamma=gamma)
+    return env
+
+
+def build(
+    method: Method, task: Task, make: MakeEnvironment, *, seed: int, hidden: tuple[int, ...]
+) -> tuple[Any, Any]:
+    """Return the model, not yet trained, and its environments; see :func:`train`.
+
+    Raises:
+        UsageError: The class refuses an option.
+    """
+    settings = method.settings()
+    env: Any = None
+    try:
+        gamma = float(settings.get("gamma", _GAMMA))
+        env = _vector(task, make, ENVIRONMENTS, gamma, is_training=True)
+        with warnings.catch_warnings():
+            # PPO tells of a batch that does not divide the rollout; the last one is smaller then.
+            warnings.simplefilter("ignore", UserWarning)
+            model = method.rival_class(
+                "MlpPolicy",
+                env,
+                seed=seed,
+                device="cpu",
+                policy_kwargs={"net_arch": list(hidden)},
+                **settings,
+            )
+    except (TypeError, ValueError, AssertionError) as error:
+        if env is not None:
+            env.close()
+        raise UsageError(f"optimizer {method.label!r}: {error}") from error
+    return model, env
+
+
 def train(
     method: Method,
     task: Task,
@@ -57,34 +97,14 @@ def train(
     Raises:
         UsageError: The class refuses an option.
     """
-    settings = method.settings()
-    gamma = float(settings.get("gamma", _GAMMA))
-
-    def vector(count: int, *, is_training: bool) -> Any:
-        env: Any = DummyVecEnv([lambda: Monitor(make())] * count)
-        if task.is_normalized:
-            env = VecNormalize(env, training=is_training, norm_reward=is_training, gamma=gamma)
-        return env
-
-    env = vector(ENVIRONMENTS, is_training=True)
+    model, env = build(method, task, make, seed=seed, hidden=hidden)
     try:
-        with warnings.catch_warnings():
-            # PPO tells of a batch that does not divide the rollout; the last one is smaller then.
-            warnings.simplefilter("ignore", UserWarning)
-            model = method.rival_class(
-                "MlpPolicy",
-                env,
-                seed=seed,
-                device="cpu",
-                policy_kwargs={"net_arch": list(hidden)} | settings.pop("policy_kwargs", {}),
-                **settings,
-            )
-    except (TypeError, ValueError, AssertionError) as error:
-        raise UsageError(f"optimizer {method.label!r}: {error}") from error
-    model.learn(steps, callback=_Episodes(tell))
+        model.learn(steps, callback=_Episodes(tell))
+    finally:
+        env.close()
 
     def evaluate(episodes: int) -> list[float]:
-        apart = vector(1, is_training=False)
+        apart = _vector(task, make, 1, model.gamma, is_training=False)
         if task.is_normalized:
             apart.obs_rms = env.obs_rms
         apart.seed(seed + 1_000_000)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import grng
 from grng.compare.errors import UsageError
 from grng.rl.compare.methods import Method
 from grng.rl.compare.records import DIVERGED, FINISHED, RLRun
-from grng.rl.environments import MakeEnvironment, Task, find_task, maker
+from grng.rl.environments import MakeEnvironment, Task, find_task, first_line, maker
 from grng.rl.errors import EnvironmentUnavailable, RLError
 from grng.rl.reports import Update
 from grng.rl.trainer import ActorCritic
@@ -39,12 +40,14 @@ class RLConfig:
         for option, value in (
             ("--steps", self.steps),
             ("--checkpoints", self.checkpoints),
-            ("--evaluation-episodes", self.evaluation_episodes),
+            ("evaluation_episodes", self.evaluation_episodes),
         ):
             if value < 1:
                 raise UsageError(f"{option} must be > 0, got {value}")
         if any(seed < 0 for seed in self.seeds) or len(set(self.seeds)) < len(self.seeds):
             raise UsageError(f"--seeds must be different numbers >= 0, got {self.seeds}")
+        if any(size < 1 for size in self.hidden):
+            raise UsageError(f"--hidden must be numbers > 0, got {self.hidden}")
 
     @property
     def task(self) -> Task:
@@ -55,6 +58,23 @@ class RLConfig:
     def points(self) -> list[int]:
         """Steps at which curves are read."""
         return [self.steps * (i + 1) // self.checkpoints for i in range(self.checkpoints)]
+
+
+def check(methods: list[Method], config: RLConfig) -> None:
+    """Make everything once that a run is made of, so that no run is wasted before a wrong option.
+
+    Raises:
+        UsageError: A method refuses an option.
+        EnvironmentUnavailable: A package is missing.
+    """
+    for method in methods:
+        if method.is_rival:
+            from grng.rl.compare import rivals
+
+            make = maker(config.task_name)
+            rivals.build(method, config.task, make, seed=0, hidden=config.hidden)[1].close()
+        else:
+            _agent(method, config.seeds[0], config).close()
 
 
 def execute(method: Method, run: RLRun, config: RLConfig, tell: Callable[[], None]) -> None:
@@ -83,16 +103,17 @@ def execute(method: Method, run: RLRun, config: RLConfig, tell: Callable[[], Non
 
     try:
         evaluate = _train(method, run.seed, config, episodes, grow)
+        run.read_curve(episodes, points, solved)
+        run.seconds = time.perf_counter() - begin
+        found = [round(value, 4) for value in evaluate(config.evaluation_episodes)]
+        _check_finite(found, "in the evaluation")
     except (UsageError, EnvironmentUnavailable):
         raise
     except (grng.PreconditionerError, ValueError) as error:
         # A distribution of NaN is a ValueError of torch's.
-        run.status, run.problem = DIVERGED, str(error).splitlines()[0]
+        run.status, run.problem = DIVERGED, first_line(error)
         return
-    run.read_curve(episodes, points, solved)
-    run.seconds = time.perf_counter() - begin
-    run.evaluation = [round(value, 4) for value in evaluate(config.evaluation_episodes)]
-    run.status = FINISHED
+    run.evaluation, run.status = found, FINISHED
 
 
 def _train(
@@ -107,6 +128,7 @@ def _train(
         from grng.rl.compare import rivals
 
         def tell(steps: int, returns: list[float]) -> None:
+            _check_finite(returns, f"at step {steps}")
             episodes.extend((steps, value) for value in returns)
             grow(steps)
 
@@ -119,18 +141,29 @@ def _train(
             hidden=config.hidden,
             tell=tell,
         )
-    try:
-        agent = ActorCritic(config.task_name, seed=seed, hidden=config.hidden, **method.settings())
-    except EnvironmentUnavailable:
-        raise
-    except RLError as error:
-        raise UsageError(f"optimizer {method.label!r}: {error}") from error
+    agent = _agent(method, seed, config)
 
     def report(update: Update) -> None:
         episodes.extend((step, value) for step, value, _ in update.episodes)
         grow(update.steps)
 
     torch.manual_seed(seed)
-    agent.train(config.steps, report=report)
-    agent.close()
+    try:
+        agent.train(config.steps, report=report)
+    finally:
+        agent.close()
     return agent.evaluate
+
+
+def _agent(method: Method, seed: int, config: RLConfig) -> ActorCritic:
+    try:
+        return ActorCritic(config.task_name, seed=seed, hidden=config.hidden, **method.settings())
+    except EnvironmentUnavailable:
+        raise
+    except RLError as error:
+        raise UsageError(f"optimizer {method.label!r}: {error}") from error
+
+
+def _check_finite(returns: list[float], place: str) -> None:
+    if not all(map(math.isfinite, returns)):
+        raise RLError(f"returns must be finite, got {returns} {place}")
