@@ -45,6 +45,8 @@ class ActorCriticConfig:
         gamma: Discount, in [0, 1].
         gae_lambda: Of the advantages, in [0, 1].
         entropy: Weight of the policy's entropy in what is maximised.
+        anneal_steps: Steps in all environments over which the learning rate of the policy falls linearly to
+            zero; None: it stays. A policy that is as good as it gets is then left alone.
         critic_lr: AdamW's for the value.
         critic_epochs: Passes of the value over each rollout.
         critic_batch: Samples in a step of the value.
@@ -61,6 +63,7 @@ class ActorCriticConfig:
     gamma: float = 0.99
     gae_lambda: float = 0.95
     entropy: float = 0.0
+    anneal_steps: int | None = None
     critic_lr: float = 1e-3
     critic_epochs: int = 4
     critic_batch: int = 64
@@ -85,6 +88,9 @@ class ActorCriticConfig:
             _check(name, getattr(self, name), True, low=0.0, high=1.0)
         for name in ("entropy", "critic_lr"):
             _check(name, getattr(self, name), True, low=0.0)
+        if self.anneal_steps is not None:
+            is_whole = isinstance(self.anneal_steps, int)
+            _check("anneal_steps", self.anneal_steps, is_whole, low=1)
         # What torch's generators take.
         _check("seed", self.seed, isinstance(self.seed, int), low=0, high=2**63 - 1)
         for name in ("normalize_observations", "normalize_rewards"):

@@ -26,7 +26,7 @@ class Task:
     extra: str = "rl"
     # Mean return over 100 episodes from which on it counts as solved; None where nobody says so.
     solved: float | None = None
-    # Whether observations and rewards are normalised, for every method.
+    # Whether observations are normalised, for every method; rewards always are.
     is_normalized: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -50,8 +50,9 @@ TASKS: dict[str, Task] = {
 
 
 def find_task(name: str) -> Task:
-    """Return the task of a name in ``TASKS``; any other name is taken for an id of Gymnasium."""
-    return TASKS.get(name) or Task(name, name)
+    """Return the task of a name in ``TASKS``, or of an id; another name is an id of Gymnasium's."""
+    of_id = (task for task in TASKS.values() if task.id == name and not task.options)
+    return TASKS.get(name) or next(of_id, Task(name, name))
 
 
 def maker(name: str) -> MakeEnvironment:

@@ -46,7 +46,7 @@ class Collector:
         normalize_observations: bool,
         normalize_rewards: bool,
     ) -> None:
-        """Args: make: one environment; environments: how many; seed: of the first, the others count on.
+        """Args: make: one environment; environments: how many; seed: no other seed has the same episodes.
 
         Raises:
             RLError: The space of observations is not supported, a first observation is not finite, or
@@ -67,7 +67,7 @@ class Collector:
         self.observation_scale = ObservationScale(size, is_active=normalize_observations)
         self._reward_scale = RewardScale(environments, gamma, is_active=normalize_rewards)
         self._observations: Array
-        self._begin(seed)
+        self._begin(seed * environments)
 
     def _begin(self, seed: int | None = None) -> None:
         """Begin an episode in each environment."""

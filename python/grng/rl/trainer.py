@@ -19,6 +19,7 @@ from grng.rl.advantages import generalized_advantages
 from grng.rl.config import ActorCriticConfig
 from grng.rl.environments import MakeEnvironment, find_task, maker
 from grng.rl.errors import RLError
+from grng.rl.evaluation import EVALUATION_SEED, returns_of
 from grng.rl.networks import Policy, mlp, observation_size
 from grng.rl.reports import Update, progress_bar
 from grng.rl.rollout import Collector, Rollout
@@ -94,6 +95,8 @@ class ActorCritic:
         self._value_optimizer = torch.optim.AdamW(
             self.value.parameters(), lr=c.critic_lr, weight_decay=0.0
         )
+        # Before any annealing.
+        self._rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         # Steps taken in all environments.
         self.steps = 0
 
@@ -185,6 +188,10 @@ class ActorCritic:
         self, observations: Tensor, rollout: Rollout, advantages: np.ndarray[Any, Any]
     ) -> float:
         weights = torch.from_numpy((advantages - advantages.mean()) / (advantages.std() + 1e-8))
+        if self.config.anneal_steps is not None:
+            left = max(0.0, 1.0 - self.steps / self.config.anneal_steps)
+            for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+                group["lr"] = rate * left
         # First: with the gradients of an update that was interrupted, what was observed for it goes too.
         self.optimizer.zero_grad()
         distribution = self.policy(observations.flatten(0, 1))
@@ -218,7 +225,7 @@ class ActorCritic:
         scaled = self._collector.observation_scale(flat)
         return self.policy.to_environment(self.policy.best(torch.from_numpy(scaled)))
 
-    def evaluate(self, episodes: int = 100, seed: int = 1_000_000) -> list[float]:
+    def evaluate(self, episodes: int = 100, seed: int = EVALUATION_SEED) -> list[float]:
         """Return the returns of whole episodes with the likeliest actions, in new environments.
 
         Args:
@@ -229,21 +236,7 @@ class ActorCritic:
             RLError: ``episodes`` is no whole number > 0; or the policy's outputs are not finite.
         """
         _check_count("episodes", episodes)
-        return [self._episode(seed + i) for i in range(episodes)]
-
-    def _episode(self, seed: int) -> float:
-        env = self._make()
-        observation, _ = env.reset(seed=seed)
-        total, has_ended = 0.0, False
-        try:
-            while not has_ended:
-                action = self.act(observation[None])[0]
-                observation, reward, terminated, truncated, _ = env.step(action)
-                total += float(reward)
-                has_ended = terminated or truncated
-        finally:
-            env.close()
-        return total
+        return returns_of(self.act, self._make, episodes, seed)
 
     def close(self) -> None:
         """Close the environments."""

@@ -8,13 +8,14 @@ from collections.abc import Callable
 from typing import Any
 
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from grng.compare.errors import UsageError
 from grng.rl.compare.methods import Method
 from grng.rl.environments import MakeEnvironment, Task
+from grng.rl.evaluation import EVALUATION_SEED, returns_of
 
 ENVIRONMENTS = 8
 _GAMMA = 0.99
@@ -33,13 +34,10 @@ class _Episodes(BaseCallback):
         return True
 
 
-def _vector(
-    task: Task, make: MakeEnvironment, count: int, gamma: float, *, is_training: bool
-) -> Any:
-    env: Any = DummyVecEnv([lambda: Monitor(make())] * count)
-    if task.is_normalized:
-        env = VecNormalize(env, training=is_training, norm_reward=is_training, gamma=gamma)
-    return env
+def _vector(task: Task, make: MakeEnvironment, gamma: float) -> VecNormalize:
+    """The environments, with what :class:`grng.rl.ActorCritic` normalises normalised."""
+    env = DummyVecEnv([lambda: Monitor(make())] * ENVIRONMENTS)
+    return VecNormalize(env, norm_obs=task.is_normalized, norm_reward=True, gamma=gamma)
 
 
 def build(
@@ -54,7 +52,7 @@ def build(
     env: Any = None
     try:
         gamma = float(settings.get("gamma", _GAMMA))
-        env = _vector(task, make, ENVIRONMENTS, gamma, is_training=True)
+        env = _vector(task, make, gamma)
         with warnings.catch_warnings():
             # PPO tells of a batch that does not divide the rollout; the last one is smaller then.
             warnings.simplefilter("ignore", UserWarning)
@@ -66,6 +64,9 @@ def build(
                 policy_kwargs={"net_arch": list(hidden)},
                 **settings,
             )
+            # To zero over the run, as for the others.
+            model.lr_schedule = LinearSchedule(float(model.learning_rate), 0.0, 1.0)
+            env.seed(seed * ENVIRONMENTS)
     except (TypeError, ValueError, AssertionError) as error:
         if env is not None:
             env.close()
@@ -87,7 +88,7 @@ def train(
 
     Args:
         method: A rival.
-        task: What is trained on; decides whether observations and rewards are normalised.
+        task: What is trained on; decides whether observations are normalised.
         make: Makes one environment.
         steps: In all environments.
         seed: Of weights, actions and environments.
@@ -103,16 +104,7 @@ def train(
     finally:
         env.close()
 
-    def evaluate(episodes: int) -> list[float]:
-        apart = _vector(task, make, 1, model.gamma, is_training=False)
-        if task.is_normalized:
-            apart.obs_rms = env.obs_rms
-        apart.seed(seed + 1_000_000)
-        returns, _ = evaluate_policy(
-            model, apart, n_eval_episodes=episodes, return_episode_rewards=True
-        )
-        apart.close()
-        assert isinstance(returns, list), "asked for the return of each episode"
-        return [float(value) for value in returns]
+    def act(observations: Any) -> Any:
+        return model.predict(env.normalize_obs(observations), deterministic=True)[0]
 
-    return evaluate
+    return lambda episodes: returns_of(act, make, episodes, EVALUATION_SEED)

@@ -157,7 +157,8 @@ def _train(
 
 def _agent(method: Method, seed: int, config: RLConfig) -> ActorCritic:
     try:
-        return ActorCritic(config.task_name, seed=seed, hidden=config.hidden, **method.settings())
+        settings = {"anneal_steps": config.steps, **method.settings()}
+        return ActorCritic(config.task_name, seed=seed, hidden=config.hidden, **settings)
     except EnvironmentUnavailable:
         raise
     except RLError as error:
