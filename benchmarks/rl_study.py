@@ -2,9 +2,10 @@
 """Reinforcement learning: each method tuned with the same budget, then run on other seeds.
 
 ``python benchmarks/rl_study.py TASK [--stage tune|final|all] [--quick] [--out FOLDER]`` with TASK one of
-``STUDIES``. Stage ``tune`` runs six settings of each tuned method on seeds that are used for nothing else, into
-``FOLDER/rl-TASK-tuning``; ``final`` runs the setting of each with the highest mean of the learning curve, and
-``rank1`` with its defaults, into ``FOLDER/rl-TASK``, with those that are not tuned. ``python benchmarks/rl_tables.py`` prints the tables.
+``STUDIES``. Stage ``tune`` runs six settings of each tuned method on seeds that are used for nothing else,
+into ``FOLDER/rl-TASK-tuning``; ``final`` runs, into ``FOLDER/rl-TASK``, the setting of each with the highest
+mean of the learning curve, ``rank1`` with its defaults, and what is not tuned. ``python
+benchmarks/rl_tables.py`` prints the tables.
 """
 
 from __future__ import annotations

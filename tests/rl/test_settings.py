@@ -16,6 +16,7 @@ WRONG = {
     "gamma": [-0.1, 1.1, NAN, "0.9", None],
     "gae_lambda": [-0.1, 1.1, NAN],
     "entropy": [-0.1, INF, NAN],
+    "anneal_steps": [0, -5, 2.5, True],
     "critic_lr": [-1e-3, INF, NAN],
     "critic_epochs": [0, 1.0],
     "critic_batch": [0, False],
