@@ -20,6 +20,7 @@ from grng.curvature.prior import (
     update_coherence,
 )
 from grng.curvature.rows import Rows
+from grng.optim import evidence
 from grng.optim.checks import PreconditionerError, check_hyperparameter
 from grng.optim.devices import refuse_graph_capture
 from grng.optim.loading import parameters_of
@@ -37,7 +38,7 @@ _KEYS = (
     *("variance", "prior", "weights", "trace", "overlap", "observations"),
     *("score", "score_outputs", "score_inputs"),
 )
-_FIRST_KEYS = ("noise", "prior_scale", "skipped", "skipped_in_a_row")
+_FIRST_KEYS = ("noise", "prior_scale", "evidence", "skipped", "skipped_in_a_row")
 
 
 class KalmanOptimizer(Rehearsing):
@@ -46,8 +47,8 @@ class KalmanOptimizer(Rehearsing):
     State per parameter, tensors or numbers: ``variance`` and the ``prior`` it began with; for the coherence
     ``score`` (or ``score_outputs`` and ``score_inputs``), ``trace``, ``overlap``, ``observations``;
     ``weights`` in fp32 where the parameter has fewer bits. It keeps its dtype through ``load_state_dict``.
-    The first parameter also has what there is once: the estimated ``noise``, the full ``covariance``, and
-    the number of observations ``skipped``.
+    The first parameter also has what there is once: the estimated ``noise``, the full ``covariance``, the
+    ``evidence`` that decides how long a step may be, and the number of observations ``skipped``.
 
     ``torch.distributed.checkpoint`` makes a step with zero gradients at no learning rate, to learn which
     tensors a new optimizer has. It is no step here, and gets the names of all that a state can have, so that
@@ -83,9 +84,8 @@ class KalmanOptimizer(Rehearsing):
         check_hyperparameter(owner, "forgetting", defaults["forgetting"], low=1e-3, high=1.0)
         check_hyperparameter(owner, "sigma0", sigma0, low=1e-15, high=1e15)
         check_hyperparameter(owner, "beta", beta, high=1.0)
-        if max_kl is not None:
+        if max_kl is not None and max_kl != "auto":
             check_hyperparameter(owner, "max_kl", max_kl, low=1e-12)
-            max_kl = float(max_kl)
         check_hyperparameter(owner, "max_rows", max_rows, low=1)
         check_hyperparameter(owner, "max_failures", max_failures)
         check_hyperparameter(owner, "jacobian_budget_mb", budget_mb, low=1e-3)
@@ -113,11 +113,15 @@ class KalmanOptimizer(Rehearsing):
         self._sigma0, self._prior, self._form = sigma0, prior, form
         self._likelihood, self._regularization = likelihood, regularization
         self._correct_coherence, self._batch, self._max_rows = correct_coherence, batch, max_rows
-        self._max_kl: float | None = max_kl
+        # "auto" is no limit where the noise is not what the predicted classes state: what a regression
+        # estimates of it says nothing of how far to trust the model.
+        self._follows_evidence = max_kl == "auto" and noise == "fisher"
+        self._max_kl = None if max_kl is None or max_kl == "auto" else float(max_kl)
         self._max_failures = max_failures
         self._budget_mb, self._jacobian = budget_mb, jacobian
         self._noise = OutputNoise(owner, likelihood, noise, beta)
         self._pending: tuple[Observation, list[Rows], list[nn.Parameter]] | None = None
+        self._gained: Tensor | None = None  # evidence of what waits
         self._stopped = False  # whether a step with it has begun and not ended
         # Squared norms of the rows of the outputs' Jacobian by each parameter, while a prior needs them.
         self._squares: Tensor | None = None
@@ -177,6 +181,8 @@ class KalmanOptimizer(Rehearsing):
             # In units of the prior: where the outputs' unit is large, so are their variances.
             self._squares = _mean_squares(self._engine.rows(outputs, probes)) / unit.double() ** 2
         rows = self._engine.rows(outputs, seen.directions)
+        if self._follows_evidence:
+            self._gained = evidence.of_predictions(outputs, targets)
         self._pending, self._stopped = (seen, rows, parameters), False
 
     def _checked(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -417,6 +423,9 @@ class KalmanOptimizer(Rehearsing):
         self._noise.commit()
         if self._noise.covariance is not None:
             first["noise"] = self._noise.covariance
+        if self._gained is not None:
+            known = self._evidence()
+            first["evidence"] = evidence.grown(known, self._gained.to(known.device))
         if self._correct_coherence and not self._is_full:
             count_more_often(variances, before[1], self._coherences(seen, jacobians, parameters))
         for state, variance in zip(states, variances, strict=True):
@@ -497,15 +506,29 @@ class KalmanOptimizer(Rehearsing):
         rates: list[float],
     ) -> Tensor:
         """The part of the step, 0-d in (0, 1], that is predicted to change the outputs by ``max_kl``."""
-        if self._max_kl is None:
+        largest = self._largest_divergence()
+        if largest is None:
             return torch.ones_like(seen.score[0])
+        if isinstance(largest, Tensor):
+            largest = largest.to(seen.score.device)
         change = torch.zeros_like(seen.score)
         for h, new, old, rate in zip(jacobians, means, before, rates, strict=True):
             change += rate * of_rows.product(h, new - old).to(change.dtype)
         divergence = 0.5 * (self._noise.whiten(seen, change)).square().sum()
         smallest = torch.finfo(change.dtype).tiny
-        part = (self._max_kl / divergence.clamp(min=smallest)).sqrt().clamp(max=1.0)
-        return torch.where(torch.isfinite(divergence), part, torch.nan)
+        part = (largest / divergence.clamp(min=smallest)).sqrt().clamp(max=1.0)
+        return torch.where(torch.isfinite(divergence), part, torch.nan).to(change.dtype)
+
+    def _largest_divergence(self) -> Tensor | float | None:
+        if not self._follows_evidence:
+            return self._max_kl
+        return evidence.largest_divergence(self._evidence())
+
+    def _evidence(self) -> Tensor:
+        known: Tensor | None = self._first_state().get("evidence")
+        if known is None:
+            return evidence.none_yet(self.param_groups[0]["params"][0].device)
+        return known
 
     def _coherences(
         self, seen: Observation, jacobians: list[Rows], parameters: list[nn.Parameter]
@@ -557,6 +580,7 @@ class KalmanOptimizer(Rehearsing):
             "score_inputs": parameter.shape[1:],
             "trace": (),
             "overlap": (),
+            "evidence": (),
         }
         wide = torch.promote_types(parameter.dtype, torch.float32)
         for key in (k for k in shapes if k in saved):
@@ -587,7 +611,7 @@ class KalmanOptimizer(Rehearsing):
         """Everything but the observation that waits: a copy is whole, for the copied parameters."""
         # A scheduler puts a step on the instance that is bound to it: the copy's would step the original.
         kept = {name: value for name, value in self.__dict__.items() if name != "step"}
-        return {**kept, "_pending": None, "_engine": None}
+        return {**kept, "_pending": None, "_gained": None, "_engine": None}
 
     def explain(self) -> Report:
         """Return a table to print: variance, coherence, Jacobian of each parameter; how outputs are observed.
@@ -611,16 +635,25 @@ class KalmanOptimizer(Rehearsing):
                 f"Jacobian: {route}",
                 f"Noise: {self._noise.describe()}",
                 f"Covariance: {'full' if self._is_full else 'diagonal'}",
+                f"Step: {self._describe_limit()}",
                 f"State: {self.memory_estimate()}",
             ],
             last=("jacobian", kinds, "none yet"),
         )
 
+    def _describe_limit(self) -> str:
+        largest = self._largest_divergence()
+        if largest is None:
+            return "as long as the filter makes it"
+        why = "; more with evidence" if self._follows_evidence else ""
+        return f"at most {float(largest):.3g} nats of KL divergence{why}"
+
     def diagnostics(self) -> dict[str, float]:
         """Return plain numbers for a logger, after one wait for the device.
 
-        ``step``, ``skipped`` and ``skipped_in_a_row`` observations, ``state_bytes``; behind the name of a
-        parameter and ``/`` its mean ``variance`` and its ``coherence``.
+        ``step``, ``skipped`` and ``skipped_in_a_row`` observations, ``state_bytes``; ``max_kl`` of the next
+        step, where there is a limit; behind the name of a parameter and ``/`` its mean ``variance`` and its
+        ``coherence``.
         """
         first = self._first_state()
         report = {
@@ -629,6 +662,9 @@ class KalmanOptimizer(Rehearsing):
             "skipped_in_a_row": float(first.get("skipped_in_a_row", 0)),
             "state_bytes": float(self.memory_estimate().total),
         }
+        largest = self._largest_divergence()
+        if largest is not None:
+            report["max_kl"] = float(largest)
         for p, numbers in read(self._numbers()).items():
             report.update({f"{self._name_of(p)}/{key}": value for key, value in numbers.items()})
         return report

@@ -44,9 +44,10 @@ class RKalman(KalmanOptimizer):
         covariance: ``"diagonal"``, or ``"full"``, of ``8·d²`` bytes, for at most 4096 weights; without ``κ``.
         correct_coherence: Whether to use ``κ``; False is 1 for every layer.
         max_kl: Largest KL divergence that a step may predict for its own observation; the step is shortened
-            to it, so that too wide a prior is no accident. None: no limit. ``"auto"``: 1 where the noise
-            is ``"fisher"``, else None: the noise of a regression says nothing of how far to trust a model.
-            About 0.03 is better for hard tasks of many classes, where one sample says little of the next.
+            to it, so that too wide a prior is no accident. None: no limit. ``"auto"``, where the noise is
+            ``"fisher"``: 0.03, and up to 1 the better the samples so far were predicted before they were
+            learned from (see ``grng.optim.evidence``); else None: the noise of a regression says nothing of
+            how far to trust a model.
         forgetting: In (0, 1]: variances are divided by it after each observation.
         process_noise: Added to the variances after each observation.
         batch: How N samples in one call are observed. ``"stacked"``: each by itself, exact, ``N·(C−1)`` rows
@@ -93,8 +94,6 @@ class RKalman(KalmanOptimizer):
     ) -> None:
         if noise is None:
             noise = "fisher" if likelihood == "categorical" else "ema"
-        if max_kl == "auto":
-            max_kl = 1.0 if noise == "fisher" else None
         super().__init__(
             model,
             dict(lr=lr, rho=rho, forgetting=forgetting, process_noise=process_noise),
