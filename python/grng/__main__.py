@@ -38,15 +38,16 @@ def _add_compare(commands: argparse._SubParsersAction[_Parser]) -> None:
         "optimizer; prints a table and writes JSON and plots.",
         epilog="An optimizer is NAME or NAME:KEY=VALUE:KEY=VALUE, for example adamw:lr=3e-4; "
         "adamw:lr=1e-4|3e-4 is two of them; `python -m grng info` lists names and keys. Exit codes: "
-        "0 all runs finished, 1 a run diverged or the data is missing, 2 wrong argument, "
-        "130 interrupted.",
+        "0 all runs finished, 1 a run diverged or the data is missing, 2 wrong argument or a missing "
+        "package, 130 interrupted.",
         formatter_class=_Formatter,
     )
     add = parser.add_argument
     add(
         "--task",
         default="fashion-mnist",
-        help="data set, or an environment of reinforcement learning: cartpole, acrobot, hopper, ...",
+        help="data set, or an environment of reinforcement learning: cartpole, acrobot, hopper, ...; "
+        "there the defaults are 100,000 --steps, 50 --checkpoints, --hidden 64,64",
     )
     add("--model", help="mlp (the default), resnet or vit for fashion-mnist; other tasks have one")
     add("--optimizers", metavar="SPECS", help="comma-separated (default: " + _OPTIMIZERS + ")")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The README's examples run as printed."""
 
+import ast
 import re
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from grng import RankOneNPG
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
@@ -43,6 +46,31 @@ def test_rkalman_learns_from_a_stream(capsys):
     names = run_example("RKalman(model)", {"stream": stream})
     assert names["right"] > 0.5 * len(labels)
     assert "coherence" in capsys.readouterr().out
+
+
+def test_an_actor_critic_is_trained_saved_and_loaded(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = run_example("agent.train(20_000", {})
+    returns = ast.literal_eval(capsys.readouterr().out)
+    # A policy that draws at random has about 20.
+    assert len(returns) == 10 and min(returns) > 60
+    assert names["agent"].steps >= 20_000
+
+
+def test_a_policy_of_ones_own_is_trained():
+    torch.manual_seed(0)
+    net = nn.Linear(4, 3)
+    states = torch.randn(64, 4)
+
+    def policy(x):
+        return torch.distributions.Categorical(logits=net(x))
+
+    actions = policy(states).sample()
+    names = {"policy": policy, "states": states, "actions": actions}
+    names |= {"advantages": (actions == 1).float(), "optimizer": RankOneNPG(net)}
+    before = float(policy(states).probs[:, 1].mean())
+    run_example("optimizer.observe(log_probs)", names)
+    assert float(policy(states).probs[:, 1].mean()) > before
 
 
 def test_kernels_take_what_the_example_gives_them():

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -22,7 +21,7 @@ from grng.rl.compare.results import RLResult
 from grng.rl.compare.runs import RLConfig, check, execute
 from grng.rl.compare.table import print_table
 from grng.rl.environments import maker
-from grng.rl.errors import EnvironmentUnavailable, RLError
+from grng.rl.errors import RLError
 
 DEFAULT_METHODS = "rank1,rmsprop,adamw"
 _STEPS = 100_000
@@ -140,10 +139,10 @@ def compare(arguments: argparse.Namespace, argv: list[str]) -> int:
         argv: The options as given, for the record.
 
     Returns:
-        The exit code: 0, 1 when a run failed or a package is missing, 130 when interrupted.
+        The exit code: 0, 1 when a run failed, 130 when interrupted.
 
     Raises:
-        UsageError: An argument is wrong.
+        UsageError: An argument is wrong, or a package is missing.
     """
     config = _config(arguments)
     console = make_console()
@@ -155,9 +154,6 @@ def compare(arguments: argparse.Namespace, argv: list[str]) -> int:
         given = arguments.optimizers
         methods = parse_methods(DEFAULT_METHODS if given is None else given)
         check(methods, config)
-    except EnvironmentUnavailable as error:
-        print(f"grng compare: {error}", file=sys.stderr)
-        return EXIT_FAILED
     except RLError as error:
         raise UsageError(str(error)) from error
     folder, created_utc = create_folder(arguments.out, config.task_name)
