@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prints the tables of the studies in reinforcement learning, as Markdown, from their results.
 
-``python benchmarks/rl_tables.py [FOLDER ...]``, by default every ``benchmarks/results/rl-*`` that is no tuning.
+``python benchmarks/rl_tables.py [FOLDER ...]``, by default every ``benchmarks/results/rl-*`` that is no
+tuning.
 """
 
 from __future__ import annotations

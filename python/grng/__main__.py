@@ -13,6 +13,7 @@ from typing import NoReturn
 from grng.compare.errors import UsageError
 
 EXIT_USAGE = 2
+_EXTRAS = ("rich", "matplotlib")
 _OPTIMIZERS = "ring,adamw,sgd"
 
 
@@ -127,7 +128,7 @@ def _dispatch(arguments: argparse.Namespace, argv: list[str]) -> int:
 
         print("\n".join(lines()))
         return 0
-    _require("rich", "matplotlib", extra="compare")
+    _require(*_EXTRAS, extra="compare")
     # Only now: importing grng must need neither rich nor matplotlib.
     from grng.compare import cli
     from grng.rl.environments import TASKS

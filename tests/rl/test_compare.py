@@ -305,7 +305,7 @@ def missing(monkeypatch, module):
 def test_a_missing_package(module, options, extra, monkeypatch, tmp_path, capsys):
     missing(monkeypatch, module)
     code, content, _ = compare(monkeypatch, tmp_path, *options)
-    assert code != 0 and content is None
+    assert code == 2 and content is None
     assert f'pip install "grng-kernels[{extra}]"' in capsys.readouterr().err
 
 
@@ -315,7 +315,7 @@ def test_missing_mujoco(monkeypatch, tmp_path, capsys):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "mujoco", None)
     code, content, _ = compare(monkeypatch, tmp_path, task="hopper")
-    assert (code, content) == (1, None)
+    assert (code, content) == (2, None)
     assert 'pip install "grng-kernels[mujoco]"' in capsys.readouterr().err
 
 
