@@ -432,7 +432,7 @@ def test_importing_grng_needs_neither_rich_nor_matplotlib() -> None:
 
 
 def test_recorded_command_has_no_path_of_this_machine() -> None:
-    cleaned = cli._without_paths(["compare", "--out", "/a/b", "--data-dir=~/x", "--epochs", "3"])
+    cleaned = cli.without_paths(["compare", "--out", "/a/b", "--data-dir=~/x", "--epochs", "3"])
     assert cleaned == ["compare", "--out", "<out>", "--data-dir=<data-dir>", "--epochs", "3"]
 
 
