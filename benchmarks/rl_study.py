@@ -4,7 +4,7 @@
 ``python benchmarks/rl_study.py TASK [--stage tune|final|all] [--quick] [--out FOLDER]`` with TASK one of
 ``STUDIES``. Stage ``tune`` runs six settings of each tuned method on seeds that are used for nothing else,
 into ``FOLDER/rl-TASK-tuning``; ``final`` runs, into ``FOLDER/rl-TASK``, the setting of each with the highest
-mean of the learning curve, ``rank1`` with its defaults, and what is not tuned. ``python
+mean of the learning curve, ``rank1`` with its defaults, with one score too, and what is not tuned. ``python
 benchmarks/rl_tables.py`` prints the tables.
 """
 
@@ -29,7 +29,7 @@ OURS = {
     "adamw": "adamw:rollout=16|64:lr=1e-3|3e-3|1e-2",
 }
 A2C = {"a2c": "a2c:n_steps=5|16:learning_rate=7e-4|2e-3|5e-3"}
-UNTUNED = ("ppo", "trpo")
+UNTUNED = ("rank1:scores=1", "ppo", "trpo")
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,10 @@ def draw(result: RLResult) -> Figure:
             axes.axhline(config["solved"], color="#555555", linestyle=(0, (5, 3)), linewidth=1.1)
         low, high = axes.get_ylim()
         wanted = [(value - low) / (high - low) for _, value in ends]
-        for (label, _), height in zip(ends, spread_labels(wanted, _LABEL_GAP), strict=True):
+        heights = spread_labels(wanted, _LABEL_GAP)
+        # A crowd at the top would stand above the figure.
+        above = max(0.0, max(heights, default=0.0) - 1.0)
+        for (label, _), height in zip(ends, (h - above for h in heights), strict=True):
             axes.annotate(
                 label,
                 (1.01, height),
