@@ -51,8 +51,24 @@ def test_evidence_is_kept_between_its_bounds():
     assert float(evidence.grown(number, torch.tensor(0.2))) == pytest.approx(2.7)
     assert float(evidence.grown(number, torch.tensor(9.0))) == 3.0
     assert float(evidence.grown(number, torch.tensor(-9.0))) == 0.0
-    limits = [float(evidence.largest_divergence(number * 0 + e)) for e in (0.0, 0.05, 1.5, 3.0)]
+    some = [number * 0 + e for e in (0.0, 0.05, 1.5, 3.0)]
+    limits = [float(evidence.largest_divergence(e, 1)) for e in some]
     assert limits == pytest.approx([0.03, 0.03, 0.5, 1.0])
+    limits = [float(evidence.largest_divergence(e, 10)) for e in some]
+    assert limits == pytest.approx([0.3, 0.3, 0.5, 1.0])
+    assert [float(evidence.largest_divergence(e, 34)) for e in some] == [1.0] * 4
+
+
+def test_a_batch_may_move_the_model_as_far_as_its_samples_together():
+    for samples, limit in ((2, 0.06), (50, 1.0)):
+        model, optimizer = linear(sigma0=5000.0, rho=0.0, max_rows=200)
+        x, y = torch.randn(samples, 6, dtype=torch.float64), torch.randint(4, (samples,))
+        before = model(x).detach()
+        optimizer.observe(model(x), y)
+        optimizer.step()
+        change = model(x).detach() - before
+        total = sum(map(predicted_divergence, before.softmax(-1), change))
+        assert total == pytest.approx(limit, rel=1e-6)
 
 
 def test_the_first_step_is_short_and_later_ones_are_as_long_as_the_evidence_allows():

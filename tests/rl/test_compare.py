@@ -8,6 +8,7 @@ import sys
 import gymnasium
 import numpy as np
 import pytest
+import sb3_contrib
 import stable_baselines3
 from gymnasium.envs.classic_control import CartPoleEnv
 from stable_baselines3.common.monitor import Monitor
@@ -16,8 +17,10 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from grng.__main__ import main
 from grng.rl import ActorCritic
-from grng.rl.compare import cli, runs
+from grng.rl.compare import cli, rivals, runs
+from grng.rl.compare.methods import parse_methods
 from grng.rl.compare.results import load
+from grng.rl.environments import find_task, maker
 from grng.rl.evaluation import EVALUATION_SEED
 from tests.rl.comparison import SPECS, compare
 
@@ -136,7 +139,11 @@ def test_a_rival_is_evaluated_with_the_scale_it_learned_with(monkeypatch, tmp_pa
         *("--optimizers", "a2c:gamma=0.9", "--steps", "80", "--checkpoints", "2"),
         task="pendulum",
     )
-    env = VecNormalize(DummyVecEnv([lambda: gymnasium.make("Pendulum-v1")] * 8), gamma=0.9)
+
+    def make():
+        return gymnasium.wrappers.RescaleAction(gymnasium.make("Pendulum-v1"), -1.0, 1.0)
+
+    env = VecNormalize(DummyVecEnv([make] * 8), gamma=0.9)
     model = stable_baselines3.A2C(
         "MlpPolicy",
         env,
@@ -147,7 +154,7 @@ def test_a_rival_is_evaluated_with_the_scale_it_learned_with(monkeypatch, tmp_pa
         device="cpu",
     )
     model.learn(80)
-    one = gymnasium.make("Pendulum-v1")
+    one = make()
     seen, _ = one.reset(seed=EVALUATION_SEED)
     total, has_ended = 0.0, False
     while not has_ended:
@@ -323,3 +330,30 @@ def test_info_lists_the_environments(capsys):
     assert main(["info"]) == 0
     out = capsys.readouterr().out
     assert "  lunarlander: LunarLander-v3; extra: box2d" in out
+
+
+def test_the_divergence_of_trpo_is_annealed_as_the_rates_of_the_others(monkeypatch):
+    task, divergences = find_task("cartpole"), []
+    learn = sb3_contrib.TRPO.train
+
+    def train(model):
+        divergences.append(model.target_kl)
+        rates.append(model.policy.optimizer.param_groups[0]["lr"])
+        learn(model)
+
+    rates = []
+    monkeypatch.setattr(sb3_contrib.TRPO, "train", train)
+    method = parse_methods("trpo:n_steps=5:target_kl=0.04")[0]
+    rivals.train(
+        method,
+        task,
+        maker("cartpole"),
+        steps=80,
+        seed=0,
+        hidden=(8,),
+        tell=lambda steps, returns: None,
+    )
+    # After 40 of 80 steps a step is half as long, and its divergence a quarter.
+    assert divergences == pytest.approx([0.04 / 4, 1e-12])
+    # The rate is that of its critic alone.
+    assert set(rates) == {1e-3}

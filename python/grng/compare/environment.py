@@ -17,7 +17,10 @@ import torch
 import grng
 
 # What some of the tasks compute with.
-_OPTIONAL = ("scikit-learn", "transformers", "peft")
+_OPTIONAL = (
+    *("scikit-learn", "transformers", "peft"),
+    *("gymnasium", "mujoco", "box2d", "stable-baselines3", "sb3-contrib"),
+)
 
 
 def versions() -> dict[str, str | None]:

@@ -3,8 +3,9 @@
 
 The step of one sample changes what is predicted for others. Where classes are told apart soon, a long step
 is right; where a sample says little of the next, as in a hard task of many classes, steps of that length undo
-each other, and the variances shrink meanwhile. What tells the two apart is whether the predictions, each made
-before its sample was learned from, beat the uniform distribution.
+each other, and the variances shrink meanwhile. What tells the two apart on the tasks of the README is whether
+the predictions, each made before its sample was learned from, beat the uniform distribution. That a class is
+frequent, or that samples come sorted by class, counts as evidence too.
 """
 
 import math
@@ -13,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Chosen on digits, Fashion-MNIST, the authors' sentences and ten plays; see the README.
-LONGEST, SHORTEST = 1.0, 0.03  # largest KL divergence of a step in nats, with and without evidence
+# Chosen on single samples of digits, Fashion-MNIST, the authors' sentences and ten plays; see the README.
+LONGEST = 1.0  # largest KL divergence of a step in nats, of all its samples together
+SHORTEST = 0.03  # the same without evidence, for each of its samples
 _ENOUGH = 3.0  # evidence from which on steps are as long as they may be
 _EXPECTED = 0.1  # part of log C by which a sample has to beat the uniform distribution
 _WORST = -1.0  # one sample that was sure of a wrong class counts no more than this
@@ -31,16 +33,20 @@ def of_predictions(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def grown(evidence: Tensor, more: Tensor) -> Tensor:
-    """Return the evidence with more of it, in [0, 3]: what lies further back is forgotten.
+    """Return the evidence with more of it, in [0, 3].
 
-    This is the cumulative sum of Page 1954, "Continuous Inspection Schemes".
+    The cumulative sum of Page 1954, "Continuous Inspection Schemes", capped: so much is lost soon, too.
     """
     return (evidence + more).clamp(0.0, _ENOUGH)
 
 
-def largest_divergence(evidence: Tensor) -> Tensor:
-    """Return the largest KL divergence of a step: from 0.03 nats without evidence to 1 with 3 of it."""
-    return LONGEST * (evidence / _ENOUGH).clamp(SHORTEST / LONGEST, 1.0)
+def largest_divergence(evidence: Tensor, samples: int) -> Tensor:
+    """Return the largest KL divergence of a step from that many samples.
+
+    From 0.03 nats for each of them without evidence to 1 for all with 3 of it; 1 from 34 samples on.
+    """
+    least = min(1.0, samples * SHORTEST / LONGEST)
+    return LONGEST * (evidence / _ENOUGH).clamp(least, 1.0)
 
 
 def none_yet(device: torch.device) -> Tensor:

@@ -85,6 +85,10 @@ class KalmanOptimizer(Rehearsing):
         check_hyperparameter(owner, "sigma0", sigma0, low=1e-15, high=1e15)
         check_hyperparameter(owner, "beta", beta, high=1.0)
         if max_kl is not None and max_kl != "auto":
+            if isinstance(max_kl, str):
+                raise ValueError(
+                    f'{owner}: max_kl must be a number, "auto" or None, got {max_kl!r}'
+                )
             check_hyperparameter(owner, "max_kl", max_kl, low=1e-12)
         check_hyperparameter(owner, "max_rows", max_rows, low=1)
         check_hyperparameter(owner, "max_failures", max_failures)
@@ -122,6 +126,7 @@ class KalmanOptimizer(Rehearsing):
         self._noise = OutputNoise(owner, likelihood, noise, beta)
         self._pending: tuple[Observation, list[Rows], list[nn.Parameter]] | None = None
         self._gained: Tensor | None = None  # evidence of what waits
+        self._samples = 1  # in the last observation
         self._stopped = False  # whether a step with it has begun and not ended
         # Squared norms of the rows of the outputs' Jacobian by each parameter, while a prior needs them.
         self._squares: Tensor | None = None
@@ -182,7 +187,7 @@ class KalmanOptimizer(Rehearsing):
             self._squares = _mean_squares(self._engine.rows(outputs, probes)) / unit.double() ** 2
         rows = self._engine.rows(outputs, seen.directions)
         if self._follows_evidence:
-            self._gained = evidence.of_predictions(outputs, targets)
+            self._gained, self._samples = evidence.of_predictions(outputs, targets), len(targets)
         self._pending, self._stopped = (seen, rows, parameters), False
 
     def _checked(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -522,7 +527,7 @@ class KalmanOptimizer(Rehearsing):
     def _largest_divergence(self) -> Tensor | float | None:
         if not self._follows_evidence:
             return self._max_kl
-        return evidence.largest_divergence(self._evidence())
+        return evidence.largest_divergence(self._evidence(), self._samples)
 
     def _evidence(self) -> Tensor:
         known: Tensor | None = self._first_state().get("evidence")
@@ -649,11 +654,11 @@ class KalmanOptimizer(Rehearsing):
         return f"at most {float(largest):.3g} nats of KL divergence{why}"
 
     def diagnostics(self) -> dict[str, float]:
-        """Return plain numbers for a logger, after one wait for the device.
+        """Return plain numbers for a logger, after waiting for the device.
 
         ``step``, ``skipped`` and ``skipped_in_a_row`` observations, ``state_bytes``; ``max_kl`` of the next
-        step, where there is a limit; behind the name of a parameter and ``/`` its mean ``variance`` and its
-        ``coherence``.
+        step, where there is a limit, from as many samples as the last; behind the name of a parameter and
+        ``/`` its mean ``variance`` and its ``coherence``.
         """
         first = self._first_state()
         report = {

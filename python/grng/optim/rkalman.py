@@ -45,9 +45,9 @@ class RKalman(KalmanOptimizer):
         correct_coherence: Whether to use ``κ``; False is 1 for every layer.
         max_kl: Largest KL divergence that a step may predict for its own observation; the step is shortened
             to it, so that too wide a prior is no accident. None: no limit. ``"auto"``, where the noise is
-            ``"fisher"``: 0.03, and up to 1 the better the samples so far were predicted before they were
-            learned from (see ``grng.optim.evidence``); else None: the noise of a regression says nothing of
-            how far to trust a model.
+            ``"fisher"``: 0.03 for each sample, and up to 1 for all of them together the better those so far
+            were predicted before they were learned from (see ``grng.optim.evidence``), so 1 from 34 samples
+            on; else None: the noise of a regression says nothing of how far to trust a model.
         forgetting: In (0, 1]: variances are divided by it after each observation.
         process_noise: Added to the variances after each observation.
         batch: How N samples in one call are observed. ``"stacked"``: each by itself, exact, ``N·(C−1)`` rows

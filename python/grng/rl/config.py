@@ -22,8 +22,6 @@ class PolicyOptimizer:
 
     factory: Callable[..., torch.optim.Optimizer]
     defaults: Mapping[str, Any]
-    # Settings of the trainer that go with it.
-    trainer: Mapping[str, Any] = field(default_factory=dict)
 
 
 POLICY_OPTIMIZERS: dict[str, PolicyOptimizer] = {

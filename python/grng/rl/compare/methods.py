@@ -15,12 +15,12 @@ from grng.compare.optimizers import expand, parse_value
 from grng.rl.config import POLICY_OPTIMIZERS, ActorCriticConfig
 from grng.rl.errors import EnvironmentUnavailable
 
-# Methods of other libraries: where the class is, and what it gets besides its own defaults. PPO's rollout
-# of 2,048 steps is meant for one environment.
+# Methods of other libraries: where the class is, and what it gets besides its own defaults: rollouts of
+# those of ours, as theirs of 2,048 steps are meant for one environment.
 _RIVALS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "a2c": ("stable_baselines3", "A2C", {}),
-    "ppo": ("stable_baselines3", "PPO", {"n_steps": 256}),
-    "trpo": ("sb3_contrib", "TRPO", {"n_steps": 256}),
+    "ppo": ("stable_baselines3", "PPO", {"n_steps": 64}),
+    "trpo": ("sb3_contrib", "TRPO", {"n_steps": 64}),
 }
 NAMES = (*POLICY_OPTIMIZERS, *_RIVALS)
 # Set by the comparison, the same for every method.
@@ -63,13 +63,11 @@ class Method:
         """Keyword arguments of :class:`grng.rl.ActorCritic` or of the class of Stable-Baselines3."""
         if self.is_rival:
             return {**_RIVALS[self.name][2], **self.options}
-        known = POLICY_OPTIMIZERS[self.name]
         trainer = {k: v for k, v in self.options.items() if k in _trainer_options()}
         others = {k: v for k, v in self.options.items() if k not in trainer}
         return {
             "optimizer": self.name,
             "optimizer_options": others,
-            **known.trainer,
             **trainer,
         }
 

@@ -36,7 +36,7 @@ class Row:
     mean_return: Figure | None
     evaluated_return: Figure | None
     solved: int
-    # Median over all runs; one that was not solved counts as infinite.
+    # Upper median over all runs; one that was not solved counts as infinite.
     solved_at: int | None
     seconds: Figure | None
 
@@ -60,7 +60,7 @@ class RLResult:
         runs = [run for run in self.runs if run.method == label]
         finished = [run for run in runs if run.status == FINISHED]
         solved = sorted(run.solved_at for run in finished if run.solved_at is not None)
-        middle = (len(runs) - 1) // 2
+        middle = len(runs) // 2
 
         def figure(values: list[float | None]) -> Figure | None:
             known = [value for value in values if value is not None]

@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import gymnasium
+import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.utils import LinearSchedule
@@ -22,11 +24,19 @@ _GAMMA = 0.99
 
 
 class _Episodes(BaseCallback):
-    """Tells of each episode that ends, and of the steps so far."""
+    """Tells of each episode that ends, and of the steps so far; anneals the divergence of TRPO's steps."""
 
-    def __init__(self, tell: Callable[[int, list[float]], None]) -> None:
+    def __init__(
+        self, tell: Callable[[int, list[float]], None], steps: int, divergence: float | None
+    ) -> None:
         super().__init__()
-        self._tell = tell
+        self._tell, self._steps, self._divergence = tell, steps, divergence
+
+    def _on_rollout_end(self) -> None:
+        if self._divergence is not None:
+            # A divergence falls with the square of a step's length, which is to fall linearly.
+            left = max(0.0, 1.0 - self.num_timesteps / self._steps)
+            self.model.target_kl = max(self._divergence * left**2, 1e-12)
 
     def _on_step(self) -> bool:
         found = [info["episode"]["r"] for info in self.locals["infos"] if "episode" in info]
@@ -36,7 +46,14 @@ class _Episodes(BaseCallback):
 
 def _vector(task: Task, make: MakeEnvironment, gamma: float) -> VecNormalize:
     """The environments, with what :class:`grng.rl.ActorCritic` normalises normalised."""
-    env = DummyVecEnv([lambda: Monitor(make())] * ENVIRONMENTS)
+
+    def monitored() -> gymnasium.Env[Any, Any]:
+        one = Monitor(make())
+        # In units of the bounds, as ours: else a deviation of 1 explores less where they are wider.
+        is_box = isinstance(one.action_space, gymnasium.spaces.Box)
+        return gymnasium.wrappers.RescaleAction(one, -1.0, 1.0) if is_box else one
+
+    env = DummyVecEnv([monitored] * ENVIRONMENTS)
     return VecNormalize(env, norm_obs=task.is_normalized, norm_reward=True, gamma=gamma)
 
 
@@ -64,8 +81,9 @@ def build(
                 policy_kwargs={"net_arch": list(hidden)},
                 **settings,
             )
-            # To zero over the run, as for the others.
-            model.lr_schedule = LinearSchedule(float(model.learning_rate), 0.0, 1.0)
+            if not hasattr(model, "target_kl") or method.name == "ppo":
+                # To zero over the run, as for the others. TRPO's is that of its critic alone.
+                model.lr_schedule = LinearSchedule(float(model.learning_rate), 0.0, 1.0)
             env.seed(seed * ENVIRONMENTS)
     except (TypeError, ValueError, AssertionError) as error:
         if env is not None:
@@ -100,11 +118,19 @@ def train(
     """
     model, env = build(method, task, make, seed=seed, hidden=hidden)
     try:
-        model.learn(steps, callback=_Episodes(tell))
+        divergence = model.target_kl if method.name == "trpo" else None
+        model.learn(steps, callback=_Episodes(tell, steps, divergence))
     finally:
         env.close()
 
+    one = make()
+    bounds = one.action_space
+    one.close()
+
     def act(observations: Any) -> Any:
-        return model.predict(env.normalize_obs(observations), deterministic=True)[0]
+        actions = model.predict(env.normalize_obs(observations), deterministic=True)[0]
+        if not isinstance(bounds, gymnasium.spaces.Box):
+            return actions
+        return bounds.low + (np.clip(actions, -1, 1) + 1) / 2 * (bounds.high - bounds.low)
 
     return lambda episodes: returns_of(act, make, episodes, EVALUATION_SEED)

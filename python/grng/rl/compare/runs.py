@@ -8,8 +8,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
 import grng
 from grng.compare.errors import UsageError
 from grng.rl.compare.methods import Method
@@ -147,7 +145,6 @@ def _train(
         episodes.extend((step, value) for step, value, _ in update.episodes)
         grow(update.steps)
 
-    torch.manual_seed(seed)
     try:
         agent.train(config.steps, report=report)
     finally:
