@@ -51,7 +51,11 @@ def _add_compare(commands: argparse._SubParsersAction[_Parser]) -> None:
         "there the defaults are 100,000 --steps, 50 --checkpoints, --hidden 64,64",
     )
     add("--model", help="mlp (the default), resnet or vit for fashion-mnist; other tasks have one")
-    add("--optimizers", metavar="SPECS", help="comma-separated (default: " + _OPTIMIZERS + ")")
+    add(
+        "--optimizers",
+        metavar="SPECS",
+        help="comma-separated (default: " + _OPTIMIZERS + "; of environments rank1,rmsprop,adamw)",
+    )
     add("--epochs", type=int, help="passes over the training set (default: 10)")
     add("--steps", type=int, metavar="N", help="train for N steps instead of whole epochs")
     add(

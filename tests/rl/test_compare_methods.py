@@ -31,7 +31,7 @@ def test_options_go_to_the_trainer_or_to_its_optimizer():
 
 def test_options_of_rivals():
     assert settings("ppo:n_steps=64:gamma=0.9") == {"n_steps": 64, "gamma": 0.9}
-    assert settings("ppo") == settings("trpo") == {"n_steps": 256}
+    assert settings("ppo") == settings("trpo") == {"n_steps": 64}
     assert settings("a2c") == {}
 
 

@@ -97,12 +97,13 @@ def test_one_seed_has_no_deviation():
         ([10, 30, 20], 20),
         ([10, None, 20], 20),
         ([10, None, None], None),
-        ([40, 10], 10),
-        ([None, 10], 10),
+        ([40, 10], 40),
+        ([None, 10], None),
+        ([30, 10, 20, 40], 30),
         ([None], None),
     ],
 )
-def test_steps_until_solved_are_the_lower_median_and_unsolved_is_infinite(solved, expected):
+def test_steps_until_solved_are_the_upper_median_and_unsolved_is_infinite(solved, expected):
     runs = [run("rank1", i, [1.0], solved_at=at) for i, at in enumerate(solved)]
     [row] = result(runs, "rank1").rows()
     assert row.solved_at == expected and row.solved == len(solved) - solved.count(None)

@@ -10,7 +10,10 @@ import torch
 from grng.compare import environment
 from grng.compare.errors import UsageError
 from grng.compare.optimizers import OPTIMIZERS, valid_options
+from grng.rl.compare.methods import NAMES as METHODS
+from grng.rl.compare.methods import valid_options as valid_method_options
 from grng.rl.environments import TASKS as ENVIRONMENTS
+from grng.rl.errors import EnvironmentUnavailable
 from grng.tasks import TASKS
 
 
@@ -45,6 +48,13 @@ def lines() -> list[str]:
     report.append("tasks")
     for name, task in TASKS.items():
         report.append(f"  {name}: {task.description}; models: {', '.join(task.models)}")
+    report.append("optimizers of reinforcement learning")
+    for name in METHODS:
+        try:
+            options = ", ".join(valid_method_options(name))
+        except EnvironmentUnavailable as error:
+            options = str(error)
+        report.append(f"  {name}: options: {options}")
     report.append("environments of reinforcement learning")
     for name, environment_of in ENVIRONMENTS.items():
         report.append(f"  {name}: {environment_of.title}; extra: {environment_of.extra}")
