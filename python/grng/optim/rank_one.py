@@ -73,11 +73,11 @@ class RankOneNPG(Rehearsing):
         optimizer.step()
         optimizer.zero_grad()
 
-    Do not expect much of one score. On the small policies of ``benchmarks/policy_direction.py``, at a damping
-    of 0.1, its direction gains no more at equal divergence than the plain gradient; 32 of 256 scores gain more
-    on a new policy, 128 on one that has decided, and all 256 come near the exact natural gradient. The length
-    serves any of them. It is that of a quadratic model, and nobody looks at what came of it: with a
-    small damping a divergence can be twice the one predicted.
+    Do not expect much of one score. On the small policies of ``benchmarks/policy_direction.py``, at a
+    damping of 0.1, its direction gains no more at equal divergence than the plain gradient; 32 of 256
+    scores gain more on a new policy, 128 on one that has decided, and all 256 come near the exact natural
+    gradient. The length serves any of them. It is that of a quadratic model, and nobody looks at what
+    came of it: with a small damping a divergence can be twice the one predicted.
 
     Where g is the gradient of one action's ``A·log p`` and u that action's score, ``d = A u/(damping +
     ‖u‖²)`` has the direction of the plain gradient: give it batches.
