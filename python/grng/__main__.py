@@ -135,12 +135,13 @@ def _dispatch(arguments: argparse.Namespace, argv: list[str]) -> int:
     _require(*_EXTRAS, extra="compare")
     # Only now: importing grng must need neither rich nor matplotlib.
     from grng.compare import cli
-    from grng.rl.environments import TASKS
+    from grng.rl.environments import TASKS, find_task
 
     if arguments.command == "plot":
         return cli.plot(arguments)
-    if arguments.task in TASKS:
-        _require("gymnasium", extra=TASKS[arguments.task].extra)
+    task = find_task(arguments.task)
+    if task in TASKS.values():
+        _require("gymnasium", extra=task.extra)
         from grng.rl.compare import cli as rl
 
         return rl.compare(arguments, argv)

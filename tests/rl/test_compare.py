@@ -316,6 +316,12 @@ def test_a_missing_package(module, options, extra, monkeypatch, tmp_path, capsys
     assert f'pip install "grng-kernels[{extra}]"' in capsys.readouterr().err
 
 
+def test_the_id_of_gymnasium_is_a_name_too(monkeypatch, tmp_path):
+    options = ("--optimizers", "adamw", "--steps", "40")
+    code, content, _ = compare(monkeypatch, tmp_path, *options, task="CartPole-v1")
+    assert (code, content["config"]["solved"]) == (0, 475.0)
+
+
 def test_missing_mujoco(monkeypatch, tmp_path, capsys):
     for name in list(sys.modules):
         if name.startswith("gymnasium.envs.mujoco"):
