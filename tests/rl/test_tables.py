@@ -14,7 +14,7 @@ PAGE = ROOT / "docs" / "rank-one-policy-gradient.md"
 
 
 def test_there_are_results():
-    assert len(rl_tables.folders()) >= 2
+    assert len(rl_tables.folders()) >= 1
 
 
 @pytest.mark.parametrize("folder", rl_tables.folders(), ids=lambda folder: folder.name)
