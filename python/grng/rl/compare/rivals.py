@@ -36,7 +36,8 @@ class _Episodes(BaseCallback):
         if self._divergence is not None:
             # A divergence falls with the square of a step's length, which is to fall linearly.
             left = max(0.0, 1.0 - self.num_timesteps / self._steps)
-            self.model.target_kl = max(self._divergence * left**2, 1e-12)
+            trpo: Any = self.model
+            trpo.target_kl = max(self._divergence * left**2, 1e-12)
 
     def _on_step(self) -> bool:
         found = [info["episode"]["r"] for info in self.locals["infos"] if "episode" in info]
@@ -51,7 +52,7 @@ def _vector(task: Task, make: MakeEnvironment, gamma: float) -> VecNormalize:
         one = Monitor(make())
         # In units of the bounds, as ours: else a deviation of 1 explores less where they are wider.
         is_box = isinstance(one.action_space, gymnasium.spaces.Box)
-        return gymnasium.wrappers.RescaleAction(one, -1.0, 1.0) if is_box else one
+        return gymnasium.wrappers.RescaleAction(one, np.float32(-1), np.float32(1)) if is_box else one
 
     env = DummyVecEnv([monitored] * ENVIRONMENTS)
     return VecNormalize(env, norm_obs=task.is_normalized, norm_reward=True, gamma=gamma)
