@@ -52,7 +52,9 @@ def _vector(task: Task, make: MakeEnvironment, gamma: float) -> VecNormalize:
         one = Monitor(make())
         # In units of the bounds, as ours: else a deviation of 1 explores less where they are wider.
         is_box = isinstance(one.action_space, gymnasium.spaces.Box)
-        return gymnasium.wrappers.RescaleAction(one, np.float32(-1), np.float32(1)) if is_box else one
+        return (
+            gymnasium.wrappers.RescaleAction(one, np.float32(-1), np.float32(1)) if is_box else one
+        )
 
     env = DummyVecEnv([monitored] * ENVIRONMENTS)
     return VecNormalize(env, norm_obs=task.is_normalized, norm_reward=True, gamma=gamma)

@@ -86,6 +86,7 @@ def execute(method: Method, run: RLRun, config: RLConfig, tell: Callable[[], Non
 
     Raises:
         EnvironmentUnavailable: A package is missing.
+        RuntimeError: Of another kind than draws from a policy of NaN.
         UsageError: The method refuses an option.
     """
     episodes: list[tuple[int, float]] = []
@@ -109,6 +110,12 @@ def execute(method: Method, run: RLRun, config: RLConfig, tell: Callable[[], Non
         raise
     except (grng.PreconditionerError, ValueError) as error:
         # A distribution of NaN is a ValueError of torch's.
+        run.status, run.problem = DIVERGED, first_line(error)
+        return
+    except RuntimeError as error:
+        # And a draw from one.
+        if "probability tensor" not in str(error):
+            raise
         run.status, run.problem = DIVERGED, first_line(error)
         return
     run.evaluation, run.status = found, FINISHED
