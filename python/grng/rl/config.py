@@ -25,7 +25,7 @@ class PolicyOptimizer:
 
 
 POLICY_OPTIMIZERS: dict[str, PolicyOptimizer] = {
-    # These networks are small: 64 scores cost less than acting does, and learn faster than one.
+    # These networks are small: 64 scores cost about what acting does, and learn a little faster than one.
     "rank1": PolicyOptimizer(grng.RankOneNPG, {"scores": 64}),
     "adamw": PolicyOptimizer(torch.optim.AdamW, {"lr": 1e-3, "weight_decay": 0.0}),
     "rmsprop": PolicyOptimizer(torch.optim.RMSprop, {"lr": 7e-4, "alpha": 0.99, "eps": 1e-5}),
