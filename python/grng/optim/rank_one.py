@@ -77,7 +77,7 @@ class RankOneNPG(Rehearsing):
     damping of 0.1, its direction gains no more at equal divergence than the plain gradient; 32 of 256
     scores gain more on a new policy, 128 on one that has decided, and all 256 come near the exact natural
     gradient. The length serves any of them. It is that of a quadratic model, and nobody looks at what
-    came of it: with a small damping a divergence can be twice the one predicted.
+    came of it: with a small damping a divergence can be well beyond the one predicted.
 
     Where g is the gradient of one action's ``A·log p`` and u that action's score, ``d = A u/(damping +
     ‖u‖²)`` has the direction of the plain gradient: give it batches.
