@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import grng
-from grng.tasks.minilm import SentenceClassifier
+from grng.tasks.encoder import SentenceClassifier
 
 CLASSES, TOKENS = 2, 32
 

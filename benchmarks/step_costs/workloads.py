@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grng.tasks.minilm import SentenceClassifier
+from grng.tasks.encoder import SentenceClassifier
 from grng.tasks.resnet import BasicBlock
 from grng.tasks.vit import VisionTransformer
 

@@ -315,7 +315,8 @@ def test_minilm_knows_what_sentences_mean() -> None:
     assert isinstance(model, minilm.SentenceClassifier)
     model.head = torch.nn.Identity()
     texts = ["The king is dead.", "The monarch has died.", "I like to cook pasta with tomatoes."]
-    ids = torch.from_numpy(token_ids.encode(texts, minilm_files.obtain())).long()
+    tokenizer = minilm_files.obtain() / minilm_files.TOKENIZER
+    ids = torch.from_numpy(token_ids.encode(texts, tokenizer, tokens=48, pad_id=0)).long()
     with torch.no_grad():
         states = torch.nn.functional.normalize(model(ids))
     king, monarch, pasta = states

@@ -10,42 +10,10 @@ from torch import Tensor, nn
 
 from grng.tasks import minilm_files
 from grng.tasks.data import DataError
+from grng.tasks.encoder import SentenceClassifier
+from grng.tasks.lora import add_lora
 
 PAD_ID = 0
-_TARGETS = ["query", "value"]
-# The update is scaled by alpha / r; with alpha = 2 r the scale is the same for every rank.
-_ALPHA_PER_RANK = 2
-
-
-class SentenceClassifier(nn.Module):
-    """Class logits of padded token ids; trains the LoRA matrices and the head only."""
-
-    def __init__(self, encoder: nn.Module, width: int, classes: int) -> None:
-        """Args: encoder: gives ``last_hidden_state``; width: of that state; classes: of the head."""
-        super().__init__()
-        self.encoder = encoder
-        self.head = nn.Linear(width, classes)
-
-    def forward(self, token_ids: Tensor) -> Tensor:
-        """Mean of the encoder's states over the tokens that are no padding, then the head.
-
-        Args:
-            token_ids: ``[n, tokens]`` int64, padded with 0 at the right.
-
-        Returns:
-            Logits ``[n, classes]``.
-        """
-        mask = token_ids.ne(PAD_ID)
-        if token_ids.device.type == "cpu":
-            # Columns of padding alone cost time and change nothing. On CUDA the look would wait.
-            longest = max(1, int(mask.sum(dim=1).max())) if len(mask) else 1
-            token_ids, mask = token_ids[:, :longest], mask[:, :longest]
-        states = self.encoder(input_ids=token_ids, attention_mask=mask.long()).last_hidden_state
-        weights = mask.unsqueeze(2).to(states.dtype)
-        # A sample without any token has the mean 0, not NaN.
-        mean = (states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1.0)
-        logits: Tensor = self.head(mean)
-        return logits
 
 
 @functools.cache
@@ -79,7 +47,6 @@ def build_model(rank: int, classes: int) -> nn.Module:
     minilm_files.require_libraries()
     folder = minilm_files.obtain()
     try:
-        import peft
         from transformers import BertConfig, BertModel
     except ImportError as error:
         raise DataError(f'the text tasks: {error}; pip install "grng-kernels[tasks]"') from None
@@ -93,16 +60,8 @@ def build_model(rank: int, classes: int) -> nn.Module:
     )
     encoder: nn.Module = BertModel(config, add_pooling_layer=False)
     encoder.load_state_dict(_pretrained(), strict=True)
-    encoder.requires_grad_(False)
-    lora = peft.LoraConfig(
-        r=rank,
-        lora_alpha=_ALPHA_PER_RANK * rank,
-        lora_dropout=0.0,
-        target_modules=_TARGETS,
-        bias="none",
-    )
-    encoder = peft.inject_adapter_in_model(lora, encoder)
-    return SentenceClassifier(encoder, config.hidden_size, classes)
+    encoder = add_lora(encoder, rank)
+    return SentenceClassifier(encoder, config.hidden_size, classes, pad_id=PAD_ID, pool="mean")
 
 
 def describe(rank: int) -> str:

