@@ -85,7 +85,8 @@ class FakeRing(torch.optim.SGD):
         super().__init__(model.parameters(), lr=lr)
         self.rho, self.has_observed = rho, False
 
-    def observe(self, logits: torch.Tensor) -> None:
+    def observe(self, logits: torch.Tensor, *, likelihood: str) -> None:
+        assert likelihood == "categorical"
         assert logits.requires_grad
         assert all(p.grad is None for p in self.param_groups[0]["params"])
         self.has_observed = True

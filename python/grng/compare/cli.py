@@ -82,6 +82,7 @@ def _config(arguments: argparse.Namespace) -> CompareConfig:
         model=arguments.model,
         steps=arguments.steps,
         reference=arguments.reference.replace(" ", ""),
+        data_dir=arguments.data_dir,
     )
 
 
@@ -141,6 +142,7 @@ def _describe_config(
         "reference": config.reference,
         "measure": config.measure.name,
         "unit": config.task_entry.unit,
+        "likelihood": config.task_entry.likelihood,
         "model_name": config.model_name,
         "model": config.model_entry.describe(config.model_options),
         "model_options": _options(config),
@@ -234,7 +236,8 @@ def compare(arguments: argparse.Namespace, argv: list[str]) -> int:
     """
     config = _config(arguments)
     device = resolve_device(config.device)
-    specs = parse_specs(arguments.optimizers)
+    likelihood = config.task_entry.likelihood
+    specs = [spec.for_likelihood(likelihood) for spec in parse_specs(arguments.optimizers)]
     _check_reference(config, specs)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -242,7 +245,7 @@ def compare(arguments: argparse.Namespace, argv: list[str]) -> int:
     console = make_console()
     request = LoadRequest(
         device=device,
-        data_dir=arguments.data_dir,
+        data_dir=config.data_dir,
         train_limit=config.train_limit,
         validation=config.held_out,
         report=lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -50,6 +51,8 @@ class CompareConfig:
     steps: int | None = None
     # Whose final values are to be reached.
     reference: str = DEFAULT_REFERENCE
+    # Folder of the data files; None is the cache folder.
+    data_dir: Path | None = None
 
     def __post_init__(self) -> None:
         """Checks the values.
@@ -124,6 +127,11 @@ class CompareConfig:
             raise UsageError(
                 f"--stream does not apply to task {self.task!r}: it has one label per {unit}"
             )
+        if self.stream is not None and self.task_entry.likelihood != "categorical":
+            raise UsageError(
+                f"--stream does not apply to task {self.task!r}: it predicts a number, of which none "
+                "is right or wrong"
+            )
         most, of = self.epochs, "epochs"
         if self.stream is not None:
             most, of = self.stream, "samples of the stream"
@@ -166,11 +174,11 @@ class CompareConfig:
         """Options of the model; where none were given, those of the task."""
         option = self.model_entry.option
         if option is None:
-            return ModelOptions()
+            return ModelOptions(data_dir=self.data_dir)
         name, default = option
         given = getattr(self, name)
         chosen = {name: default if given is None else given}
-        return ModelOptions(**chosen)  # type: ignore[arg-type]
+        return ModelOptions(data_dir=self.data_dir, **chosen)  # type: ignore[arg-type]
 
     @property
     def held_out(self) -> int:

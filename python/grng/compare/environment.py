@@ -18,7 +18,7 @@ import grng
 
 # What some of the tasks compute with.
 _OPTIONAL = (
-    *("scikit-learn", "transformers", "peft"),
+    *("scikit-learn", "transformers", "peft", "datasets", "pillow"),
     *("gymnasium", "mujoco", "box2d", "stable-baselines3", "sb3-contrib"),
 )
 

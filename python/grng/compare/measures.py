@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The figures on held-out data that optimizers are compared by: accuracy or loss."""
+"""The figures on held-out data that optimizers are compared by: accuracy, loss or a correlation."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import Literal
 
 from grng.compare.records import EpochRecord
 
+MeasureName = Literal["accuracy", "loss", "matthews", "pearson"]
+
 
 @dataclass(frozen=True)
 class Measure:
-    """One of the two: which way is better, and how a value is written."""
+    """One of them: which way is better, and how a value is written."""
 
-    name: Literal["accuracy", "loss"]
+    name: MeasureName
     # +1 where higher is better, -1 where lower is.
     sign: int
     # From the value to the number that is shown.
@@ -21,9 +23,18 @@ class Measure:
     decimals: int
     suffix: str
     difference: str
+    # As in a heading.
+    title: str
+
+    @property
+    def is_correlation(self) -> bool:
+        """Whether it is the correlation of what is predicted with the labels."""
+        return self.name in ("matthews", "pearson")
 
     def of(self, epoch: EpochRecord) -> float:
         """The value at an evaluation: on the validation samples if there are any, else the test set."""
+        if self.is_correlation:
+            return epoch.held_out_correlation
         return epoch.held_out_accuracy if self.name == "accuracy" else epoch.held_out_loss
 
     def score(self, value: float) -> float:
@@ -48,6 +59,9 @@ class Measure:
         return f"{size} {'above' if value >= reference else 'below'}"
 
 
-ACCURACY = Measure("accuracy", sign=1, scale=100, decimals=2, suffix=" %", difference=" points")
-LOSS = Measure("loss", sign=-1, scale=1, decimals=4, suffix="", difference="")
-MEASURES = {measure.name: measure for measure in (ACCURACY, LOSS)}
+ACCURACY = Measure("accuracy", 1, 100, 2, " %", " points", "accuracy")
+LOSS = Measure("loss", -1, 1, 4, "", "", "loss")
+# In hundredths, as GLUE has them.
+MATTHEWS = Measure("matthews", 1, 100, 2, "", " points", "Matthews correlation")
+PEARSON = Measure("pearson", 1, 100, 2, "", " points", "Pearson correlation")
+MEASURES = {measure.name: measure for measure in (ACCURACY, LOSS, MATTHEWS, PEARSON)}

@@ -8,7 +8,7 @@ import inspect
 import itertools
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import nn
 
 from grng.compare.errors import UsageError
 from grng.compare.protocols import Protocol
+from grng.tasks.data import Likelihood
 
 OptionValue = bool | int | float | str | tuple[float, ...] | None
 Factory = Callable[..., torch.optim.Optimizer]
@@ -147,6 +148,12 @@ class OptimizerSpec:
     def entry(self) -> OptimizerEntry:
         """The registry entry of this optimizer."""
         return OPTIMIZERS[self.name]
+
+    def for_likelihood(self, likelihood: Likelihood) -> OptimizerSpec:
+        """The spec with what the labels are, which Kalman optimizers are made for."""
+        if self.entry.protocol != "observe-targets" or likelihood == "categorical":
+            return self
+        return replace(self, options={"likelihood": likelihood, **self.options})
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """The optimizer for this model.

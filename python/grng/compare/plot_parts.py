@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from grng.compare.curves import Curve
-from grng.compare.measures import ACCURACY, LOSS, Measure
+from grng.compare.measures import LOSS, Measure
 from grng.compare.plot_series import Series
 from grng.compare.plot_style import spread_labels
 from grng.compare.results import ComparisonResult
@@ -68,7 +68,7 @@ def limit_held_out(axes: Axes, all_series: list[Series], measure: Measure) -> bo
         return False
     scores = measure.sign * np.concatenate(means)
     best, middle, lowest = (float(found(scores)) for found in (np.max, np.median, np.min))
-    least_room = _LEAST_ROOM if measure is ACCURACY else _LEAST_ROOM_OF_LOSS * abs(best)
+    least_room = _LEAST_ROOM_OF_LOSS * abs(best) if measure is LOSS else _LEAST_ROOM
     worst = measure.sign * max(lowest, best - max(least_room, 5.0 * (best - middle)))
     low, high = axes.get_ylim()
     if measure.sign > 0:
@@ -134,6 +134,11 @@ def _model(config: dict[str, Any]) -> str:
 _SUBTITLE = 170
 
 
+def _lower_first(text: str) -> str:
+    """The text within a sentence; names such as Pearson's keep their capitals."""
+    return text[:1].lower() + text[1:]
+
+
 def _heading(result: ComparisonResult) -> tuple[str, str]:
     config = result.config
     task = TASKS.get(config["task"])
@@ -144,7 +149,7 @@ def _heading(result: ComparisonResult) -> tuple[str, str]:
         what = "accuracy online and held out"
         how = f"stream of {config['stream']:,} samples, batch 1"
     else:
-        what = f"training loss and {held_out_names(result)[0].lower()}"
+        what = f"training loss and {_lower_first(held_out_names(result)[0])}"
         how = f"{result.data['train_samples']:,} training samples, batch {config['batch_size']}"
         if result.counts_steps:
             how += f", {config['steps']:,} steps"
@@ -188,5 +193,7 @@ def held_out_names(result: ComparisonResult) -> tuple[str, str]:
     """
     kind = "Validation" if result.data.get("validation_samples") else "Test"
     if result.measure is LOSS:
-        return f"{kind} loss", f"cross entropy per {result.unit}"
+        return f"{kind} loss", f"{result.loss_name} per {result.unit}"
+    if result.measure.is_correlation:
+        return f"{kind} {result.measure.title}", f"{result.measure.title}, in hundredths"
     return f"{kind} accuracy", f"correct {kind.lower()} {result.unit}s in %"

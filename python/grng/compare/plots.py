@@ -51,7 +51,7 @@ def _draw_loss(axes: Axes, all_series: list[Series], result: ComparisonResult, a
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_title("Training loss")
-    axes.set_ylabel(f"cross entropy per {result.unit}, smoothed")
+    axes.set_ylabel(f"{result.loss_name} per {result.unit}, smoothed")
 
 
 def _draw_target(
@@ -61,7 +61,7 @@ def _draw_target(
     value = measure.scale * target.value
     axes.axhline(value, color="#555555", linestyle=(0, (5, 3)), linewidth=1.2, zorder=2)
     axes.annotate(
-        f"final {measure.name} of {target.optimizer}: {measure.text(target.value)}",
+        f"final {measure.title} of {target.optimizer}: {measure.text(target.value)}",
         (0.015, value),
         xycoords=("axes fraction", "data"),
         xytext=(0, 4),

@@ -20,7 +20,7 @@ _UPDATE_EVERY = 10
 
 
 def _held_out(last: EpochRecord, measure: Measure) -> str:
-    kind = "test" if last.validation_accuracy is None else "val"
+    kind = "test" if last.validation_loss is None else "val"
     name = "acc" if measure is ACCURACY else measure.name
     online = last.online_accuracy
     before = "" if online is None else f"online {100 * online:.2f} %  "

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from grng.tasks.data import Likelihood
+
 Protocol = Literal[
     "backward", "observe-backward", "observe-own-backward", "observe-loss", "observe-targets"
 ]
@@ -19,8 +21,11 @@ Protocol = Literal[
 _TWICE = ("observe-own-backward", "observe-loss")
 
 
-def _mean_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, -2), labels.flatten())
+def _mean_loss(outputs: Tensor, labels: Tensor, likelihood: Likelihood) -> Tensor:
+    """Mean negative log likelihood; of a normal distribution of variance 1 without its constant."""
+    if likelihood == "gaussian":
+        return 0.5 * F.mse_loss(outputs, labels)
+    return F.cross_entropy(outputs.flatten(0, -2), labels.flatten())
 
 
 def take_step(
@@ -30,8 +35,10 @@ def take_step(
     inputs: Tensor,
     labels: Tensor,
     mark: Callable[[], None],
+    *,
+    likelihood: Likelihood = "categorical",
 ) -> tuple[Tensor, Tensor]:
-    """One training step on the mean cross entropy.
+    """One training step on the mean cross entropy, or on half the mean squared error.
 
     ``"backward"``: ``loss.backward()``, ``optimizer.step()``. ``"observe-backward"``: before that
     ``optimizer.observe(logits)``; ``"observe-own-backward"``: that, and ``optimizer.backward(loss)``
@@ -41,16 +48,20 @@ def take_step(
     the optimizer.
 
     Args:
-        model: The classifier, in training mode.
+        model: In training mode.
         optimizer: Updates ``model``.
         protocol: Which of the five.
         inputs: ``[n, ...]``.
-        labels: ``[n]`` for logits ``[n, classes]``; ``[n, length]`` for ``[n, length, classes]``.
+        labels: ``[n]`` for logits ``[n, classes]``; ``[n, length]`` for ``[n, length, classes]``;
+            numbers ``[n]`` for outputs ``[n, 1]``.
         mark: Called five times: at the start, after forward, observe, backward and step.
+        likelihood: ``"gaussian"`` for numbers. Kalman optimizers must have been made with it.
 
     Returns:
         ``(loss, logits)`` from before the update, without a graph.
     """
+    if likelihood == "gaussian":
+        labels = labels.unsqueeze(-1)  # as the outputs
     # Any: observe is not a method of torch's base class.
     observer: Any = optimizer
     mark()
@@ -65,11 +76,11 @@ def take_step(
         optimizer.step()
         mark()
         logits = logits.detach()
-        return _mean_cross_entropy(logits, labels), logits
-    loss = _mean_cross_entropy(logits, labels)
+        return _mean_loss(logits, labels, likelihood), logits
+    loss = _mean_loss(logits, labels, likelihood)
     mark()
     if protocol in ("observe-backward", "observe-own-backward"):
-        observer.observe(logits)
+        observer.observe(logits, likelihood=likelihood)
     elif protocol == "observe-loss":
         observer.observe(loss)
     mark()

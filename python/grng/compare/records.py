@@ -31,6 +31,9 @@ class EpochRecord:
     test_accuracy: float | None = None
     validation_loss: float | None = None
     validation_accuracy: float | None = None
+    # Of what is predicted with the labels, where that is what optimizers are compared by.
+    test_correlation: float | None = None
+    validation_correlation: float | None = None
     # Of a stream: part of all samples so far that was predicted before it was learned from.
     online_accuracy: float | None = None
 
@@ -40,6 +43,13 @@ class EpochRecord:
         accuracy = self.validation_accuracy
         accuracy = self.test_accuracy if accuracy is None else accuracy
         return 0.0 if accuracy is None else accuracy
+
+    @property
+    def held_out_correlation(self) -> float:
+        """Correlation on the validation samples; on the test set where there are none."""
+        found = self.validation_correlation
+        found = self.test_correlation if found is None else found
+        return 0.0 if found is None else found
 
     @property
     def held_out_loss(self) -> float:
@@ -105,8 +115,10 @@ class RunRecord:
         return self.epochs[-1].test_accuracy or 0.0
 
     @property
-    def best_accuracy(self) -> float:
-        """Highest held-out accuracy at any look."""
+    def best_accuracy(self) -> float | None:
+        """Highest held-out accuracy at any look; None where numbers are predicted."""
+        if self.epochs[-1].test_accuracy is None:
+            return None
         return max(epoch.held_out_accuracy for epoch in self.epochs)
 
     def to_json(self) -> dict[str, Any]:

@@ -64,6 +64,12 @@ class ComparisonResult:
         """What losses and accuracies are means over: samples or characters."""
         return self.config.get("unit", "sample")
 
+    @property
+    def loss_name(self) -> str:
+        """What the losses are."""
+        is_number = self.config.get("likelihood") == "gaussian"
+        return "half squared error" if is_number else "cross entropy"
+
     def summary(self) -> Summary:
         """The rows of the table."""
         return summarise(

@@ -60,15 +60,16 @@ def weights_sha256(model: nn.Module) -> str:
 
 def _prepare(spec: OptimizerSpec, config: CompareConfig, data: ClassificationData) -> None:
     """Throw-away steps: what happens only once in a process must not be charged to a run."""
-    model = build_model(config, 0, data.train_inputs.device)
+    model = build_model(config, 0, data.device)
     optimizer = spec.build(model)
     for group in optimizer.param_groups:
         if "lr" in group:
             group["lr"] = _PREPARATION_LR
-    inputs = data.train_inputs[: config.batch_size]
+    inputs = data.train_inputs[: config.batch_size].to(data.device)
     labels = data.train_labels[: config.batch_size]
+    protocol, likelihood = spec.entry.protocol, config.task_entry.likelihood
     for _ in range(_PREPARATION_STEPS):
-        take_step(model, optimizer, spec.entry.protocol, inputs, labels, lambda: None)
+        take_step(model, optimizer, protocol, inputs, labels, lambda: None, likelihood=likelihood)
 
 
 def _jsonable(value: Any) -> Any:
@@ -110,7 +111,7 @@ def execute(
         on_step: Called after each step.
         on_epoch: Called after each epoch.
     """
-    device = data.train_inputs.device
+    device = data.device
     numerical_errors = _numerical_errors()
     try:
         _prepare(spec, config, data)

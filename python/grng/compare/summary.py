@@ -6,9 +6,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from grng.compare.measures import ACCURACY, Measure
+from grng.compare.measures import ACCURACY, LOSS, Measure, MeasureName
 from grng.compare.records import DIVERGED, FINISHED, INTERRUPTED, RunRecord, StepSplit
 from grng.compare.selection import family, select
 from grng.compare.trailing import final_trailing_loss, first_step_below
@@ -20,12 +20,12 @@ DEFAULT_REFERENCE = "adamw"
 class Target:
     """What is to be reached: final means of the reference, of its best setting if there are several.
 
-    The value is held-out accuracy or loss: on the validation samples where there are any, else on
-    the test set.
+    The value is held-out accuracy, loss or correlation: on the validation samples where there are
+    any, else on the test set.
     """
 
     optimizer: str
-    measure: Literal["accuracy", "loss"]
+    measure: MeasureName
     value: float
     # Of the whole run; parts of the steps are parts of these.
     steps: int
@@ -55,6 +55,10 @@ class Row:
     validation_accuracy_std: float | None = None
     validation_loss: float | None = None
     validation_loss_std: float | None = None
+    final_correlation: float | None = None
+    final_correlation_std: float | None = None
+    validation_correlation: float | None = None
+    validation_correlation_std: float | None = None
     # Of a stream: part of the samples that were predicted before they were learned from.
     online_accuracy: float | None = None
     online_accuracy_std: float | None = None
@@ -81,8 +85,10 @@ class Row:
         """Final value on the validation samples; on the test set where there are none."""
         if measure is ACCURACY:
             validation, test = self.validation_accuracy, self.final_accuracy
-        else:
+        elif measure is LOSS:
             validation, test = self.validation_loss, self.final_loss
+        else:
+            validation, test = self.validation_correlation, self.final_correlation
         return test if validation is None else validation
 
 
@@ -169,13 +175,15 @@ def _row(
     if not finished:
         return Row(label, status, 0, seeds, is_selected)
     last = [run.epochs[-1] for run in finished]
-    unknown = (None, None)
-    test = _mean([run.final_accuracy for run in finished]) if is_selected else unknown
-    test_loss = _mean([epoch.test_loss for epoch in last]) if is_selected else unknown
+    shown = last if is_selected else []
+    test = _mean([epoch.test_accuracy for epoch in shown])
+    test_loss = _mean([epoch.test_loss for epoch in shown])
+    test_correlation = _mean([epoch.test_correlation for epoch in shown])
     validation = _mean([epoch.validation_accuracy for epoch in last])
     validation_loss = _mean([epoch.validation_loss for epoch in last])
+    validation_correlation = _mean([epoch.validation_correlation for epoch in last])
     online = _mean([epoch.online_accuracy for epoch in last])
-    best = [run.best_accuracy for run in finished]
+    best = _mean([run.best_accuracy for run in finished])
     split = StepSplit(
         *(
             round(statistics.median(getattr(run.ms_per_step, part) for run in finished), 5)
@@ -197,10 +205,14 @@ def _row(
         validation_accuracy_std=validation[1],
         validation_loss=validation_loss[0],
         validation_loss_std=validation_loss[1],
+        final_correlation=test_correlation[0],
+        final_correlation_std=test_correlation[1],
+        validation_correlation=validation_correlation[0],
+        validation_correlation_std=validation_correlation[1],
         online_accuracy=online[0],
         online_accuracy_std=online[1],
-        best_accuracy=statistics.fmean(best),
-        best_accuracy_std=_spread(best),
+        best_accuracy=best[0],
+        best_accuracy_std=best[1],
         train_seconds=statistics.median(run.train_seconds for run in finished),
         final_train_loss=final_trailing_loss(finished),
         ms_per_step=split,
@@ -251,9 +263,7 @@ def summarise(
     for label, own in by_label.items():
         final = [measure.of(run.epochs[-1]) for run in own if run.status == FINISHED]
         scores[label] = measure.score(statistics.fmean(final)) if final else None
-    has_validation = any(
-        epoch.validation_accuracy is not None for run in runs for epoch in run.epochs
-    )
+    has_validation = any(epoch.validation_loss is not None for run in runs for epoch in run.epochs)
     selected = select(labels, scores) if has_validation else set(labels)
     target = _target(by_label, reference, measure)
     rows = [

@@ -80,7 +80,15 @@ def _values(row: Row, summary: Summary, result: ComparisonResult) -> dict[str, s
     reached = {f"to {family(result.reference)}": _reached(row, summary)}
     reached["train loss"] = _train_loss(row)
     has_validation = bool(result.data.get("validation_samples"))
-    if result.measure is LOSS:
+    measure = result.measure
+    if measure.is_correlation:
+        final = _number(measure, row.final_correlation, row.final_correlation_std)
+        held_out = _number(measure, row.validation_correlation, row.validation_correlation_std)
+        loss = {"test loss": _number(LOSS, row.final_loss, row.final_loss_std)}
+        is_number = result.config.get("likelihood") == "gaussian"
+        test = {f"test {measure.name}": final} | (loss if is_number else test)
+        validation = {f"val {measure.name}": held_out}
+    elif measure is LOSS:
         test = {"test loss": _number(LOSS, row.final_loss, row.final_loss_std)} | test
         validation = {"val loss": _number(LOSS, row.validation_loss, row.validation_loss_std)}
     elif not has_validation:
@@ -221,7 +229,7 @@ def _explain_columns(result: ComparisonResult) -> str:
     else:
         name = family(result.reference)
         parts.append(
-            f"to {name}: part of the steps and seconds until {name}'s final {result.measure.name} is reached"
+            f"to {name}: part of the steps and seconds until {name}'s final {result.measure.title} is reached"
         )
         parts.append(
             f"train loss: mean of the last {TRAILING_STEPS} steps (part of the steps until {name}'s "
@@ -238,6 +246,9 @@ def _explain_columns(result: ComparisonResult) -> str:
 def _notes(result: ComparisonResult) -> list[str]:
     seeds = result.config["seeds"]
     what = "accuracy" if result.measure is ACCURACY else f"loss and accuracy per {result.unit}"
+    if result.measure.is_correlation:
+        is_number = result.config.get("likelihood") == "gaussian"
+        what = f"{result.measure.title} and {'loss' if is_number else 'accuracy'}"
     accuracy = f"{what} on {result.data['test_samples']:,} test samples"
     if len(seeds) > 1:
         accuracy += f", mean ± standard deviation over {len(seeds)} seeds"

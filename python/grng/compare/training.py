@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from grng.compare.config import CompareConfig
-from grng.compare.evaluation import evaluate
+from grng.compare.evaluation import Evaluation, evaluate
 from grng.compare.plan import make_plan
 from grng.compare.protocols import Protocol, take_step
 from grng.compare.records import EpochRecord, RunRecord, StepSplit
@@ -56,17 +56,19 @@ class Trainer:
 
         Args:
             record: Filled as the run goes on, so that an interrupted run keeps what it has.
-            model: On the device of ``data``.
+            model: On the device of the labels of ``data``.
             optimizer: Updates ``model``.
             data: Training, validation and test samples.
             config: Shared settings.
             protocol: How the optimizer takes part in a step.
             check_every: Steps between two looks at the losses; 1 on the CPU if None.
         """
-        device = data.train_inputs.device
+        device = data.device
         default_check = _CUDA_CHECK_EVERY if device.type == "cuda" else 1
         self._record, self._model, self._optimizer = record, model, optimizer
         self._data, self._protocol = data, protocol
+        self._likelihood = config.task_entry.likelihood
+        self._measure = config.measure
         self._rows = config.model_entry.evaluation_rows
         self._is_stream = config.stream is not None
         self._check_every = check_every or default_check
@@ -97,8 +99,9 @@ class Trainer:
         stops = set(plan.checkpoints)
         self._model.train()
         for step, (index, order_sha256) in enumerate(plan.batches(record.seed), start=1):
-            chosen = index.to(data.train_labels.device)
-            self._step(data.train_inputs[chosen], data.train_labels[chosen])
+            # Images may be in a file on the CPU side: only the batch goes to the device.
+            inputs = data.train_inputs[index.to(data.train_inputs.device)].to(data.device)
+            self._step(inputs, data.train_labels[index.to(data.device)])
             if len(self._losses) >= self._check_every:
                 self._collect()
             on_step()
@@ -111,7 +114,13 @@ class Trainer:
     def _step(self, inputs: Tensor, labels: Tensor) -> None:
         self._rates.append(learning_rate(self._optimizer))
         loss, logits = take_step(
-            self._model, self._optimizer, self._protocol, inputs, labels, self._timer.mark
+            self._model,
+            self._optimizer,
+            self._protocol,
+            inputs,
+            labels,
+            self._timer.mark,
+            likelihood=self._likelihood,
         )
         self._losses.append(loss)
         if self._is_stream:
@@ -148,17 +157,19 @@ class Trainer:
         milliseconds = (1e3 * part / len(record.step_loss) for part in self._split_seconds)
         record.ms_per_step = StepSplit(*(round(value, 5) for value in milliseconds))
 
-    def _loss_and_accuracy(self, what: str, inputs: Tensor, labels: Tensor) -> tuple[float, float]:
-        """Loss and accuracy on held-out samples.
+    def _held_out(self, what: str, inputs: Tensor, labels: Tensor) -> Evaluation:
+        """Loss, accuracy and correlation on held-out samples.
 
         Raises:
             NonFiniteError: The loss is not finite.
         """
-        loss, accuracy = evaluate(self._model, inputs, labels, self._rows)
-        if not math.isfinite(loss):
+        found = evaluate(
+            self._model, inputs, labels, self._rows, has_correlation=self._measure.is_correlation
+        )
+        if not math.isfinite(found.loss):
             rate = learning_rate(self._optimizer)
-            raise NonFiniteError(len(self._record.step_loss), f"{what} loss {loss}", rate)
-        return loss, accuracy
+            raise NonFiniteError(len(self._record.step_loss), f"{what} loss {found.loss}", rate)
+        return found
 
     def _evaluate(self, *, is_last: bool) -> None:
         """Evaluates the model and adds a record of it.
@@ -181,9 +192,11 @@ class Trainer:
         if record.step_correct:
             found.online_accuracy = sum(record.step_correct) / len(record.step_correct)
         if data.validation is not None:
-            held_out = self._loss_and_accuracy("validation", *data.validation)
-            found.validation_loss, found.validation_accuracy = held_out
+            held_out = self._held_out("validation", *data.validation)
+            found.validation_loss, found.validation_accuracy = held_out.loss, held_out.accuracy
+            found.validation_correlation = held_out.correlation
         if is_last or data.validation is None:
-            test = self._loss_and_accuracy("test", data.test_inputs, data.test_labels)
-            found.test_loss, found.test_accuracy = test
+            test = self._held_out("test", data.test_inputs, data.test_labels)
+            found.test_loss, found.test_accuracy = test.loss, test.accuracy
+            found.test_correlation = test.correlation
         record.epochs.append(found)

@@ -10,7 +10,13 @@ from typing import Literal
 from torch import nn
 
 from grng.tasks import authors, digits, fashion_mnist, minilm, plays, shakespeare_char
-from grng.tasks.data import ClassificationData, DataError, LoadRequest, ModelOptions
+from grng.tasks.data import (
+    ClassificationData,
+    DataError,
+    Likelihood,
+    LoadRequest,
+    ModelOptions,
+)
 
 __all__ = [
     "TASKS",
@@ -41,6 +47,7 @@ class Task:
 
     title: str
     description: str
+    # Outputs of the model; of numbers 1.
     classes: int
     load: Callable[[LoadRequest], ClassificationData]
     # By the name that --model takes; the first is the default.
@@ -52,7 +59,9 @@ class Task:
     # What is predicted: one label of each, and losses and accuracies are means over all of them.
     unit: Literal["sample", "character"] = "sample"
     # The figure on held-out data by which optimizers are compared and their settings chosen.
-    measure: Literal["accuracy", "loss"] = "accuracy"
+    measure: Literal["accuracy", "loss", "matthews", "pearson"] = "accuracy"
+    # Whether labels are classes or numbers.
+    likelihood: Likelihood = "categorical"
 
     @property
     def default_model(self) -> str:

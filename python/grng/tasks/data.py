@@ -6,9 +6,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+# What a label is to the model's outputs: one of their classes, or a number that one of them predicts.
+Likelihood = Literal["categorical", "gaussian"]
 
 
 class DataError(RuntimeError):
@@ -33,19 +37,22 @@ class LoadRequest:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Options of the models; each model reads at most one of them."""
+    """Options of the models; each model reads at most one of them, and some the folder of the data."""
 
     hidden: tuple[int, ...] = ()
     lora_rank: int = 8
+    # Where pretrained weights are looked for.
+    data_dir: Path | None = None
 
 
 @dataclass(frozen=True)
 class ClassificationData:
-    """A whole classification data set on one device.
+    """A whole data set; labels are on the device of the runs, and inputs too unless they are large.
 
     Inputs are normalised fp32 ``[n, features]``, token ids int64 ``[n, tokens]`` padded at the
-    right, or characters int64 ``[n, length]``; labels are int64 ``[n]``, or ``[n, length]`` for one
-    prediction per character.
+    right, characters int64 ``[n, length]``, or images uint8 ``[n, 3, side, side]``, which stay on the
+    CPU in a mapped file: a batch is moved when it is used. Labels are int64 ``[n]``, ``[n, length]``
+    for one prediction per character, or fp32 ``[n]`` for numbers to predict.
     """
 
     train_inputs: Tensor
@@ -56,6 +63,11 @@ class ClassificationData:
     checksums: dict[str, str]
     validation_inputs: Tensor | None = None
     validation_labels: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the runs."""
+        return self.train_labels.device
 
     @property
     def validation(self) -> tuple[Tensor, Tensor] | None:
