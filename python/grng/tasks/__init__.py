@@ -5,11 +5,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from torch import nn
 
-from grng.tasks import authors, digits, fashion_mnist, minilm, plays, shakespeare_char
+from grng.tasks import (
+    authors,
+    digits,
+    fashion_mnist,
+    glue,
+    images,
+    minilm,
+    plays,
+    shakespeare_char,
+)
 from grng.tasks.data import (
     ClassificationData,
     DataError,
@@ -81,6 +91,49 @@ def _minilm(build: Callable[[ModelOptions], nn.Module]) -> Model:
         return minilm.describe(options.lora_rank)
 
     return Model(build, describe, option=("lora_rank", 8), evaluation_rows=100)
+
+
+def _images(task: images.ImageSet, title: str, train: int, test: int, validation: int) -> Task:
+    build = partial(images.build_model, task=task)
+    return Task(
+        title=title,
+        description=f"{task.classes}-class images {task.side}x{task.side}, {train - validation:,} train / "
+        f"{validation:,} validation / {test:,} test, ViT-B/16 + LoRA",
+        classes=task.classes,
+        load=partial(images.load, task=task),
+        models={
+            "vit-b16": Model(build, images.describe, option=("lora_rank", 8), evaluation_rows=100)
+        },
+        validation=validation,
+        stream_validation=validation,
+    )
+
+
+def _glue(
+    task: glue.Glue,
+    title: str,
+    train: int,
+    test: int,
+    validation: int,
+    measure: Literal["accuracy", "matthews", "pearson"] = "accuracy",
+) -> Task:
+    build = partial(glue.build_model, task=task)
+    what = "numbers" if task.classes is None else f"{task.classes} classes"
+    samples = "sentences" if len(task.texts) == 1 else "pairs of sentences"
+    return Task(
+        title=title,
+        description=f"{samples}, {what}, {train - validation:,} train / {validation:,} validation / "
+        f"{test:,} test, RoBERTa-base + LoRA",
+        classes=task.outputs,
+        load=partial(glue.load, task=task),
+        models={
+            "roberta": Model(build, glue.describe, option=("lora_rank", 8), evaluation_rows=100)
+        },
+        validation=validation,
+        stream_validation=validation,
+        measure=measure,
+        likelihood="gaussian" if task.classes is None else "categorical",
+    )
 
 
 def _describe_resnet(options: ModelOptions) -> str:
@@ -155,4 +208,15 @@ TASKS: dict[str, Task] = {
         unit="character",
         measure="loss",
     ),
+    # The tasks of the papers: read from --data-dir or the Hugging Face hub.
+    "cifar10": _images(images.CIFAR10, "CIFAR-10", 50_000, 10_000, 5000),
+    "cifar100": _images(images.CIFAR100, "CIFAR-100", 50_000, 10_000, 5000),
+    "food101": _images(images.FOOD101, "Food-101", 75_750, 25_250, 5000),
+    "oxford-pet": _images(images.OXFORD_PET, "Oxford-IIIT Pet", 3680, 3669, 400),
+    "mnli": _glue(glue.MNLI, "MNLI (matched)", 392_702, 9815, 5000),
+    "qnli": _glue(glue.QNLI, "QNLI", 104_743, 5463, 2000),
+    "sst2": _glue(glue.SST2, "SST-2", 67_349, 872, 1000),
+    "cola": _glue(glue.COLA, "CoLA", 8551, 1043, 800, "matthews"),
+    "mrpc": _glue(glue.MRPC, "MRPC", 3668, 408, 400),
+    "stsb": _glue(glue.STSB, "STS-B", 5749, 1500, 500, "pearson"),
 }
