@@ -100,7 +100,12 @@ def _add_compare(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="in what part of its steps do the others reach its final values? one of --optimizers, or "
         "a name: the best of its specs",
     )
-    add("--data-dir", type=Path, help="folder of the data files, kept there once fetched")
+    add(
+        "--data-dir",
+        type=Path,
+        help="folder of the data files, kept there once fetched; for the tasks of the papers FOLDER/TASK "
+        "and FOLDER/models (see the README)",
+    )
     add("--out", type=Path, default=Path("results"), help="folder for the results")
     add("--no-progress", action="store_true", help="print only the table")
 
