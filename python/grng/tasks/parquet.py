@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -68,7 +69,7 @@ def read_rows(
             with _silent(), tempfile.TemporaryDirectory(prefix="grng-datasets-") as scratch:
                 rows = datasets.load_dataset(
                     "parquet",
-                    data_files=[str(path)],
+                    data_files=[glob.escape(str(path))],
                     split="train",
                     streaming=True,
                     columns=list(columns),
