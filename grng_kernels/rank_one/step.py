@@ -142,7 +142,7 @@ def _usual_call(
 
 
 def _usual_numbers(value: Numbers, lists: Sequence[Any]) -> list[float] | None:
-    given = value if type(value) is list else [value] * len(lists[0])
+    given: list[Any] = value if type(value) is list else [value] * len(lists[0])
     if len(given) != len(lists[0]):
         return None
     good = all(type(x) is float and -LARGEST_FP32 <= x <= LARGEST_FP32 for x in given)
