@@ -28,7 +28,6 @@ STEP_LENGTHS = ("kl", "fixed")
 # There is one Fisher matrix, and one length: these cannot differ between the groups.
 _SHARED = ("damping", "scores", "score", "step_length", "max_kl", "seed")
 _BUFFER = "momentum_buffer"
-_LARGEST = torch.finfo(torch.float32).max  # of a number that a kernel takes
 
 
 @dataclass(frozen=True)
@@ -374,8 +373,8 @@ class RankOneNPG(Rehearsing):
         the other way, which names it; as is what only leaves the range that the kernel keeps.
         """
         numbers = _rates_and_decays(self.param_groups)
-        grads = [p.grad for p in moved]
-        if numbers is None or len(seen.scores[0]) != 1 or not _are_plain(moved, grads):
+        grads = _plain_gradients(moved)
+        if numbers is None or grads is None or len(seen.scores[0]) != 1:
             return False
         lrs, decays = numbers
         scores = seen.scores
@@ -391,7 +390,8 @@ class RankOneNPG(Rehearsing):
         try:
             norm = kernels.rank1_step_(weights, grads, rows, damping=damping, lr=lrs, decay=decays)
         except ValueError:
-            # Nothing was written. Weights that share memory: the other way writes one after another.
+            # Nothing was written: a number beyond fp32, which the other way takes, or refuses by its name; or
+            # weights that share memory, which it writes one after another.
             return False
         length = float(norm)
         if not math.isfinite(length):
@@ -721,28 +721,27 @@ def _rates_and_decays(groups: list[dict[str, Any]]) -> tuple[list[float], list[f
         if isinstance(given, Tensor) and not given.is_cpu:
             return None
         lr, count = float(given), sum(p.grad is not None for p in group["params"])
-        decay = 1 - lr * group["weight_decay"]
-        if not (abs(lr) <= _LARGEST and abs(decay) <= _LARGEST):
-            return None
         # The direction changes its sign with the gradient.
         lrs += [-lr if maximize else lr] * count
-        decays += [decay] * count
+        decays += [1 - lr * group["weight_decay"]] * count
     return lrs, decays
 
 
-def _are_plain(parameters: list[nn.Parameter], grads: Sequence[Tensor | None]) -> bool:
-    """Whether the C++ kernel of a whole step takes them."""
-    dtype = parameters[0].dtype
+def _plain_gradients(parameters: list[nn.Parameter]) -> list[Tensor] | None:
+    """The gradients, where the C++ kernel of a whole step takes all of them and the parameters."""
+    dtype, found = parameters[0].dtype, []
     if dtype is not torch.float32 and dtype is not torch.float64:
-        return False
-    for p, g in zip(parameters, grads, strict=True):
+        return None
+    for p in parameters:
+        g = p.grad
         if type(p) is not nn.Parameter or type(g) is not Tensor:
-            return False
+            return None
         if p.dtype is not dtype or g.dtype is not dtype or not (p.is_cpu and g.is_cpu):
-            return False
+            return None
         if not (p.is_contiguous() and g.is_contiguous()):
-            return False
-    return True
+            return None
+        found.append(g)
+    return found
 
 
 def _fast_norm(tensors: Sequence[Tensor]) -> Tensor:
