@@ -56,13 +56,31 @@ struct Wide {
   typedef double Vec __attribute__((vector_size(Isa::kVectorBytes)));
   typedef T Narrow __attribute__((vector_size(kLanes * sizeof(T))));
 
+  // gcc 12 takes a conversion of wide vectors apart before it knows the instruction set.
+  static constexpr bool kByHand = sizeof(T) == 4 && Isa::kVectorBytes >= 32;
+
   static GRNG_INLINE Vec load(const T* p) {
+#if defined(__x86_64__)
+    if constexpr (kByHand) {
+      Vec wide;
+      asm("vcvtps2pd %1, %0" : "=v"(wide) : "m"(*reinterpret_cast<const T(*)[kLanes]>(p)));
+      return wide;
+    }
+#endif
     Narrow v;
     std::memcpy(&v, p, sizeof(v));
     return __builtin_convertvector(v, Vec);
   }
   static GRNG_INLINE void store(T* p, Vec v) {
-    const Narrow narrow = __builtin_convertvector(v, Narrow);
+    Narrow narrow;
+#if defined(__x86_64__)
+    if constexpr (kByHand) {
+      asm("vcvtpd2ps %1, %0" : "=v"(narrow) : "v"(v));
+      std::memcpy(p, &narrow, sizeof(narrow));
+      return;
+    }
+#endif
+    narrow = __builtin_convertvector(v, Narrow);
     std::memcpy(p, &narrow, sizeof(narrow));
   }
 };
