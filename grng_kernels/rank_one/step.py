@@ -49,7 +49,8 @@ def rank1_step_(
     Returns:
         ``‖d‖₂`` over all blocks, fp64 0-d on the device. NaN: nothing was written. Then the gradient or
         the score has a NaN or infinity; or ``‖g‖/damping``, which no direction is longer than, is beyond the
-        range of fp32; or, where all gradients are fp64, beyond 1e150, or the square of a norm is infinite.
+        range of fp32; or, where all gradients are fp64, beyond 1e150, or the square of a norm is infinite;
+        or a damping in a tensor is no positive, finite number.
         What ``lr·d`` and ``decay·param`` make of a finite direction is not looked at: a parameter
         that leaves the range of its dtype is infinite. There is no ``info``.
 
