@@ -183,7 +183,8 @@ class Trainer:
         if data.validation is not None:
             held_out = self._loss_and_accuracy("validation", *data.validation)
             found.validation_loss, found.validation_accuracy = held_out
-        if is_last or data.validation is None:
+        # None of them in a search for settings.
+        if len(data.test_labels) and (is_last or data.validation is None):
             test = self._loss_and_accuracy("test", data.test_inputs, data.test_labels)
             found.test_loss, found.test_accuracy = test
         record.epochs.append(found)
