@@ -67,10 +67,11 @@ def _add_compare(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
     add("--out", type=Path, default=Path("results"), help="folder for the results")
     add(
-        "--resume",
+        "--into",
         type=Path,
         metavar="FOLDER",
-        help="go on with the interrupted comparison of this folder; the other options as they were",
+        help="write into this folder and not into a new one; what was interrupted there is gone on with, "
+        "by the same options",
     )
     _add_runs(parser)
 

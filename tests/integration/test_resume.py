@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m grng compare --resume``: an interrupted comparison goes on, and only as it was begun."""
+"""``python -m grng compare --into``: an interrupted comparison goes on, and only as it was begun."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_interrupted_comparison_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = interrupted(tmp_path, monkeypatch)
     first = json.loads((folder / "result.json").read_text())
-    assert compare("--resume", str(folder)) == 0
+    assert compare("--into", str(folder)) == 0
     assert compare("--out", str(tmp_path / "whole")) == 0
     (whole,) = (tmp_path / "whole").iterdir()
     assert runs(folder) == runs(whole)
@@ -76,7 +76,7 @@ def test_other_settings_are_refused(
 ) -> None:
     folder = interrupted(tmp_path, monkeypatch)
     before = (folder / "result.json").read_bytes()
-    assert compare("--resume", str(folder), *options, specs=specs) == 2
+    assert compare("--into", str(folder), *options, specs=specs) == 2
     assert message in capsys.readouterr().err
     assert (folder / "result.json").read_bytes() == before
 
@@ -89,15 +89,21 @@ def test_other_code_is_refused(
     found = json.loads(file.read_text())
     found["environment"]["versions"]["torch"] = "1.0"
     file.write_text(json.dumps(found))
-    assert compare("--resume", str(file)) == 2
+    assert compare("--into", str(folder)) == 2
     assert "environment versions.torch was '1.0'" in capsys.readouterr().err
 
 
-def test_folder_without_a_result_is_refused(
+def test_folder_without_a_result_gets_one(tmp_path: Path) -> None:
+    assert compare("--into", str(tmp_path / "a" / "new")) == 0
+    assert len(runs(tmp_path / "a" / "new")) == 4
+
+
+def test_folder_that_cannot_be_made_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert compare("--resume", str(tmp_path)) == 2
-    assert "result.json" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert compare("--into", str(tmp_path / "file" / "folder")) == 2
+    assert "--into" in capsys.readouterr().err
 
 
 def test_environments_go_on_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +124,7 @@ def test_environments_go_on_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         patch.setattr(rl, "execute", stop)
         assert main([*common, "--out", str(tmp_path / "broken")]) == 130
     (folder,) = (tmp_path / "broken").iterdir()
-    assert main([*common, "--resume", str(folder)]) == 0
+    assert main([*common, "--into", str(folder)]) == 0
     assert main([*common, "--out", str(tmp_path / "whole")]) == 0
     (whole,) = (tmp_path / "whole").iterdir()
     values = [
@@ -126,4 +132,4 @@ def test_environments_go_on_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         for f in (folder / "result.json", whole / "result.json")
     ]
     assert values[0] == values[1]
-    assert main([*common, "--resume", str(folder), "--checkpoints", "7"]) == 2
+    assert main([*common, "--into", str(folder), "--checkpoints", "7"]) == 2

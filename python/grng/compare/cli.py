@@ -196,7 +196,7 @@ def _begin(fresh: ComparisonResult, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"--out {folder}: {error.strerror}") from error
+        raise UsageError(f"--into {folder}: {error.strerror}") from error
 
 
 def compare(arguments: argparse.Namespace, argv: list[str], folder: Path | None = None) -> int:
@@ -217,10 +217,7 @@ def compare(arguments: argparse.Namespace, argv: list[str], folder: Path | None 
     device = resolve_device(config.device)
     specs = parse_specs(arguments.optimizers)
     _check_reference(config, specs)
-    if arguments.resume is not None:
-        folder = arguments.resume if arguments.resume.is_dir() else arguments.resume.parent
-        # Before anything that takes time; an error where there is none.
-        load(folder)
+    folder = arguments.into if folder is None else folder
     if config.threads is not None:
         torch.set_num_threads(config.threads)
 

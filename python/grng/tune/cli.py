@@ -174,7 +174,7 @@ def _test_settings(arguments: argparse.Namespace, specs: str) -> argparse.Namesp
         UsageError: The seeds are wrong, or one is that of the search.
     """
     own = argparse.Namespace(**vars(arguments))
-    own.optimizers, own.resume, own.reference = specs.strip(","), None, arguments.optimizer
+    own.optimizers, own.into, own.reference = specs.strip(","), None, arguments.optimizer
     if arguments.seed in config_of(own).seeds:
         raise UsageError(
             f"--seeds must be others than that of the search, --seed {arguments.seed}: settings were chosen "

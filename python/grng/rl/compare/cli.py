@@ -15,7 +15,7 @@ from grng.compare import environment
 from grng.compare.cli import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, make_console
 from grng.compare.describe import without_paths
 from grng.compare.errors import UsageError
-from grng.compare.results import create_folder, utc_now
+from grng.compare.results import FILE_NAME, create_folder, utc_now
 from grng.compare.resume import check_same
 from grng.rl.compare.methods import Method, parse_methods
 from grng.rl.compare.plots import save_figure
@@ -134,17 +134,23 @@ def _describe(config: RLConfig, methods: list[Method]) -> dict[str, Any]:
     }
 
 
-def _take_up(fresh: RLResult, path: Path) -> Path:
-    """Take the runs of an interrupted comparison; return its folder.
+def _begin(fresh: RLResult, folder: Path) -> None:
+    """Take the runs that are in this folder, if there are any.
 
     Raises:
-        UsageError: There is none, or it has other settings or is of other code.
+        UsageError: They are of other settings or of other code, or the folder cannot be made.
     """
-    known = load(path)
-    check_same(path, known, fresh)
-    fresh.runs = [run for run in known.runs if run.status in (FINISHED, DIVERGED)]
-    fresh.created_utc, fresh.command = known.created_utc, known.command
-    return path if path.is_dir() else path.parent
+    file = folder / FILE_NAME
+    if file.is_file():
+        known = load(file)
+        check_same(file, known, fresh)
+        fresh.runs = [run for run in known.runs if run.status in (FINISHED, DIVERGED)]
+        fresh.created_utc, fresh.command = known.created_utc, known.command
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--into {folder}: {error.strerror}") from error
 
 
 def compare(arguments: argparse.Namespace, argv: list[str]) -> int:
@@ -178,11 +184,11 @@ def compare(arguments: argparse.Namespace, argv: list[str]) -> int:
         environment=environment.describe(torch.device("cpu")),
         created_utc=utc_now(),
     )
-    folder = arguments.resume
+    folder = arguments.into
     if folder is None:
         folder, _ = create_folder(arguments.out, config.task_name)
     else:
-        folder = _take_up(result, folder)
+        _begin(result, folder)
     done = {(run.method, run.seed) for run in result.runs}
     progress = _Progress(console, config, is_silent=arguments.no_progress)
     try:
