@@ -133,7 +133,8 @@ def _case(plan: Plan, size: int) -> Case:
         dtype="float32",
         # Gradient and score read twice, the parameter read and written.
         bytes=24.0 * d,
-        flops=10.0 * d,
+        # Three products; the direction, the square of its norm, and the step.
+        flops=14.0 * d,
         error=lambda outputs: relative_error(expected[id(outputs)])([p.detach() for p in outputs]),
         limit=LIMIT,
         contenders=contenders,

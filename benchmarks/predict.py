@@ -157,6 +157,11 @@ def calls() -> list[Call]:
             "about 10 for each weight: a loop in the reference; the first thing to group on a GPU",
         ),
         Call("rank1_precondition, any list", 4, "with the one that writes the damping"),
+        Call(
+            "rank1_step_ of 48 weights, by torch's kernels",
+            1274,
+            "26 for each weight: a loop in the reference; RankOneNPG does not call it on a GPU",
+        ),
     ]
 
 

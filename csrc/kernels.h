@@ -135,6 +135,19 @@ struct RankOneBlock {
 void rank_one_cpu(const RankOneBlock* blocks, int64_t count, Dtype dtype, double damping,
                   const Threads& threads);
 
+// What a block of a step is made with: param <- decay param - lr (damping I + u u^T)^-1 g.
+struct RankOneStepBlock {
+  void* param;
+  const void *grad, *score;
+  int64_t length;
+  double lr, decay;
+};
+
+// Returns the norm of the direction. Where a dot product is not finite, or |g| / damping is beyond
+// `largest`, nothing is written and it is NaN.
+double rank_one_step_cpu(const RankOneStepBlock* blocks, int64_t count, Dtype dtype, double damping,
+                         double largest, const Threads& threads);
+
 // ---- grafting (csrc/cpu/grafting.cpp) ----
 
 // The moments of one tensor, and what corrects their start at zero: 1 / (1 - beta1^t) and

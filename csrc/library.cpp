@@ -367,6 +367,36 @@ void rank_one(const Tensors outs, const Tensors grads, const Tensors scores, dou
                      threads_of_torch());
 }
 
+void rank_one_step(const Tensors params, const Tensor norm, const Tensors grads,
+                   const Tensors scores, double damping, const std::vector<double> lrs,
+                   const std::vector<double> decays, double largest) {
+  const size_t count = params.size();
+  STD_TORCH_CHECK(count > 0 && count == grads.size() && count == scores.size() &&
+                      count == lrs.size() && count == decays.size(),
+                  "grng: one param, grad, score, lr and decay per block");
+  const ScalarType dtype = params[0].scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
+                  "grng: dtype must be float32 or float64");
+  check_dense(norm, ScalarType::Double, {}, "norm");
+  std::vector<grng::RankOneStepBlock> blocks;
+  std::vector<Span> spans{span_of(norm, true)};
+  for (size_t i = 0; i < count; ++i) {
+    const int64_t length = params[i].numel();
+    check_size(params[i], dtype, length, "param");
+    check_size(grads[i], dtype, length, "grad");
+    check_size(scores[i], dtype, length, "score");
+    blocks.push_back({params[i].data_ptr(), grads[i].data_ptr(), scores[i].data_ptr(), length,
+                      lrs[i], decays[i]});
+    spans.push_back(span_of(params[i], true));
+    spans.push_back(span_of(grads[i], false));
+    spans.push_back(span_of(scores[i], false));
+  }
+  check_no_overlap(std::move(spans));
+  *static_cast<double*>(norm.data_ptr()) =
+      grng::rank_one_step_cpu(blocks.data(), static_cast<int64_t>(count), dtype_of(params[0]),
+                              damping, largest, threads_of_torch());
+}
+
 // ---- grafting ----
 
 // Whether elements that are next to each other in one are so in the other: one strided dimension
@@ -761,6 +791,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(grng, m) {
       "_rank1_precondition_(Tensor(a!)[] outs, Tensor[] grads, Tensor[] scores, float damping) -> "
       "()");
   m.def(
+      "_rank1_step_(Tensor(a!)[] params, Tensor(b!) norm, Tensor[] grads, Tensor[] scores, float "
+      "damping, float[] lrs, float[] decays, float largest) -> ()");
+  m.def(
       "_adam_moments_(Tensor(a!)[] exp_avgs, Tensor(b!)[] exp_avg_sqs, Tensor(c!) lengths, "
       "Tensor[] grads, float[] mean_scales, float[] root_scales, float beta1, float beta2, float "
       "eps) -> ()");
@@ -791,6 +824,7 @@ STABLE_TORCH_LIBRARY_IMPL(grng, CPU, m) {
   m.impl("_precondition_", TORCH_BOX(&precondition));
   m.impl("_damped_inverse_", TORCH_BOX(&damped_inverse));
   m.impl("_rank1_precondition_", TORCH_BOX(&rank_one));
+  m.impl("_rank1_step_", TORCH_BOX(&rank_one_step));
   m.impl("_adam_moments_", TORCH_BOX(&adam_moments));
   m.impl("_grafted_step_", TORCH_BOX(&grafted_step));
   m.impl("_kalman_gram_", TORCH_BOX(&kalman_gram));

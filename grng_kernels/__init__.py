@@ -14,6 +14,7 @@ from grng_kernels.kron_factor.conv2d import kron_factor_conv2d_update_
 from grng_kernels.kron_factor.op import kron_factor_update_
 from grng_kernels.precondition.op import precondition
 from grng_kernels.rank_one.op import rank1_precondition
+from grng_kernels.rank_one.step import rank1_step_
 from grng_kernels.spectral_norm.op import SpectralNorm, spectral_norm
 
 try:
@@ -37,6 +38,7 @@ __all__ = [
     "kron_factor_update_",
     "precondition",
     "rank1_precondition",
+    "rank1_step_",
     "spectral_norm",
     "use_backend",
 ]

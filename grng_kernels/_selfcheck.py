@@ -92,6 +92,12 @@ def _rank_one(cast: Callable[[Tensor], Tensor]) -> list[Tensor]:
     return [k.rank1_precondition(cast(torch.randn(5000)), cast(torch.randn(5000)), damping=0.1)]
 
 
+def _rank_one_step(cast: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    params, grads, scores = ([cast(torch.randn(s)) for s in (5000, 33)] for _ in range(3))
+    norm = k.rank1_step_(params, grads, scores, damping=0.1, lr=0.1, decay=0.9)
+    return [*params, norm]
+
+
 def _grafting(cast: Callable[[Tensor], Tensor]) -> list[Tensor]:
     shapes = ((65, 33), (65,))
     params, means, grads, directions = ([cast(torch.randn(s)) for s in shapes] for _ in range(4))
@@ -111,6 +117,7 @@ CASES: dict[str, Case] = {
     "precondition": _precondition,
     "precondition narrow": _precondition_narrow,
     "rank1_precondition": _rank_one,
+    "rank1_step_": _rank_one_step,
     "adam_moments_, grafted_step_": _grafting,
 }
 

@@ -27,4 +27,4 @@ env PYTHONPATH="$copy:$copy/python" LD_PRELOAD="$(g++ -print-file-name=libasan.s
   "$python" -m pytest -k "not reference and not memory_that_ends and not little_memory" \
   tests/ops/test_kron_factor.py tests/ops/test_kron_factor_conv2d.py tests/ops/test_precondition.py \
   tests/ops/test_precondition_narrow.py tests/ops/test_kalman_update.py tests/ops/test_kalman_cpu.py \
-  tests/ops/test_kalman_regularization.py "$@"
+  tests/ops/test_kalman_regularization.py tests/ops/test_rank_one.py tests/ops/test_rank1_step.py "$@"

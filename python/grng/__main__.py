@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Command line: ``python -m grng compare | plot | info``."""
+"""Command line: ``python -m grng compare | tune | plot | info``."""
 
 from __future__ import annotations
 
@@ -50,12 +50,36 @@ def _add_compare(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="data set, or an environment of reinforcement learning: cartpole, acrobot, hopper, ...; "
         "there the defaults are 100,000 --steps, 50 --checkpoints, --hidden 64,64",
     )
-    add("--model", help="mlp (the default), resnet or vit for fashion-mnist; other tasks have one")
     add(
         "--optimizers",
         metavar="SPECS",
         help="comma-separated (default: " + _OPTIMIZERS + "; of environments rank1,rmsprop,adamw)",
     )
+    seeds = parser.add_mutually_exclusive_group()
+    seeds.add_argument("--seed", type=int, default=0, help="weights and order of the batches")
+    seeds.add_argument("--seeds", metavar="S,S,...", help="several seeds: mean and spread")
+    add(
+        "--reference",
+        default="adamw",
+        metavar="SPEC",
+        help="in what part of its steps do the others reach its final values? one of --optimizers, or "
+        "a name: the best of its specs",
+    )
+    add("--out", type=Path, default=Path("results"), help="folder for the results")
+    add(
+        "--into",
+        type=Path,
+        metavar="FOLDER",
+        help="write into this folder and not into a new one; what was interrupted there is gone on with, "
+        "by the same options",
+    )
+    _add_runs(parser)
+
+
+def _add_runs(parser: argparse.ArgumentParser) -> None:
+    """Options of how a model is trained, whatever for."""
+    add = parser.add_argument
+    add("--model", help="mlp (the default), resnet or vit for fashion-mnist; other tasks have one")
     add("--epochs", type=int, help="passes over the training set (default: 10)")
     add("--steps", type=int, metavar="N", help="train for N steps instead of whole epochs")
     add(
@@ -65,9 +89,6 @@ def _add_compare(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="learn online instead: one pass over N training samples, one at a time, each predicted "
         "before it is learned from",
     )
-    seeds = parser.add_mutually_exclusive_group()
-    seeds.add_argument("--seed", type=int, default=0, help="weights and order of the batches")
-    seeds.add_argument("--seeds", metavar="S,S,...", help="several seeds: mean and spread")
     add("--batch-size", type=int, help="samples per step (default: 256)")
     add(
         "--hidden",
@@ -94,20 +115,45 @@ def _add_compare(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="evaluations, evenly spaced (default: epochs; of --steps or --stream 10)",
     )
     add(
-        "--reference",
-        default="adamw",
-        metavar="SPEC",
-        help="in what part of its steps do the others reach its final values? one of --optimizers, or "
-        "a name: the best of its specs",
-    )
-    add(
         "--data-dir",
         type=Path,
         help="folder of the data files, kept there once fetched; for the tasks of the papers FOLDER/TASK "
         "and FOLDER/models (see the README)",
     )
-    add("--out", type=Path, default=Path("results"), help="folder for the results")
     add("--no-progress", action="store_true", help="print only the table")
+
+
+def _add_tune(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser(
+        "tune",
+        help="search for the settings of an optimizer",
+        description="Trains the same model with different settings of one optimizer, each chosen by "
+        "Optuna from the results so far on held-out samples; the first are the defaults. The test set "
+        "is not looked at, unless --seeds asks for runs of the best settings and of the defaults "
+        "afterwards. The same command goes on with a search that was interrupted.",
+        epilog="Exit codes: 0 done, 1 no trial finished or the data is missing, 2 wrong argument or a "
+        "missing package, 130 interrupted.",
+        formatter_class=_Formatter,
+    )
+    add = parser.add_argument
+    add("--task", default="fashion-mnist", help="data set")
+    add("--optimizer", required=True, metavar="NAME", help="one of those of `python -m grng info`")
+    add("--budget", type=int, default=12, metavar="B", help="trials, the defaults among them")
+    add(
+        "--space",
+        metavar="SPACE",
+        help='where to search, for example "lr=1e-4..1e-1:weight_decay=0|0.1"; ranges are '
+        "logarithmic (default: of each optimizer a factor of 1,000 around its learning rate, or "
+        "what it has instead, and three values of another option)",
+    )
+    add("--seed", type=int, default=100, help="of the search, of weights and order of the batches")
+    add(
+        "--seeds",
+        metavar="S,S,...",
+        help="then train the best settings and the defaults with these, and look at the test set",
+    )
+    add("--out", type=Path, help="folder of the result (default: results/tune-TASK-OPTIMIZER)")
+    _add_runs(parser)
 
 
 def _add_plot(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -120,6 +166,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m grng", description="Natural-gradient optimizers for PyTorch.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     _add_compare(commands)
+    _add_tune(commands)
     _add_plot(commands)
     commands.add_parser("info", help="versions, devices, kernel backends, optimizers, tasks")
     return parser
@@ -144,6 +191,11 @@ def _dispatch(arguments: argparse.Namespace, argv: list[str]) -> int:
 
     if arguments.command == "plot":
         return cli.plot(arguments)
+    if arguments.command == "tune":
+        _require("optuna", extra="tune")
+        from grng.tune import cli as tuning
+
+        return tuning.tune(arguments, argv)
     task = find_task(arguments.task)
     if task in TASKS.values():
         _require("gymnasium", extra=task.extra)

@@ -54,6 +54,11 @@ def _grafting(t):
     return [param, mean, square, norm]
 
 
+def _rank_one_step(t):
+    param = t["param"].clone()
+    return [param, gk.rank1_step_(param, t["grad"], t["score"], damping=0.1, lr=0.1, decay=0.9)]
+
+
 def _inverse(method):
     def run(t):
         return list(gk.damped_inverse(t["factor"], rho=1e-2, method=method))
@@ -123,6 +128,11 @@ OPS = {
         ("auto",),
         lambda: {"grad": torch.randn(700), "score": torch.randn(700)},
         lambda t: [gk.rank1_precondition(t["grad"], t["score"], damping=0.1)],
+    ),
+    "rank1_step_": Op(
+        ("reference", "cpu"),
+        lambda: {name: torch.randn(700) for name in ("param", "grad", "score")},
+        _rank_one_step,
     ),
     "grafting": Op(
         ("reference", "cpu"),

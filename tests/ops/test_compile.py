@@ -43,6 +43,9 @@ def inputs():
         "out": torch.zeros(5, 9),
         "score": torch.randn(5, 9),
         "rank1_out": torch.zeros(5, 9),
+        "policy": torch.randn(5, 9),
+        "bias": torch.randn(5),
+        "bias_grad": torch.randn(5),
         "param": torch.randn(5, 9),
         "exp_avg": torch.zeros(5, 9),
         "exp_avg_sq": torch.zeros(5, 9),
@@ -74,12 +77,16 @@ def updates(t):
     )  # fmt: skip
     rank1 = gk.rank1_precondition(preconditioned, t["score"], damping=0.1)
     gk.rank1_precondition(t["grad"], t["score"], damping=0.1, out=t["rank1_out"])
+    norm = gk.rank1_step_(
+        [t["policy"], t["bias"]], [preconditioned, t["bias_grad"]], [t["score"], t["bias_grad"]],
+        damping=0.1, lr=[0.1, 0.2], decay=0.9,
+    )  # fmt: skip
     length = gk.adam_moments_(t["exp_avg"], t["exp_avg_sq"], t["grad"], step=1)
     gk.grafted_step_(
         t["param"], preconditioned, t["exp_avg"], t["exp_avg_sq"], scale=length, lr=0.1, step=1
     )
     used = t["factor"].sum() + t["mean"].sum() + t["out"].sum() + t["patches"].sum()
-    return [info, conv, reduced, preconditioned, kalman, rank1, length, used]
+    return [info, conv, reduced, preconditioned, kalman, rank1, norm, length, used]
 
 
 def step(t):
@@ -91,7 +98,7 @@ def step(t):
 
 UPDATED = (
     "factor", "other_factor", "mean", "variance", "first_block", "block_variance", "out", "rank1_out",
-    "patches", "reduced", "param", "exp_avg", "exp_avg_sq",
+    "patches", "reduced", "policy", "bias", "param", "exp_avg", "exp_avg_sq",
 )  # fmt: skip
 
 
@@ -128,6 +135,7 @@ DYNAMIC = {
     "damped_inverse": lambda m, n: gk.damped_inverse(m, rho=1e-2),
     "precondition": lambda m, n: gk.precondition(n.mT, m, torch.eye(n.shape[0])),
     "rank1_precondition": lambda m, n: gk.rank1_precondition(n, n + 1, damping=0.1),
+    "rank1_step_": lambda m, n: (gk.rank1_step_(n, n + 1, n.square(), damping=0.1, lr=0.1), n),
     "adam_moments_": lambda m, n: (gk.adam_moments_(m, m + 1, m.mT * 2, step=2), m),
     "grafted_step_": lambda m, n: (
         gk.grafted_step_(

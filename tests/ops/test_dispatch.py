@@ -311,6 +311,7 @@ assert (variance < 1).all()
 assert gk.damped_inverse(factor, rho=0.1).info.item() == 0
 gk.precondition(torch.ones(2, 3), torch.eye(2), torch.eye(3))
 gk.rank1_precondition(torch.ones(4), torch.ones(4), damping=0.1)
+assert gk.rank1_step_(torch.ones(4), torch.ones(4), torch.ones(4), damping=0.1, lr=0.1).isfinite()
 norm = gk.adam_moments_(torch.zeros(4), torch.zeros(4), torch.ones(4), step=1)
 assert abs(norm.item() - 2) < 1e-6
 gk.grafted_step_(*(torch.ones(4) for _ in range(4)), scale=norm, lr=0.1, step=1)

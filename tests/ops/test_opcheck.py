@@ -159,6 +159,20 @@ def rank1_samples():
     )
 
 
+def rank1_step_samples():
+    def lists(*shapes):
+        return tuple([torch.randn(s) for s in shapes] for _ in range(3))
+
+    yield "list", (*lists((3, 5), (4,)), 0.1, None, [0.1, 0.2], None, [1.0, 0.9], None)
+    tenth = torch.tensor(0.1)
+    yield "tensors", (*lists((3, 5), (4,)), None, tenth, [], tenth, [], tenth)
+    params, grads, scores = lists((3, 5))
+    numbers = (0.1, None, [0.1], None, [0.9], None)
+    yield "strided", ([torch.randn(6, 5)[::2]], [torch.randn(5, 3).mT], scores, *numbers)
+    half = [g.bfloat16() for g in grads], [u.bfloat16() for u in scores]
+    yield "bf16", (params, *half, *numbers)
+
+
 def moments_samples():
     state = [torch.zeros(3, 5), torch.zeros(4)], [torch.zeros(3, 5), torch.zeros(4)]
     grads = [torch.randn(3, 5), torch.randn(4)]
@@ -194,6 +208,7 @@ SAMPLES = [
         "kalman_update_": kalman_samples,
         "precondition": precondition_samples,
         "rank1_precondition": rank1_samples,
+        "rank1_step_": rank1_step_samples,
         "adam_moments_": moments_samples,
         "grafted_step_": grafted_samples,
     }.items()
@@ -232,6 +247,8 @@ def private_samples():
     )
     norms = torch.zeros(1, dtype=torch.float64)
     one = tuple([torch.rand(3, 5)] for _ in range(4))
+    length = torch.zeros((), dtype=torch.float64)
+    yield "_rank1_step_", (one[0], length, *one[1:3], 0.1, [0.1], [0.9], 1e30)
     yield "_adam_moments_", (*one[:2], norms, one[2], [1.0], [1.0], 0.9, 0.999, 1e-8)
     yield "_grafted_step_", (*one, [0.5], [1.0], [1.0], 0.1, 1.0, 1e-8)
     yield "_kalman_gram_", (gram, [torch.rand(9)], [torch.randn(2, 9)])
@@ -289,6 +306,15 @@ BAD = torch.zeros(3)
         ("_precondition_", 4, [spd(10)[::2, ::2]], "right must be a square float32 matrix with unit column"),
         ("_precondition_", 5, [torch.zeros(2)], "bias must have one element per row of grad"),
         ("_precondition_", 5, [torch.zeros(0)] * 2, "must have the same length"),
+        ("_rank1_step_", 0, [], "one param, grad, score, lr and decay per block"),
+        ("_rank1_step_", 0, [torch.zeros(3, 5).half()], "dtype must be float32 or float64"),
+        ("_rank1_step_", 0, [torch.zeros(6, 5)[::2]], "param has the wrong dtype, size or layout"),
+        ("_rank1_step_", 1, torch.zeros(1).double(), "norm has the wrong dtype, shape or layout"),
+        ("_rank1_step_", 1, torch.zeros(()), "norm has the wrong dtype, shape or layout"),
+        ("_rank1_step_", 2, [torch.zeros(3, 5).double()], "grad has the wrong dtype, size or layout"),
+        ("_rank1_step_", 3, [torch.zeros(3, 4)], "score has the wrong dtype, size or layout"),
+        ("_rank1_step_", 5, [0.1, 0.1], "one param, grad, score, lr and decay per block"),
+        ("_rank1_step_", 6, [], "one param, grad, score, lr and decay per block"),
         ("_adam_moments_", 0, [], "the lists must have the same length"),
         ("_adam_moments_", 0, [torch.zeros(5, 3).mT], "the moments must be dense"),
         ("_adam_moments_", 1, [torch.zeros(3, 5).double()], "the moments must be dense, float32 or float64"),

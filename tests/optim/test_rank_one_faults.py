@@ -115,7 +115,14 @@ def bad_gradient(model, opt):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"step_length": "fixed"}, {"scores": 2}, {"scores": 2, "step_length": "fixed"}]
+    "settings",
+    [
+        {},
+        {"step_length": "fixed"},
+        {"step_length": "fixed", "momentum": 0.0},
+        {"scores": 2},
+        {"scores": 2, "step_length": "fixed"},
+    ],
 )
 @pytest.mark.parametrize(
     ("make", "what"),
@@ -127,7 +134,7 @@ def bad_gradient(model, opt):
 )
 def test_what_is_not_finite_is_skipped_counted_and_named(make, what, settings):
     model = policy()
-    opt = RankOneNPG(model, max_failures=2, momentum=0.5, **settings)
+    opt = RankOneNPG(model, max_failures=2, **{"momentum": 0.5, **settings})
     take_step(model, opt)
     before = values(model), copy.deepcopy(opt.state_dict()["state"])
     for count in (1, 2):

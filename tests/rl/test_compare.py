@@ -4,6 +4,7 @@
 import importlib.util
 import re
 import sys
+from types import SimpleNamespace
 
 import gymnasium
 import numpy as np
@@ -195,6 +196,27 @@ def test_a_run_that_diverges_is_recorded_and_the_others_are_made(monkeypatch, tm
     assert "\n" not in content["runs"][1]["problem"]
     assert (folder / "return.png").is_file()
     assert f"{NAN} seed 0 failed: policy" in capsys.readouterr().out
+
+
+def test_what_a_rival_fails_with_is_recorded(monkeypatch, tmp_path, capsys):
+    # An option that its library takes, and then cannot train with.
+    code, content, _ = compare(
+        monkeypatch, tmp_path, "--optimizers", "a2c:n_steps=0,adamw", "--steps", "64"
+    )
+    assert code == 1
+    assert [run["status"] for run in content["runs"]] == ["diverged", "finished"]
+    assert content["runs"][0]["problem"].startswith("UnboundLocalError: ")
+    assert "a2c:n_steps=0 seed 0 failed: UnboundLocalError" in capsys.readouterr().out
+
+
+def test_a_defect_of_ours_is_not_hidden(monkeypatch, tmp_path):
+    def fail(*arguments, **options):
+        raise KeyError("ours")
+
+    monkeypatch.setattr(runs, "_agent", lambda *arguments: SimpleNamespace(close=bool))
+    monkeypatch.setattr(runs, "_train", fail)
+    with pytest.raises(KeyError, match="ours"):
+        compare(monkeypatch, tmp_path, "--optimizers", "adamw", "--steps", "64")
 
 
 def test_a_policy_that_is_not_finite_only_in_the_evaluation(monkeypatch, tmp_path):

@@ -103,8 +103,8 @@ def test_the_table(made):
             "seconds",
         ],
         ["rank1", "10.0 ± 1.4", "6.7 ± 0.5", "2.2 ± 0.4", "1 of 2", "-", "1.5 ± 0.7"],
-        ["adamw:lr=0.5", "-", "-", "-", "0 of 1", "-", "-"],
-        ["rmsprop", "-", "-", "-", "0 of 0", "-", "-"],
+        ["adamw:lr=0.5 (1 of 2 seeds)", "-", "-", "-", "0 of 1", "-", "-"],
+        ["rmsprop (0 of 2 seeds)", "-", "-", "-", "0 of 0", "-", "-"],
     ]
     assert lines[-1].startswith("adamw:lr=0.5 seed 0 failed: NaN")
 

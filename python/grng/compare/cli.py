@@ -6,27 +6,30 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 
 from grng.compare import environment
 from grng.compare.config import CompareConfig, resolve_device
+from grng.compare.describe import describe_config, describe_data, without_paths
 from grng.compare.errors import UsageError
-from grng.compare.memory import peak_memory_kind
 from grng.compare.optimizers import OptimizerSpec, parse_specs
 from grng.compare.plan import make_plan
 from grng.compare.plots import save_figures
 from grng.compare.progress import Reporter, choose_reporter
 from grng.compare.records import DIVERGED, FINISHED, INTERRUPTED, RUNNING, RunRecord
-from grng.compare.results import ComparisonResult, create_folder, load
-from grng.compare.runs import check_specs, execute, parameter_counts
+from grng.compare.results import FILE_NAME, ComparisonResult, create_folder, load, utc_now
+from grng.compare.resume import check_same
+from grng.compare.runs import check_specs, execute
 from grng.compare.summary import DEFAULT_REFERENCE
 from grng.compare.table import print_summary
 from grng.rl.compare import plots as rl_plots
 from grng.rl.compare import results as rl_results
 from grng.tasks import ClassificationData, DataError, LoadRequest
+from grng.tune.plots import save_figure as save_tuning_figure
+from grng.tune.records import is_tuning_result
+from grng.tune.records import load as load_tuning
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -34,10 +37,6 @@ EXIT_INTERRUPTED = 130
 # Wide enough for one line per row in a file; a terminal keeps its own width.
 _PLAIN_WIDTH = 160
 _EPOCHS, _BATCH_SIZE = 10, 256
-_SCHEDULES = {
-    "cosine": "linear warm-up, then cosine to zero",
-    "constant": "constant learning rate",
-}
 
 
 def _integers(option: str, text: str) -> tuple[int, ...]:
@@ -47,12 +46,19 @@ def _integers(option: str, text: str) -> tuple[int, ...]:
         raise UsageError(f"{option} must be whole numbers like 1,2,3, got {text!r}") from None
 
 
-def _config(arguments: argparse.Namespace) -> CompareConfig:
-    """The settings.
+def config_of(arguments: argparse.Namespace) -> CompareConfig:
+    """The settings that options stand for.
+
+    Args:
+        arguments: The parsed options.
+
+    Returns:
+        The settings.
 
     Raises:
         UsageError: A value is wrong, or two do not go together.
     """
+    arguments = argparse.Namespace(**vars(arguments))  # whose defaults are filled in below
     has_seeds = arguments.seeds is not None
     hidden = arguments.hidden
     if arguments.stream is not None:
@@ -103,80 +109,6 @@ def _given(value: int | None, default: int) -> int:
     return default if value is None else value
 
 
-def without_paths(argv: list[str]) -> list[str]:
-    """The arguments with folders of this machine replaced by the name of their option."""
-    cleaned: list[str] = []
-    for argument in argv:
-        option, has_value, value = argument.partition("=")
-        if has_value and option.startswith("--") and Path(value).expanduser().is_absolute():
-            cleaned.append(f"{option}=<{option.lstrip('-')}>")
-        elif Path(argument).expanduser().is_absolute():
-            cleaned.append(f"<{cleaned[-1].lstrip('-')}>" if cleaned else "<path>")
-        else:
-            cleaned.append(argument)
-    return cleaned
-
-
-def _describe_config(
-    config: CompareConfig, specs: list[OptimizerSpec], resolved: dict[str, dict[str, Any]]
-) -> dict[str, Any]:
-    parameters, trained = parameter_counts(config)
-    return {
-        "task": config.task,
-        "mode": {"epoch": "epochs", "step": "steps", "sample": "stream"}[config.counts],
-        "optimizers": [
-            {
-                "label": spec.label,
-                "name": spec.name,
-                "options": {key: _plain(value) for key, value in spec.options.items()},
-                "hyperparameters": resolved[spec.label],
-            }
-            for spec in specs
-        ],
-        "epochs": config.epochs if config.steps is None else None,
-        "steps": config.steps,
-        "seeds": list(config.seeds),
-        "batch_size": config.batch_size,
-        "stream": config.stream,
-        "checkpoints": config.checkpoints,
-        "reference": config.reference,
-        "measure": config.measure.name,
-        "unit": config.task_entry.unit,
-        "likelihood": config.task_entry.likelihood,
-        "model_name": config.model_name,
-        "model": config.model_entry.describe(config.model_options),
-        "model_options": _options(config),
-        "model_parameters": parameters,
-        "trained_parameters": trained,
-        "schedule": _SCHEDULES[config.schedule_name],
-        "warmup_fraction": config.warmup_fraction if config.schedule_name == "cosine" else 0.0,
-        "train_limit": config.train_limit,
-        "validation": config.held_out,
-        "device": config.device,
-        "threads": config.threads,
-    }
-
-
-def _options(config: CompareConfig) -> dict[str, Any]:
-    option = config.model_entry.option
-    return {} if option is None else {option[0]: _plain(getattr(config.model_options, option[0]))}
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _describe_data(data: ClassificationData, device: torch.device) -> dict[str, Any]:
-    return {
-        "source": data.source,
-        "sha256_decompressed": data.checksums,
-        "train_samples": len(data.train_labels),
-        "validation_samples": 0 if data.validation is None else len(data.validation[1]),
-        "test_samples": len(data.test_labels),
-        "peak_memory_kind": peak_memory_kind(device),
-    }
-
-
 def _run_all(
     result: ComparisonResult,
     specs: list[OptimizerSpec],
@@ -187,8 +119,9 @@ def _run_all(
 ) -> None:
     """Seed by seed: an interrupted comparison then has all optimizers of some seeds."""
     steps = make_plan(config, len(data.train_labels)).steps
+    done = {(run.optimizer, run.seed) for run in result.runs}
     for seed in config.seeds:
-        for spec in specs:
+        for spec in [spec for spec in specs if (spec.label, seed) not in done]:
             record = RunRecord(spec.label, seed)
             result.runs.append(record)
 
@@ -221,28 +154,20 @@ def make_console() -> Console:
     return Console(width=_PLAIN_WIDTH, no_color=True, emoji=False)
 
 
-def compare(arguments: argparse.Namespace, argv: list[str]) -> int:
-    """Runs a comparison.
+def load_data(config: CompareConfig, device: torch.device, console: Console) -> ClassificationData:
+    """The data of the task, with a line for each thing that takes time.
 
     Args:
-        arguments: The parsed options.
-        argv: The options as given, for the record.
+        config: The settings.
+        device: Where the data goes.
+        console: For the lines.
 
     Returns:
-        The exit code: 0, 1 when a run diverged or there is no data, 130 when interrupted.
+        The data.
 
     Raises:
-        UsageError: An argument is wrong.
+        DataError: It is missing or damaged.
     """
-    config = _config(arguments)
-    device = resolve_device(config.device)
-    likelihood = config.task_entry.likelihood
-    specs = [spec.for_likelihood(likelihood) for spec in parse_specs(arguments.optimizers)]
-    _check_reference(config, specs)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-
-    console = make_console()
     request = LoadRequest(
         device=device,
         data_dir=config.data_dir,
@@ -250,9 +175,55 @@ def compare(arguments: argparse.Namespace, argv: list[str]) -> int:
         validation=config.held_out,
         report=lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True),
     )
+    return config.task_entry.load(request)
+
+
+def _begin(fresh: ComparisonResult, folder: Path) -> None:
+    """Takes the runs that are in this folder, if there are any.
+
+    Raises:
+        UsageError: They are of other settings, of other code or other data, or the folder cannot be made.
+    """
+    file = folder / FILE_NAME
+    if file.is_file():
+        known = load(file)
+        check_same(file, known, fresh)
+        fresh.runs = [run for run in known.runs if run.status in (FINISHED, DIVERGED)]
+        fresh.created_utc, fresh.command = known.created_utc, known.command
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--into {folder}: {error.strerror}") from error
+
+
+def compare(arguments: argparse.Namespace, argv: list[str], folder: Path | None = None) -> int:
+    """Runs a comparison.
+
+    Args:
+        arguments: The parsed options.
+        argv: The options as given, for the record.
+        folder: Of the result; what is there is gone on with. None: a new one below ``--out``.
+
+    Returns:
+        The exit code: 0, 1 when a run diverged or there is no data, 130 when interrupted.
+
+    Raises:
+        UsageError: An argument is wrong.
+    """
+    config = config_of(arguments)
+    device = resolve_device(config.device)
+    likelihood = config.task_entry.likelihood
+    specs = [spec.for_likelihood(likelihood) for spec in parse_specs(arguments.optimizers)]
+    _check_reference(config, specs)
+    folder = arguments.into if folder is None else folder
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+
+    console = make_console()
     try:
         resolved = check_specs(specs, config, device)
-        data = config.task_entry.load(request)
+        data = load_data(config, device, console)
     except DataError as error:
         print(f"grng compare: {error}", file=sys.stderr)
         return EXIT_FAILED
@@ -261,14 +232,17 @@ def compare(arguments: argparse.Namespace, argv: list[str]) -> int:
 
     # Wrong numbers are reported before there is a folder.
     make_plan(config, len(data.train_labels))
-    folder, created_utc = create_folder(arguments.out, config.task)
     result = ComparisonResult(
         command=["python", "-m", "grng", *without_paths(argv)],
-        config=_describe_config(config, specs, resolved),
+        config=describe_config(config, specs, resolved),
         environment=environment.describe(device),
-        data=_describe_data(data, device),
-        created_utc=created_utc,
+        data=describe_data(data, device),
+        created_utc=utc_now(),
     )
+    if folder is None:
+        folder, _ = create_folder(arguments.out, config.task)
+    else:
+        _begin(result, folder)
     reporter = choose_reporter(
         console, config.counts, config.measure, is_silent=arguments.no_progress
     )
@@ -284,6 +258,8 @@ def compare(arguments: argparse.Namespace, argv: list[str]) -> int:
 
 
 def _draw(path: Path, folder: Path) -> list[Path]:
+    if is_tuning_result(path):
+        return [save_tuning_figure(load_tuning(path), folder)]
     if rl_results.is_rl_result(path):
         return [rl_plots.save_figure(rl_results.load(path), folder)]
     return save_figures(load(path), folder)

@@ -59,6 +59,23 @@ def _adagrad() -> Factory:
     return torch.optim.Adagrad
 
 
+def _muon() -> Factory:
+    from grng.compare.muon import MuonWithAdamW
+
+    return MuonWithAdamW
+
+
+def _soap() -> Factory:
+    try:
+        from pytorch_optimizer import SOAP
+    except ImportError:
+        raise UsageError(
+            "optimizer 'soap' needs pytorch-optimizer: pip install --no-deps pytorch-optimizer"
+        ) from None
+    found: Factory = SOAP
+    return found
+
+
 OPTIMIZERS: dict[str, OptimizerEntry] = {
     "ring": OptimizerEntry(
         description="regularised natural gradient, grng.RING",
@@ -97,6 +114,25 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
         protocol="backward",
         defaults={"lr": 1e-2},
         options=("lr", "lr_decay", "weight_decay", "initial_accumulator_value", "eps", "foreach"),
+    ),
+    "muon": OptimizerEntry(
+        description="torch.optim.Muon for hidden matrices, AdamW for the rest",
+        factory=_muon,
+        takes_model=True,
+        protocol="backward",
+        defaults={},
+    ),
+    "soap": OptimizerEntry(
+        description="Shampoo with Adam in its eigenbasis, SOAP of pytorch-optimizer",
+        factory=_soap,
+        takes_model=False,
+        protocol="backward",
+        defaults={"lr": 3e-3, "weight_decay": 1e-2},
+        options=(
+            *("lr", "betas", "shampoo_beta", "weight_decay", "precondition_frequency"),
+            *("max_precondition_dim", "merge_dims", "precondition_1d", "correct_bias"),
+            *("normalize_gradient", "eps"),
+        ),
     ),
     "rkalman": OptimizerEntry(
         description="Kalman filter with gradient regularisation, grng.RKalman",

@@ -19,13 +19,15 @@ _FAMILY_COLORS = {
     "sophiag": "#882255",
     "sophiah": "#999933",
     "reng": "#332288",
+    "muon": "#44AA99",
+    "soap": "#999999",
     "rank1": "#0072B2",
     "rmsprop": "#CC79A7",
     "a2c": "#009E73",
     "ppo": "#E69F00",
     "trpo": "#56B4E9",
 }
-_OTHER_COLORS = ("#999999", "#44AA99")
+_OTHER_COLORS = ("#117733", "#DDCC77")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
 _MARKERS = ("o", "s", "^", "D")
 

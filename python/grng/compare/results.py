@@ -125,6 +125,11 @@ def join_number_lists(text: str) -> str:
     return "\n".join(lines)
 
 
+def utc_now() -> str:
+    """The time as ISO 8601, to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
 def create_folder(root: Path, task: str) -> tuple[Path, str]:
     """A new folder ``<task>-<UTC time>`` below ``root``.
 

@@ -195,7 +195,8 @@ class Trainer:
             held_out = self._held_out("validation", *data.validation)
             found.validation_loss, found.validation_accuracy = held_out.loss, held_out.accuracy
             found.validation_correlation = held_out.correlation
-        if is_last or data.validation is None:
+        # None of them in a search for settings.
+        if len(data.test_labels) and (is_last or data.validation is None):
             test = self._held_out("test", data.test_inputs, data.test_labels)
             found.test_loss, found.test_accuracy = test.loss, test.accuracy
             found.test_correlation = test.correlation

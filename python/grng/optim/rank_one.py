@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import grng_kernels as kernels
 from grng.curvature.jacobian import DEFAULT_BUDGET_MB, Jacobian
 from grng.curvature.low_rank import solve
 from grng.curvature.tangent import Tangent
@@ -316,6 +317,8 @@ class RankOneNPG(Rehearsing):
         Raises:
             ValueError: A learning rate in a tensor is not finite.
         """
+        if seen.tangent is None and self._step_at_once(seen, moved, float(shared["damping"])):
+            return None
         signs = {p: g["maximize"] for g in self.param_groups for p in g["params"]}
         grads = [_gradient(p, signs[p]) for p in moved]
         known = dict(zip(seen.parameters, seen.scores, strict=True))
@@ -362,6 +365,46 @@ class RankOneNPG(Rehearsing):
         if divergence is not None:
             self._last["predicted_kl"] = divergence
         return None
+
+    def _step_at_once(self, seen: _Observation, moved: list[nn.Parameter], damping: float) -> bool:
+        """Make a step of fixed length in one call, which forms no direction; or nothing, and return False.
+
+        For one score, without momentum, where the C++ kernel takes the tensors. What is not finite is left to
+        the other way, which names it; as is what only leaves the range that the kernel keeps.
+        """
+        numbers = _rates_and_decays(self.param_groups)
+        grads = _plain_gradients(moved)
+        if numbers is None or grads is None or len(seen.scores[0]) != 1:
+            return False
+        lrs, decays = numbers
+        scores = seen.scores
+        if not _same(moved, seen.parameters):
+            known = dict(zip(seen.parameters, scores, strict=True))
+            scores = [_score(p, p, known, 1) for p in moved]
+        # On a CPU: nothing to wait for.
+        total, squared_norm = float(seen.total), float(seen.squared_norm)
+        if not math.isfinite(total):
+            return False
+        rows = [u.view_as(p) for u, p in zip(scores, moved, strict=True)]
+        weights: list[Tensor] = moved  # type: ignore[assignment]
+        try:
+            norm = kernels.rank1_step_(weights, grads, rows, damping=damping, lr=lrs, decay=decays)
+        except ValueError:
+            # Nothing was written: a number beyond fp32, which the other way takes, or refuses by its name; or
+            # weights that share memory, which it writes one after another.
+            return False
+        length = float(norm)
+        if not math.isfinite(length):
+            return False
+        if self.state:
+            for p in moved:
+                self.state.get(p, {}).pop(_BUFFER, None)
+        self._last = {
+            "step_factor": 1.0,
+            "direction_norm": length,
+            "score_squared_norm": squared_norm,
+        }
+        return True
 
     def _curvature(
         self,
@@ -665,6 +708,40 @@ def _score(
     if parameter in known:
         return known[parameter]
     return torch.zeros(count, parameter.numel(), dtype=grad.dtype, device=grad.device)
+
+
+def _rates_and_decays(groups: list[dict[str, Any]]) -> tuple[list[float], list[float]] | None:
+    """Rate and decay for each gradient, of a step of all groups in one call; None: that cannot be."""
+    lrs: list[float] = []
+    decays: list[float] = []
+    for group in groups:
+        given, maximize = group["lr"], group["maximize"]
+        if group["momentum"] != 0 or maximize != groups[0]["maximize"]:
+            return None
+        if isinstance(given, Tensor) and not given.is_cpu:
+            return None
+        lr, count = float(given), sum(p.grad is not None for p in group["params"])
+        # The direction changes its sign with the gradient.
+        lrs += [-lr if maximize else lr] * count
+        decays += [1 - lr * group["weight_decay"]] * count
+    return lrs, decays
+
+
+def _plain_gradients(parameters: list[nn.Parameter]) -> list[Tensor] | None:
+    """The gradients, where the C++ kernel of a whole step takes all of them and the parameters."""
+    dtype, found = parameters[0].dtype, []
+    if dtype is not torch.float32 and dtype is not torch.float64:
+        return None
+    for p in parameters:
+        g = p.grad
+        if type(p) is not nn.Parameter or type(g) is not Tensor:
+            return None
+        if p.dtype is not dtype or g.dtype is not dtype or not (p.is_cpu and g.is_cpu):
+            return None
+        if not (p.is_contiguous() and g.is_contiguous()):
+            return None
+        found.append(g)
+    return found
 
 
 def _fast_norm(tensors: Sequence[Tensor]) -> Tensor:

@@ -5,19 +5,22 @@ from __future__ import annotations
 
 import argparse
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
 from grng.compare import environment
-from grng.compare.cli import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, make_console, without_paths
+from grng.compare.cli import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, make_console
+from grng.compare.describe import without_paths
 from grng.compare.errors import UsageError
-from grng.compare.results import create_folder
+from grng.compare.results import FILE_NAME, create_folder, utc_now
+from grng.compare.resume import check_same
 from grng.rl.compare.methods import Method, parse_methods
 from grng.rl.compare.plots import save_figure
 from grng.rl.compare.records import DIVERGED, FINISHED, INTERRUPTED, RUNNING, RLRun
-from grng.rl.compare.results import RLResult
+from grng.rl.compare.results import RLResult, load
 from grng.rl.compare.runs import RLConfig, check, execute
 from grng.rl.compare.table import print_table
 from grng.rl.environments import maker
@@ -131,6 +134,25 @@ def _describe(config: RLConfig, methods: list[Method]) -> dict[str, Any]:
     }
 
 
+def _begin(fresh: RLResult, folder: Path) -> None:
+    """Take the runs that are in this folder, if there are any.
+
+    Raises:
+        UsageError: They are of other settings or of other code, or the folder cannot be made.
+    """
+    file = folder / FILE_NAME
+    if file.is_file():
+        known = load(file)
+        check_same(file, known, fresh)
+        fresh.runs = [run for run in known.runs if run.status in (FINISHED, DIVERGED)]
+        fresh.created_utc, fresh.command = known.created_utc, known.command
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--into {folder}: {error.strerror}") from error
+
+
 def compare(arguments: argparse.Namespace, argv: list[str]) -> int:
     """Run a comparison.
 
@@ -156,18 +178,23 @@ def compare(arguments: argparse.Namespace, argv: list[str]) -> int:
         check(methods, config)
     except RLError as error:
         raise UsageError(str(error)) from error
-    folder, created_utc = create_folder(arguments.out, config.task_name)
     result = RLResult(
         command=["python", "-m", "grng", *without_paths(argv)],
         config=_describe(config, methods),
         environment=environment.describe(torch.device("cpu")),
-        created_utc=created_utc,
+        created_utc=utc_now(),
     )
+    folder = arguments.into
+    if folder is None:
+        folder, _ = create_folder(arguments.out, config.task_name)
+    else:
+        _begin(result, folder)
+    done = {(run.method, run.seed) for run in result.runs}
     progress = _Progress(console, config, is_silent=arguments.no_progress)
     try:
         # Seed by seed: an interrupted comparison then has all methods of some seeds.
         for seed in config.seeds:
-            for method in methods:
+            for method in [m for m in methods if (m.label, seed) not in done]:
                 run = RLRun(method.label, seed)
                 result.runs.append(run)
                 with progress.around(run):

@@ -86,8 +86,8 @@ def execute(method: Method, run: RLRun, config: RLConfig, tell: Callable[[], Non
 
     Raises:
         EnvironmentUnavailable: A package is missing.
-        RuntimeError: Of another kind than draws from a policy of NaN.
         UsageError: The method refuses an option.
+        Exception: Of ours, and no failure of the numerics: a defect. One of a rival is recorded.
     """
     episodes: list[tuple[int, float]] = []
     points, solved = config.points, config.task.solved
@@ -112,11 +112,13 @@ def execute(method: Method, run: RLRun, config: RLConfig, tell: Callable[[], Non
         # A distribution of NaN is a ValueError of torch's.
         run.status, run.problem = DIVERGED, first_line(error)
         return
-    except RuntimeError as error:
-        # And a draw from one.
-        if "probability tensor" not in str(error):
+    except Exception as error:
+        is_draw_of_nan = isinstance(error, RuntimeError) and "probability tensor" in str(error)
+        if not (is_draw_of_nan or method.is_rival):
             raise
-        run.status, run.problem = DIVERGED, first_line(error)
+        # What another library fails with is not the end of everybody else's runs.
+        kind = "" if is_draw_of_nan else f"{type(error).__name__}: "
+        run.status, run.problem = DIVERGED, f"{kind}{first_line(error)}"
         return
     run.evaluation, run.status = found, FINISHED
 

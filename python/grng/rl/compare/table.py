@@ -34,9 +34,12 @@ def print_table(console: Console, result: RLResult) -> None:
         table.add_column(f"solved ({solved:g})", justify="right")
         table.add_column("steps to it", justify="right")
     table.add_column("seconds", justify="right")
+    seeds = len(config["seeds"])
     for row in result.rows():
+        # As after an interruption: such a row is no match for the others.
+        part = "" if row.runs == seeds else f" ({row.runs} of {seeds} seeds)"
         cells = [
-            row.method,
+            f"{row.method}{part}",
             _text(row.final_return),
             _text(row.mean_return),
             _text(row.evaluated_return),

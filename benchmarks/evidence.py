@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every optimizer searched with the same budget on held-out samples, then run on other seeds and tested once.
+
+``python benchmarks/evidence.py TASK [--optimizers A,B] [--budget B] [--stage tune|test|all] [--quick] [--out
+FOLDER]`` with TASK one of ``STUDIES``. Stage ``tune`` runs ``python -m grng tune`` for each optimizer, into
+``FOLDER/evidence-TASK/tune-OPTIMIZER``; ``test`` compares the best settings of each, and the defaults of
+ours, into ``FOLDER/evidence-TASK``. Both go on where they were interrupted, by the same command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from grng.__main__ import main as grng
+from grng.tune.records import load
+
+RESULTS = Path(__file__).parent / "results"
+OPTIMIZERS = ("ring", "reng", "adamw", "muon", "soap", "sgd", "kfac", "sophiag")
+# Whose defaults are run beside what the search found.
+OURS = ("ring", "reng")
+BUDGET = 10
+SEEDS = "0,1,2"
+_REFERENCE = "adamw"
+_QUICK = ("--steps", "3", "--checkpoints", "1", "--train-limit", "200", "--validation", "50")
+# Options of the length of a run, which a quick one has of its own.
+_LENGTH = ("--steps", "--checkpoints", "--train-limit", "--validation")
+
+
+@dataclass(frozen=True)
+class Study:
+    """A task with how long and on what it is trained."""
+
+    title: str
+    options: tuple[str, ...]
+
+
+def _study(title: str, options: str) -> Study:
+    return Study(title, tuple(options.split()))
+
+
+STUDIES = {
+    "mlp": _study(
+        "MLP, Fashion-MNIST",
+        "--task fashion-mnist --model mlp --batch-size 256 --steps 1075 --checkpoints 20 --validation 5000",
+    ),
+    "resnet": _study(
+        "ResNet, Fashion-MNIST",
+        "--task fashion-mnist --model resnet --batch-size 64 --steps 300 --checkpoints 20 --validation 2000",
+    ),
+    "vit": _study(
+        "ViT, Fashion-MNIST",
+        "--task fashion-mnist --model vit --batch-size 64 --steps 400 --checkpoints 20 --validation 2000",
+    ),
+    "char": _study(
+        "Transformer, characters of Shakespeare",
+        "--task shakespeare-char --batch-size 16 --steps 500 --checkpoints 20 --validation 200",
+    ),
+    "plays": _study(
+        "MiniLM with LoRA, ten plays",
+        "--task plays --batch-size 32 --steps 250 --checkpoints 10",
+    ),
+    "authors": _study(
+        "MiniLM with LoRA, two authors",
+        "--task authors --batch-size 32 --steps 150 --checkpoints 10",
+    ),
+    "digits": _study("MLP, digits", "--task digits --batch-size 32 --steps 400 --checkpoints 20"),
+}
+
+
+def folder_of(task: str, out: Path) -> Path:
+    """The folder of a study."""
+    return out / f"evidence-{task}"
+
+
+def _options(task: str, *, is_quick: bool) -> list[str]:
+    options = list(STUDIES[task].options)
+    if not is_quick:
+        return options
+    pairs = zip(options[::2], options[1::2], strict=True)
+    kept = [part for name, value in pairs if name not in _LENGTH for part in (name, value)]
+    return [*kept, *_QUICK]
+
+
+def _run(arguments: list[str]) -> None:
+    """Run a command; one in which a run diverged is a result.
+
+    Raises:
+        SystemExit: It failed or was interrupted.
+    """
+    code = grng([*arguments, "--threads", "1"])
+    if code not in (0, 1):
+        raise SystemExit(code)
+
+
+def tune(task: str, optimizers: list[str], budget: int, out: Path, *, is_quick: bool) -> None:
+    """Search for the settings of each optimizer."""
+    for name in optimizers:
+        search = ["tune", *_options(task, is_quick=is_quick), "--optimizer", name]
+        folder = folder_of(task, out) / f"tune-{name}"
+        _run([*search, "--budget", str(budget), "--out", str(folder)])
+
+
+def specs(task: str, optimizers: list[str], out: Path) -> list[str]:
+    """What is compared: the best settings that each search found, and the defaults of ours.
+
+    Raises:
+        SystemExit: Nothing was searched.
+    """
+    found: list[str] = []
+    for name in optimizers:
+        best = load(folder_of(task, out) / f"tune-{name}").best
+        if best is None:
+            print(f"no trial of {name} finished: it is left out", file=sys.stderr)
+            continue
+        found.append(best.optimizer)
+        if name in OURS and best.number != 0:
+            found.append(name)
+    if not found:
+        raise SystemExit(1)
+    return found
+
+
+def test(task: str, optimizers: list[str], out: Path, *, is_quick: bool) -> None:
+    """Train what was found on other seeds, and look at the test set."""
+    folder = folder_of(task, out)
+    chosen = specs(task, optimizers, out)
+    reference = _REFERENCE if _REFERENCE in optimizers else chosen[0]
+    _run(
+        [
+            "compare",
+            *_options(task, is_quick=is_quick),
+            "--optimizers",
+            ",".join(chosen),
+            "--reference",
+            reference,
+            "--seeds",
+            "0" if is_quick else SEEDS,
+            "--into",
+            str(folder),
+        ]
+    )
+
+
+def main() -> int:
+    """Run a study; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("task", choices=STUDIES)
+    parser.add_argument("--optimizers", default=",".join(OPTIMIZERS))
+    parser.add_argument("--budget", type=int, default=BUDGET)
+    parser.add_argument("--stage", choices=("tune", "test", "all"), default="all")
+    parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results")
+    arguments = parser.parse_args()
+    if arguments.quick and arguments.out is None:
+        parser.error("--quick needs --out: it would go on with the results that are kept")
+    names, out = arguments.optimizers.split(","), arguments.out or RESULTS
+    budget = 2 if arguments.quick else arguments.budget
+    if arguments.stage in ("tune", "all"):
+        tune(arguments.task, names, budget, out, is_quick=arguments.quick)
+    if arguments.stage in ("test", "all"):
+        test(arguments.task, names, out, is_quick=arguments.quick)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

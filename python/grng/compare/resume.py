@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Going on with something that was interrupted: only with the settings, code and data it began with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from grng.compare.errors import UsageError
+
+# What a number may depend on; the rest of an environment may change.
+_ENVIRONMENT = (
+    "versions",
+    "git",
+    "device",
+    "cpu",
+    "threads",
+    "backend",
+    "float32_matmul_precision",
+)
+
+
+def check_same(file: Path, known: Any, fresh: Any, but: tuple[str, ...] = ()) -> None:
+    """Refuse to go on where settings, versions, commit or data are others.
+
+    Args:
+        file: Named in the error.
+        known: The saved result; has ``config``, ``environment`` and perhaps ``data``.
+        fresh: What a new one would have.
+        but: Settings that may differ.
+
+    Raises:
+        UsageError: One differs; says which.
+    """
+    pairs = {
+        "setting": (_without(known.config, but), _without(fresh.config, but)),
+        "data": (getattr(known, "data", None), getattr(fresh, "data", None)),
+        "environment": (
+            {key: known.environment.get(key) for key in _ENVIRONMENT},
+            {key: fresh.environment.get(key) for key in _ENVIRONMENT},
+        ),
+    }
+    for kind, (before, now) in pairs.items():
+        for key, was, found in _differences(before, now):
+            raise UsageError(
+                f"{file}: can only be gone on with as it was begun: {kind} {key} was {was!r}, is {found!r}; "
+                "give another folder, or the same settings"
+            )
+
+
+def _without(config: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in names}
+
+
+def _differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for key in [*before, *(key for key in now if key not in before)]:
+            yield from _differences(before.get(key), now.get(key), f"{path}.{key}".lstrip("."))
+    elif before != now:
+        yield path, before, now

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is kept of a search; these dataclasses are the schema of ``tune.json``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from grng.compare.errors import UsageError
+from grng.compare.measures import MEASURES, Measure
+from grng.compare.optimizers import OptionValue
+from grng.compare.records import FINISHED, RUNNING, Divergence
+from grng.compare.results import join_number_lists
+from grng.tasks.atomic import replacing
+
+SCHEMA = "grng-tune"
+SCHEMA_VERSION = 1
+FILE_NAME = "tune.json"
+
+
+@dataclass
+class Trial:
+    """One setting, trained once.
+
+    Attributes:
+        number: From 0 on, in the order of the search.
+        optimizer: The spec, as ``--optimizers`` takes it.
+        options: What the search chose.
+        status: ``"finished"`` or ``"diverged"``.
+        values: On the validation samples, at each evaluation.
+        steps: After which steps those were.
+        seconds: Of all training steps.
+        divergence: Where and why it stopped.
+    """
+
+    number: int
+    optimizer: str
+    options: dict[str, OptionValue]
+    status: str
+    values: list[float]
+    steps: list[int]
+    seconds: float
+    divergence: Divergence | None = None
+
+    @property
+    def value(self) -> float | None:
+        """On the validation samples at the end; None where it did not come there."""
+        return self.values[-1] if self.status == FINISHED else None
+
+
+@dataclass
+class TuningResult:
+    """Everything that is known about one search."""
+
+    command: list[str]
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    data: dict[str, Any]
+    created_utc: str
+    status: str = RUNNING
+    trials: list[Trial] = field(default_factory=list)
+
+    @property
+    def measure(self) -> Measure:
+        """What the settings are chosen by."""
+        return MEASURES[self.config["measure"]]
+
+    def score(self, trial: Trial) -> float:
+        """A number that is higher for a better trial, and minus infinity for one that diverged."""
+        return float("-inf") if trial.value is None else self.measure.score(trial.value)
+
+    @property
+    def best(self) -> Trial | None:
+        """The best trial, the first of equals; None where none finished."""
+        finished = [trial for trial in self.trials if trial.value is not None]
+        return max(finished, key=self.score, default=None)
+
+    def save(self, folder: Path) -> Path:
+        """Write ``tune.json``; a reader sees the old file or the new one, never a part."""
+        best = self.best
+        content = {
+            "schema": SCHEMA,
+            "schema_version": SCHEMA_VERSION,
+            **{name: getattr(self, name) for name in _HEAD},
+            "best": None if best is None else {"optimizer": best.optimizer, "value": best.value},
+            "trials": [asdict(trial) for trial in self.trials],
+        }
+        text = join_number_lists(json.dumps(content, indent=1, allow_nan=False))
+        with replacing(folder / FILE_NAME) as partial:
+            partial.write_text(text + "\n", encoding="utf-8")
+        return folder / FILE_NAME
+
+
+_HEAD = ("created_utc", "status", "command", "config", "environment", "data")
+
+
+def is_tuning_result(path: Path) -> bool:
+    """Whether a file, or the folder that should hold one, is the result of a search."""
+    file = path / FILE_NAME if path.is_dir() else path
+    return file.name == FILE_NAME and file.is_file()
+
+
+def load(path: Path) -> TuningResult:
+    """Read a saved search.
+
+    Args:
+        path: ``tune.json``, or the folder that holds it.
+
+    Raises:
+        UsageError: No result of this schema version.
+    """
+    file = path / FILE_NAME if path.is_dir() else path
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{file}: {error.strerror}") from error
+    except ValueError as error:
+        raise UsageError(f"{file}: not JSON: {error}") from error
+    is_object = isinstance(content, dict)
+    found = (content.get("schema"), content.get("schema_version")) if is_object else None
+    if found != (SCHEMA, SCHEMA_VERSION):
+        raise UsageError(f"{file}: must be a {SCHEMA} result of version {SCHEMA_VERSION}")
+    try:
+        trials = [_trial(one) for one in content["trials"]]
+        return TuningResult(**{key: content[key] for key in _HEAD}, trials=trials)
+    except (KeyError, TypeError) as error:
+        raise UsageError(f"{file}: incomplete result: {error}") from error
+
+
+def _trial(content: dict[str, Any]) -> Trial:
+    known = {name: content[name] for name in (f.name for f in fields(Trial))}
+    if known["divergence"] is not None:
+        known["divergence"] = Divergence(**known["divergence"])
+    return Trial(**known)

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m grng compare --into``: an interrupted comparison goes on, and only as it was begun."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grng.__main__ import main
+from grng.compare import cli
+
+RUN = ("--task", "digits", "--steps", "4", "--batch-size", "32", "--hidden", "8", "--no-progress")
+
+
+def compare(*options: str, specs: str = "adamw,sgd") -> int:
+    return main(["compare", *RUN, "--optimizers", specs, "--seeds", "0,1", *options])
+
+
+def runs(folder: Path) -> list[Any]:
+    """What does not depend on the clock."""
+    found = json.loads((folder / "result.json").read_text())
+    return [
+        (run["optimizer"], run["seed"], run["status"], run["step_loss"]) for run in found["runs"]
+    ]
+
+
+def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a comparison that was stopped in its third run of four."""
+    execute, calls = cli.execute, []
+
+    def stop(spec: Any, record: Any, *arguments: Any) -> None:
+        calls.append(record)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        execute(spec, record, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "execute", stop)
+        assert compare("--out", str(tmp_path / "broken")) == 130
+    (folder,) = (tmp_path / "broken").iterdir()
+    assert [status for *_, status, _ in runs(folder)] == ["finished"] * 2 + ["interrupted"]
+    return folder
+
+
+def test_interrupted_comparison_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = interrupted(tmp_path, monkeypatch)
+    first = json.loads((folder / "result.json").read_text())
+    assert compare("--into", str(folder)) == 0
+    assert compare("--out", str(tmp_path / "whole")) == 0
+    (whole,) = (tmp_path / "whole").iterdir()
+    assert runs(folder) == runs(whole)
+    resumed = json.loads((folder / "result.json").read_text())
+    # Its first runs were kept, with their times, and so was its command.
+    assert resumed["runs"][:2] == first["runs"][:2]
+    assert resumed["command"] == first["command"]
+    assert resumed["status"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("options", "specs", "message"),
+    [
+        (("--checkpoints", "2"), "adamw,sgd", "setting checkpoints was None, is 2"),
+        ((), "adamw,sgd:lr=0.3", "setting optimizers was"),
+    ],
+)
+def test_other_settings_are_refused(
+    options: tuple[str, ...],
+    specs: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = interrupted(tmp_path, monkeypatch)
+    before = (folder / "result.json").read_bytes()
+    assert compare("--into", str(folder), *options, specs=specs) == 2
+    assert message in capsys.readouterr().err
+    assert (folder / "result.json").read_bytes() == before
+
+
+def test_other_code_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = interrupted(tmp_path, monkeypatch)
+    file = folder / "result.json"
+    found = json.loads(file.read_text())
+    found["environment"]["versions"]["torch"] = "1.0"
+    file.write_text(json.dumps(found))
+    assert compare("--into", str(folder)) == 2
+    assert "environment versions.torch was '1.0'" in capsys.readouterr().err
+
+
+def test_folder_without_a_result_gets_one(tmp_path: Path) -> None:
+    assert compare("--into", str(tmp_path / "a" / "new")) == 0
+    assert len(runs(tmp_path / "a" / "new")) == 4
+
+
+def test_folder_that_cannot_be_made_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert compare("--into", str(tmp_path / "file" / "folder")) == 2
+    assert "--into" in capsys.readouterr().err
+
+
+def test_environments_go_on_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gymnasium")
+    from grng.rl.compare import cli as rl
+
+    options = ["--task", "cartpole", "--steps", "1024", "--optimizers", "rank1,adamw"]
+    common = ["compare", *options, "--seeds", "0,1", "--no-progress", "--hidden", "8"]
+    execute, calls = rl.execute, []
+
+    def stop(method: Any, run: Any, *arguments: Any) -> None:
+        calls.append(run)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        execute(method, run, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rl, "execute", stop)
+        assert main([*common, "--out", str(tmp_path / "broken")]) == 130
+    (folder,) = (tmp_path / "broken").iterdir()
+    assert main([*common, "--into", str(folder)]) == 0
+    assert main([*common, "--out", str(tmp_path / "whole")]) == 0
+    (whole,) = (tmp_path / "whole").iterdir()
+    values = [
+        [(r["method"], r["seed"], r["curve_return"]) for r in json.loads(f.read_text())["runs"]]
+        for f in (folder / "result.json", whole / "result.json")
+    ]
+    assert values[0] == values[1]
+    assert main([*common, "--into", str(folder), "--checkpoints", "7"]) == 2
