@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import re
 import statistics
 import sys
@@ -23,6 +24,8 @@ from grng.compare.results import ComparisonResult, load
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+# Times are quoted from this machine, idle.
+MACHINE = RESULTS / "intel-xeon-2-threads"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 _MARKED = re.compile(r"<!-- table: (\S+) -->\n(.*?)<!-- end of table -->", re.S)
 
@@ -319,6 +322,41 @@ def _best(folder: str, name: str = "adamw") -> str:
 # ---- reinforcement learning ----
 
 
+def policy_directions() -> str:
+    """What the gain of each direction is at the default damping, as a part of the exact one's."""
+    found = json.loads(
+        (RESULTS / "policy-direction" / "policy-direction.json").read_text(encoding="utf-8")
+    )
+    names = {"gradient": "plain gradient", "m = all": f"m = {found['settings']['states']}, all"}
+    gains: dict[str, dict[str, str]] = {}
+    for row in found["rows"]:
+        if row["damping"] == 0.1:
+            gain = row["gain"]
+            written = f"{gain['mean']:.3f} ± {gain['deviation']:.3f}"
+            gains.setdefault(row["direction"], {})[row["policy"]] = written
+    rows = [[names.get(key, key), own["new"], own["decided"]] for key, own in gains.items()]
+    return markdown(["direction", "new policy", "decided policy"], rows)
+
+
+def rank_one_step() -> str:
+    """Milliseconds of an update beside Adam's, warm; behind ours its ratio to both."""
+    file = MACHINE / "rank_one_step.json"
+    found = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    rows = []
+    for size in dict.fromkeys(row["dims"]["parameters"] for row in found):
+        own = {
+            row["provider"]: row["p50_ms"]
+            for row in found
+            if row["dims"]["parameters"] == size and row["state"] == "warm"
+        }
+        ours, rivals = own["grng"], [own["Adam foreach"], own["Adam fused"]]
+        ratios = " and ".join(f"{ours / rival:.2f}" for rival in rivals)
+        cells = [f"{value:.3g}" for value in (ours, *rivals)]
+        rows.append([f"{size:.0e}".replace("e+0", "e"), *cells, ratios])
+    head = ["parameters", "`RankOneNPG`", "Adam, foreach", "Adam, fused", "ratio to them"]
+    return markdown(head, rows)
+
+
 def _rl(folder: Path) -> str:
     return rl_tables.table(rl_tables.load(folder)) + "\n"
 
@@ -331,6 +369,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "plays-stream": plays_stream,
     "max-kl": max_kl,
     "few-samples": few_samples,
+    "policy-directions": policy_directions,
+    "rank-one-step": rank_one_step,
     **{folder.name: functools.partial(_rl, folder) for folder in rl_tables.folders()},
 }
 
