@@ -158,7 +158,13 @@ def _add_tune(commands: argparse._SubParsersAction[_Parser]) -> None:
 
 def _add_plot(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser = commands.add_parser("plot", help="draw the plots of saved results again")
-    parser.add_argument("results", nargs="+", type=Path, metavar="RESULT.json")
+    parser.add_argument(
+        "results",
+        nargs="+",
+        type=Path,
+        metavar="RESULT",
+        help="a result.json or tune.json, its folder, or a folder above many",
+    )
 
 
 def build_parser() -> argparse.ArgumentParser:

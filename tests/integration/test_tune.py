@@ -170,6 +170,21 @@ def test_search_is_written_and_drawn_again(
     assert (tmp_path / "tune.png").stat().st_size > 10_000
 
 
+def test_all_results_below_a_folder_are_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tune(tmp_path / "a" / "b", "--budget", "2", "--seeds", "0") == 0
+    for file in tmp_path.rglob("*.png"):
+        file.unlink()
+    assert main(["plot", str(tmp_path)]) == 0
+    drawn = {file.name for file in tmp_path.rglob("*.png")}
+    assert {"tune.png", "loss_accuracy_steps.png"} <= drawn
+    (tmp_path / "empty").mkdir()
+    capsys.readouterr()
+    assert main(["plot", str(tmp_path / "empty")]) == 2
+    assert "no result.json or tune.json there" in capsys.readouterr().err
+
+
 def test_interrupted_search_goes_on_as_if_it_had_not_been(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,6 +28,7 @@ from grng.rl.compare import plots as rl_plots
 from grng.rl.compare import results as rl_results
 from grng.tasks import ClassificationData, DataError, LoadRequest
 from grng.tune.plots import save_figure as save_tuning_figure
+from grng.tune.records import FILE_NAME as TUNING_FILE
 from grng.tune.records import is_tuning_result
 from grng.tune.records import load as load_tuning
 
@@ -265,6 +266,21 @@ def _draw(path: Path, folder: Path) -> list[Path]:
     return save_figures(load(path), folder)
 
 
+def _below(path: Path) -> list[Path]:
+    """A result, or all of them below a folder that holds none itself.
+
+    Raises:
+        UsageError: There is none.
+    """
+    names = (FILE_NAME, TUNING_FILE)
+    if not path.is_dir() or any((path / name).is_file() for name in names):
+        return [path]
+    found = sorted(file for name in names for file in path.rglob(name))
+    if not found:
+        raise UsageError(f"{path}: no {' or '.join(names)} there, nor in a folder below")
+    return found
+
+
 def plot(arguments: argparse.Namespace) -> int:
     """Draws the figures of saved results again, next to each result.
 
@@ -275,7 +291,7 @@ def plot(arguments: argparse.Namespace) -> int:
         The exit code 0.
     """
     console = make_console()
-    for path in arguments.results:
+    for path in [file for given in arguments.results for file in _below(given)]:
         folder = path if path.is_dir() else path.parent
         for written in _draw(path, folder):
             console.print(f"wrote {written}", markup=False, highlight=False, soft_wrap=True)
