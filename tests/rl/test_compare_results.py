@@ -2,6 +2,7 @@
 """``result.json``, the table and the figure of a comparison."""
 
 import io
+import itertools
 import json
 
 import pytest
@@ -129,6 +130,22 @@ def test_the_figure_shows_mean_and_range(made):
     assert {(x, y) for x, y in path.vertices} >= {(20, 5), (20, 6), (30, 9), (30, 11)}
     assert {text.get_text() for text in axes.texts} >= {"rank1", "adamw:lr=0.5"}
     assert any("8 environments side by side" in text.get_text() for text in axes.texts)
+
+
+def test_labels_of_many_methods_stand_apart_beside_the_axes():
+    specs = [f"rank1:rollout={n}" for n in range(1, 31)]
+    runs = [run(spec, 0, [100.0 if n else 0.0]) for n, spec in enumerate(specs)]
+    figure = draw(result(runs, ",".join(specs)))
+    figure.canvas.draw()
+    box = figure.bbox
+    shown = [text for text in figure.axes[0].texts if text.get_text() in specs]
+    places = sorted(text.get_window_extent().y0 for text in shown)
+    assert len(shown) == 30
+    assert all(b - a > 9 for a, b in itertools.pairwise(places))
+    for text in shown:
+        extent = text.get_window_extent()
+        assert box.x0 <= extent.x0 and extent.x1 <= box.x1 + 1
+        assert box.y0 <= extent.y0 and extent.y1 <= box.y1
 
 
 def test_the_figure_does_not_say_what_is_not_so():

@@ -16,7 +16,12 @@ from grng.rl.compare.results import RLResult
 from grng.tasks.atomic import replacing
 
 FILE_NAME = "return.png"
-_DOTS_PER_INCH, _LABEL_GAP = 150, 0.055
+_DOTS_PER_INCH = 150
+_WIDTH, _HEIGHT = 9.5, 5.2
+# Inches that one label of a curve needs, of the figure's height and of its width.
+_LABEL_HEIGHT, _LETTER_WIDTH = 0.24, 0.085
+# Of the height, what titles and the axis below take; of the width, what a short label needs.
+_OTHER_HEIGHT, _SHORT = 1.0, 24
 
 
 def draw(result: RLResult) -> Figure:
@@ -25,7 +30,12 @@ def draw(result: RLResult) -> Figure:
     labels = [method["label"] for method in config["methods"]]
     styles = assign_styles(labels)
     with rc_context(RC):
-        figure = Figure(figsize=(9.5, 5.2), layout="constrained")
+        # Many methods with long names: the curves keep their room.
+        height = max(_HEIGHT, _LABEL_HEIGHT * len(labels) + _OTHER_HEIGHT)
+        longest = max(map(len, labels), default=0)
+        width = _WIDTH + _LETTER_WIDTH * max(0, longest - _SHORT)
+        gap = _LABEL_HEIGHT / (height - _OTHER_HEIGHT)
+        figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots()
         ends: list[tuple[str, float]] = []
@@ -52,10 +62,8 @@ def draw(result: RLResult) -> Figure:
             axes.axhline(config["solved"], color="#555555", linestyle=(0, (5, 3)), linewidth=1.1)
         low, high = axes.get_ylim()
         wanted = [(value - low) / (high - low) for _, value in ends]
-        heights = spread_labels(wanted, _LABEL_GAP)
-        # A crowd at the top would stand above the figure.
-        above = max(0.0, max(heights, default=0.0) - 1.0)
-        for (label, _), height in zip(ends, (h - above for h in heights), strict=True):
+        heights = _apart(spread_labels(wanted, gap), gap)
+        for (label, _), height in zip(ends, heights, strict=True):
             axes.annotate(
                 label,
                 (1.01, height),
@@ -75,15 +83,28 @@ def draw(result: RLResult) -> Figure:
         sides = {method["settings"].get("environments", 8) for method in config["methods"]}
         beside = f"{sides.pop()} environments side by side  ·  " if len(sides) == 1 else ""
         axes.set_title(f"{config['title']}: return by optimizer\n", loc="left")
-        axes.text(
-            0,
-            1.02,
+        axes.annotate(
             f"tanh networks of {hidden} for all  ·  {beside}{repeats}",
-            transform=axes.transAxes,
+            (0, 1),
+            xycoords="axes fraction",
+            xytext=(0, 7),
+            textcoords="offset points",
             fontsize=9.5,
             color="#555555",
         )
     return figure
+
+
+def _apart(heights: list[float], gap: float) -> list[float]:
+    """Labels that are apart, moved no further than it takes to stand beside the axes, from 0 to 1."""
+    order = sorted(range(len(heights)), key=heights.__getitem__)
+    placed = list(heights)
+    for bound, along, choose in ((1.0, order[::-1], min), (0.0, order, max)):
+        step = -gap if choose is min else gap
+        for index in along:
+            placed[index] = choose(placed[index], bound)
+            bound = placed[index] + step
+    return placed
 
 
 def save_figure(result: RLResult, folder: Path) -> Path:
