@@ -4,8 +4,8 @@
 ``python benchmarks/rl_study.py TASK [--stage STAGE] [--quick] [--out FOLDER]`` with TASK one of
 ``STUDIES``. Stage ``tune`` runs six settings of each tuned method on seeds that are used for nothing else,
 ours into ``FOLDER/rl-TASK-rank1-tuning``, rivals into ``FOLDER/rl-TASK-tuning``; ``final`` runs, into
-``FOLDER/rl-TASK``, the setting of each with the highest mean of the learning curve, ``rank1`` with its defaults
-and with one score, and what is not tuned. ``python benchmarks/rl_tables.py`` prints the tables.
+``FOLDER/rl-TASK``, the setting of each with the highest mean of the learning curve, ``rank1`` with its
+defaults and with one score, and what is not tuned. ``python benchmarks/rl_tables.py`` prints the tables.
 """
 
 from __future__ import annotations
