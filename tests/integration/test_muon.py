@@ -12,6 +12,7 @@ from torch import nn
 from grng.compare.errors import UsageError
 from grng.compare.muon import MuonWithAdamW
 from grng.compare.optimizers import parse_spec
+from grng.tasks import TASKS, ModelOptions
 
 
 class Model(nn.Module):
@@ -30,7 +31,8 @@ class Model(nn.Module):
 
 def names(model: nn.Module, group: dict[str, object]) -> set[str]:
     known = {id(p): name for name, p in model.named_parameters()}
-    return {known[id(p)] for p in group["params"]}  # type: ignore[attr-defined]
+    # The view of a convolution has no name.
+    return {known[id(p)] for p in group["params"] if id(p) in known}  # type: ignore[attr-defined]
 
 
 def test_muon_has_the_hidden_matrices_alone() -> None:
@@ -71,6 +73,69 @@ def test_steps_are_those_of_both_under_a_schedule() -> None:
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(p, q)
     assert len(ours.state) == 7
+
+
+class Convolutions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(torch.randn(1, 64) / 8)
+        self.first = nn.Conv2d(1, 4, 3, padding=1)
+        self.second = nn.Conv2d(4, 4, 3, padding=1)
+        self.out = nn.Linear(4 * 64, 3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        hidden = self.second(torch.relu(self.first(images))) + self.positions.view(1, 1, 8, 8)
+        found: torch.Tensor = self.out(hidden.flatten(1))
+        return found
+
+
+def test_convolutions_are_moved_as_matrices() -> None:
+    torch.manual_seed(0)
+    model, twin = Convolutions(), Convolutions()
+    twin.load_state_dict(model.state_dict())
+    ours = MuonWithAdamW(model, lr=0.01, weight_decay=0.1)
+    images, labels = torch.randn(8, 1, 8, 8), torch.randint(0, 3, (8,))
+    matrices = [
+        nn.Parameter(c.weight.detach().clone().flatten(1)) for c in (twin.first, twin.second)
+    ]
+    muon = torch.optim.Muon(matrices, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    rest = [p for p in twin.parameters() if p.dim() != 4]
+    adamw = torch.optim.AdamW(rest, lr=0.01, weight_decay=0.1)
+    for _ in range(3):
+        nn.functional.cross_entropy(model(images), labels).backward()
+        ours.step()
+        ours.zero_grad()
+        assert all(p.grad is None for p in model.parameters())
+        nn.functional.cross_entropy(twin(images), labels).backward()
+        for matrix, layer in zip(matrices, (twin.first, twin.second), strict=True):
+            assert layer.weight.grad is not None
+            matrix.grad = layer.weight.grad.flatten(1)
+        muon.step()
+        adamw.step()
+        with torch.no_grad():
+            for matrix, layer in zip(matrices, (twin.first, twin.second), strict=True):
+                layer.weight.copy_(matrix.view_as(layer.weight))
+        twin.zero_grad()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet", "mlp"])
+def test_muon_has_a_part_of_each_model(name: str) -> None:
+    entry = TASKS["fashion-mnist"].models[name]
+    model = entry.build(ModelOptions(hidden=(8, 8)))
+    groups = MuonWithAdamW(model).param_groups
+    assert len(groups) == 2
+    # Position embeddings are a matrix that is none.
+    assert not {"positions"} & names(model, groups[0])
+    if name == "vit":
+        assert "positions" in names(model, groups[1])
+
+
+def test_torch_without_muon_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(UsageError, match=r"'muon' needs torch >= 2.9"):
+        parse_spec("muon").build(nn.Linear(2, 2))
 
 
 def test_soap_trains() -> None:

@@ -9,13 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
 
 class MuonWithAdamW(torch.optim.Optimizer):
     """``torch.optim.Muon`` for the hidden matrices, ``torch.optim.AdamW`` for the other parameters.
 
-    Hidden are the two-dimensional parameters of all modules but embeddings and the last linear layer, as the
-    source asks for; convolutions are AdamW's, as torch's Muon takes matrices alone. Both have one learning
-    rate: Muon's steps are scaled to the size of AdamW's.
+    Hidden are the weights of all linear layers but the last, and of all convolutions, as the source has it;
+    position embeddings, biases and norms are AdamW's. A convolution is a matrix with a line for each output
+    channel: torch's Muon takes matrices alone, so it is given views. Both have one learning rate: Muon's
+    steps are scaled to the size of AdamW's.
 
     Args:
         model: Whose trainable parameters are updated.
@@ -27,6 +30,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     Raises:
         ValueError: A hyperparameter is out of range, or nothing is trainable.
+        RuntimeError: The weight of a convolution does not lie in memory like a matrix.
 
     Source: Jordan et al. 2024, "Muon"; Liu et al. 2025, "Muon is Scalable for LLM Training", arXiv
     2502.16982, for the scale.
@@ -43,13 +47,14 @@ class MuonWithAdamW(torch.optim.Optimizer):
     ) -> None:
         trained = [p for p in model.parameters() if p.requires_grad]
         hidden = _hidden_matrices(model)
-        matrices = [p for p in trained if id(p) in hidden]
+        # With what Muon moves: the same memory, as a matrix.
+        self._matrices = [(p, _matrix(p)) for p in trained if id(p) in hidden]
         rest = [p for p in trained if id(p) not in hidden]
         self._both: list[torch.optim.Optimizer] = []
-        if matrices:
+        if self._matrices:
             self._both.append(
                 torch.optim.Muon(
-                    matrices,
+                    [matrix for _, matrix in self._matrices],
                     lr=lr,
                     weight_decay=weight_decay,
                     momentum=momentum,
@@ -77,26 +82,38 @@ class MuonWithAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
+        for p, matrix in self._matrices:
+            if matrix is not p:
+                matrix.grad = None if p.grad is None else p.grad.reshape(matrix.shape)
         for one in self._both:
             one.step()
             self.state.update(one.state)
         return result
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients, those of the convolutions too, which are in no group themselves."""
+        super().zero_grad(set_to_none)
+        for p, _ in self._matrices:
+            if p.grad is not None:
+                p.grad = None if set_to_none else torch.zeros_like(p)
+
+
+def _matrix(parameter: nn.Parameter) -> nn.Parameter:
+    if parameter.dim() == 2:
+        return parameter
+    return nn.Parameter(parameter.detach().view(len(parameter), -1))
+
 
 def _hidden_matrices(model: nn.Module) -> set[int]:
     """Ids of the parameters that are Muon's."""
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    spared = (nn.Embedding, nn.EmbeddingBag)
-    found = {
-        id(p)
-        for module in model.modules()
-        if not isinstance(module, spared)
-        for p in module.parameters(recurse=False)
-        if p.dim() == 2 and p.requires_grad
+    convolutions = [module for module in model.modules() if isinstance(module, _CONVOLUTIONS)]
+    spared = [m.weight for m in linear[-1:]]
+    # An output layer is tied to an embedding at times.
+    spared += [m.weight for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
+    out = {id(p) for p in spared}
+    return {
+        id(m.weight)
+        for m in (*linear, *convolutions)
+        if m.weight.requires_grad and id(m.weight) not in out
     }
-    # The one that gives the outputs; tied to an embedding it is out as well.
-    out = {id(p) for module in linear[-1:] for p in module.parameters(recurse=False)}
-    embedded = {
-        id(p) for m in model.modules() if isinstance(m, spared) for p in m.parameters(recurse=False)
-    }
-    return found - out - embedded

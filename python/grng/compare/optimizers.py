@@ -60,6 +60,8 @@ def _adagrad() -> Factory:
 
 
 def _muon() -> Factory:
+    if not hasattr(torch.optim, "Muon"):
+        raise UsageError(f"optimizer 'muon' needs torch >= 2.9, this is {torch.__version__}")
     from grng.compare.muon import MuonWithAdamW
 
     return MuonWithAdamW
