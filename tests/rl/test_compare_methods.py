@@ -2,11 +2,12 @@
 """Specs of methods: what they mean, and what is refused."""
 
 import importlib.util
+import json
 
 import pytest
 
 from grng.compare.errors import UsageError
-from grng.rl import EnvironmentUnavailable
+from grng.rl import ActorCritic, EnvironmentUnavailable
 from grng.rl.compare.methods import NAMES, parse_methods, valid_options
 from grng.rl.config import POLICY_OPTIMIZERS
 
@@ -89,3 +90,17 @@ def test_without_the_rivals(name, module, monkeypatch):
     ):
         parse_methods(f"rank1,{name}")
     assert [method.name for method in parse_methods("rank1,adamw")] == ["rank1", "adamw"]
+
+
+def test_every_option_in_force_is_known():
+    rank1 = parse_methods("rank1:damping=0.5:gamma=0.9")[0].resolved()
+    assert rank1["damping"] == 0.5 and rank1["gamma"] == 0.9
+    made = ActorCritic("cartpole", optimizer_options={"damping": 0.5}, gamma=0.9)
+    group = made.optimizer.param_groups[0]
+    for key in ("scores", "max_kl", "damping", "momentum", "step_length", "lr", "weight_decay"):
+        assert rank1[key] == group[key]
+    assert rank1["rollout"] == made.config.rollout
+    made.close()
+    a2c = parse_methods("a2c:n_steps=16")[0].resolved()
+    assert a2c["n_steps"] == 16 and a2c["learning_rate"] == 7e-4 and a2c["use_rms_prop"] is True
+    assert json.loads(json.dumps([rank1, a2c])) == [rank1, a2c]

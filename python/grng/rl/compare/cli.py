@@ -128,7 +128,13 @@ def _describe(config: RLConfig, methods: list[Method]) -> dict[str, Any]:
         "hidden": list(config.hidden),
         "evaluation_episodes": config.evaluation_episodes,
         "methods": [
-            {"label": m.label, "name": m.name, "options": m.options, "settings": m.settings()}
+            {
+                "label": m.label,
+                "name": m.name,
+                "options": m.options,
+                "settings": m.settings(),
+                "resolved": m.resolved(),
+            }
             for m in methods
         ],
     }

@@ -16,7 +16,7 @@ from grng.rl.config import POLICY_OPTIMIZERS, ActorCriticConfig
 from grng.rl.errors import EnvironmentUnavailable
 
 # Methods of other libraries: where the class is, and what it gets besides its own defaults: rollouts of
-# those of ours, as theirs of 2,048 steps are meant for one environment.
+# 64 steps, as theirs of 2,048 are meant for one environment.
 _RIVALS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "a2c": ("stable_baselines3", "A2C", {}),
     "ppo": ("stable_baselines3", "PPO", {"n_steps": 64}),
@@ -70,6 +70,34 @@ class Method:
             "optimizer_options": others,
             **trainer,
         }
+
+    def resolved(self) -> dict[str, Any]:
+        """Every option with the value that is in force, fit for JSON."""
+        if self.is_rival:
+            keys = valid_options(self.name)
+            known = _signature_defaults(self.rival_class, keys) | self.settings()
+        else:
+            entry = POLICY_OPTIMIZERS[self.name]
+            own = [key for key in valid_options(self.name) if key not in _trainer_options()]
+            trainer = {f.name: f.default for f in fields(ActorCriticConfig)}
+            known = {key: trainer[key] for key in _trainer_options()}
+            known |= _signature_defaults(entry.factory, own) | dict(entry.defaults) | self.options
+        return {key: _plain(value) for key, value in sorted(known.items())}
+
+
+def _signature_defaults(factory: Callable[..., Any], keys: list[str]) -> dict[str, Any]:
+    known = inspect.signature(factory).parameters
+    return {
+        key: known[key].default
+        for key in keys
+        if key in known and known[key].default is not inspect.Parameter.empty
+    }
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else str(value)
 
 
 def _rival(name: str) -> Callable[..., Any]:
