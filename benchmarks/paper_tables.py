@@ -5,7 +5,7 @@
 trains ViT-B/16 (images) or RoBERTa-base (glue), both with LoRA, on every task of the table, or on one,
 with RING, RENG, AdamW at three rates and KFAC in batches, and with RKalman in one pass of batch 1, on three
 seeds. It says first what that needs, keeps each comparison in ``OUT/paper-TASK`` and
-``OUT/paper-TASK-one-by-one``, leaves out what is there and finished, and ends with a Markdown table.
+``OUT/paper-TASK-one-by-one``, goes on with what was interrupted there, and ends with a Markdown table.
 
 **No figure of these tables has been produced yet**: neither data nor weights were at hand. What has run are
 the small files that the tests make (``--quick``).
@@ -14,9 +14,7 @@ the small files that the tests make (``--quick``).
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -141,23 +139,15 @@ def commands(task: str, study: Study, *, is_quick: bool) -> dict[str, list[str]]
     }
 
 
-def finished(folder: Path) -> ComparisonResult | None:
+def finished(folder: Path, *, is_quick: bool) -> ComparisonResult | None:
     """Return the result in a folder if all its runs came to their end, be it by divergence."""
     if not (folder / "result.json").is_file():
         return None
     result = load(folder)
-    return None if any(run.status not in (FINISHED, "diverged") for run in result.runs) else result
-
-
-def run(options: list[str], folder: Path) -> int:
-    """Run one comparison and move its result to a folder; return its exit code."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as scratch:
-        code = grng([*options, "--out", scratch])
-        for made in Path(scratch).iterdir():
-            shutil.rmtree(folder, ignore_errors=True)
-            made.rename(folder)
-    return code
+    # Only quick runs count steps: theirs are no figures.
+    is_other = result.counts_steps != is_quick
+    is_open = any(run.status not in (FINISHED, "diverged") for run in result.runs)
+    return None if is_other or is_open else result
 
 
 def _test(row: Row, result: ComparisonResult) -> str:
@@ -170,14 +160,14 @@ def _test(row: Row, result: ComparisonResult) -> str:
     return f"{100 * mean:.2f}" + ("" if spread is None else f" ± {100 * spread:.2f}")
 
 
-def table_of(table: str, tasks: list[str], root: Path) -> str:
+def table_of(table: str, tasks: list[str], root: Path, *, is_quick: bool) -> str:
     """Return the Markdown table of what is in the folders, beside the published figures."""
     head = ["task", "measure", *COLUMNS.values(), "published", "how far to trust that"]
     lines = [head, ["---"] * len(head)]
     for task in tasks:
         study, cells = TABLES[table][task], dict.fromkeys(COLUMNS, "-")
         for name in commands(task, study, is_quick=False):
-            result = finished(root / name)
+            result = finished(root / name, is_quick=is_quick)
             rows = [] if result is None else result.summary().rows
             for row in rows:
                 if result is not None and row.is_selected:
@@ -232,15 +222,15 @@ def main(argv: list[str] | None = None) -> int:
         for name, options in commands(
             task, TABLES[given.table][task], is_quick=given.quick
         ).items():
-            if finished(root / name) is not None:
-                print(f"{name}: is there already; delete {root / name} to run it again", flush=True)
-                continue
             print(f"\n{name}: grng {' '.join(options)}", flush=True)
-            code = run([*options, *shared], root / name)
+            # What is there of the same settings stays, and what was interrupted goes on.
+            code = grng([*options, *shared, "--into", str(root / name)])
             if code not in (0, 1):
                 return code
             worst = max(worst, code)
-    print(f"\n{table_of(given.table, tasks, root)}\n\n{explain(is_quick=given.quick)}")
+    print(
+        f"\n{table_of(given.table, tasks, root, is_quick=given.quick)}\n\n{explain(is_quick=given.quick)}"
+    )
     return worst
 
 

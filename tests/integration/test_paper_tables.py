@@ -50,11 +50,14 @@ def test_quick_table_of_one_task(tmp_path: Path, capsys: pytest.CaptureFixture[s
     (best,) = (r for r in rows if r["optimizer"].startswith("adamw") and r["is_selected"])
     assert cells[4].startswith(f"{100 * best['final_accuracy']:.2f} ± ")
     assert "-" not in cells[2:7]
-    # What is there is not run again.
+    # What is there is not run again, and a result of other settings is not taken for this one.
     assert paper_tables.main(command) == 0
-    again = capsys.readouterr().out
-    assert again.count("is there already") == 2
-    assert table[2] in again
+    assert table[2] in capsys.readouterr().out
+    again = json.loads((out / "paper-qnli-one-by-one" / "result.json").read_text())
+    assert again["runs"] == found["runs"]
+    whole = [part for part in command if part != "--quick"]
+    assert paper_tables.main(whole) == 1  # these data are too few
+    assert f"| qnli | accuracy |{' - |' * 5}" in capsys.readouterr().out
 
 
 def test_missing_data_leaves_the_cell_empty_and_tells(
