@@ -37,6 +37,9 @@ def table(result: RLResult) -> str:
     head += [] if solved is None else [f"solved ({solved:g})", "steps to it (median)"]
     lines = [_line(head), _line(["---"] * len(head))]
     best = [max(values, default=None) for values in zip(*map(_means, rows), strict=True)]
+    if len(rows) == 1:
+        # There is nothing that it would be better than.
+        best = [None] * len(best)
     for row in rows:
         name, _, settings = row.method.partition(":")
         cells = [_NAMES[name], f"`{settings}`" if settings else "defaults"]
