@@ -14,6 +14,7 @@ from grng.compare.optimizers import OptionValue
 from grng.compare.records import FINISHED, RUNNING, Divergence
 from grng.compare.results import join_number_lists
 from grng.tasks.atomic import replacing
+from grng.tune.space import as_option
 
 SCHEMA = "grng-tune"
 SCHEMA_VERSION = 1
@@ -77,6 +78,13 @@ class TuningResult:
         finished = [trial for trial in self.trials if trial.value is not None]
         return max(finished, key=self.score, default=None)
 
+    def is_default(self, trial: Trial) -> bool:
+        """Whether a trial is of the optimizer's own values; of a space without them, none is."""
+        own = self.config["optimizers"][0]["hyperparameters"]
+        return all(
+            key in own and as_option(own[key]) == value for key, value in trial.options.items()
+        )
+
     def save(self, folder: Path) -> Path:
         """Write ``tune.json``; a reader sees the old file or the new one, never a part."""
         best = self.best
@@ -133,4 +141,5 @@ def _trial(content: dict[str, Any]) -> Trial:
     known = {name: content[name] for name in (f.name for f in fields(Trial))}
     if known["divergence"] is not None:
         known["divergence"] = Divergence(**known["divergence"])
+    known["options"] = {key: as_option(value) for key, value in known["options"].items()}
     return Trial(**known)
