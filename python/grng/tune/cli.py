@@ -181,13 +181,24 @@ def tune(arguments: argparse.Namespace, argv: list[str]) -> int:
         return EXIT_INTERRUPTED
     if result.best is None:
         return EXIT_FAILED
-    if arguments.seeds is None:
-        return EXIT_OK
-    specs_text = result.best.optimizer
-    if not result.is_default(result.best):
-        specs_text += f",{name}"
-    own = _test_settings(arguments, specs_text)
-    return comparison.compare(own, argv, folder / _test_name(result.best, own))
+    return (
+        EXIT_OK if arguments.seeds is None else _test(arguments, argv, result, result.best, folder)
+    )
+
+
+def _test(
+    arguments: argparse.Namespace,
+    argv: list[str],
+    result: TuningResult,
+    best: Trial,
+    folder: Path,
+) -> int:
+    """Run the best settings and the defaults, once where they are the same, with the test set."""
+    specs = best.optimizer
+    if not result.is_default(best):
+        specs += f",{arguments.optimizer}"
+    own = _test_settings(arguments, specs)
+    return comparison.compare(own, argv, folder / _test_name(best, own))
 
 
 def _test_name(best: Trial, tested: argparse.Namespace) -> str:
