@@ -94,6 +94,32 @@ def test_other_code_is_refused(
     assert "environment versions.torch was '1.0'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("config", {"config": []}),
+        ("config.seeds", {"config": {}}),
+        ("environment", {"environment": None}),
+    ],
+)
+def test_damaged_key_is_named(
+    key: str,
+    change: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert compare("--into", str(tmp_path)) == 0
+    file = tmp_path / "result.json"
+    whole = json.loads(file.read_text())
+    file.write_text(json.dumps({**whole, **change}))
+    assert compare("--into", str(tmp_path)) == 2
+    assert f"result.json: {key} must be" in capsys.readouterr().err
+    whole["runs"][1]["epochs"] = []
+    file.write_text(json.dumps(whole))
+    assert compare("--into", str(tmp_path)) == 2
+    assert "result.json: runs[1].epochs of a finished run" in capsys.readouterr().err
+
+
 def test_other_processor_of_graphics_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -174,7 +200,9 @@ def test_folder_that_cannot_be_made_is_named(
     assert "--into" in capsys.readouterr().err
 
 
-def test_environments_go_on_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environments_go_on_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("gymnasium")
     from grng.rl.compare import cli as rl
 
@@ -203,3 +231,15 @@ def test_environments_go_on_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     ]
     assert values[0] == values[1]
     assert main([*common, "--into", str(folder), "--checkpoints", "7"]) == 2
+    file = whole / "result.json"
+    saved = json.loads(file.read_text())
+    for key, change in (
+        ("config", {"config": []}),
+        ("config.methods", {"config": {"seeds": [0]}}),
+        ("environment", {"environment": None}),
+        ("runs[0].curve_return", {"runs": [{**saved["runs"][0], "curve_return": None}]}),
+    ):
+        file.write_text(json.dumps({**saved, **change}))
+        capsys.readouterr()
+        assert main([*common, "--into", str(whole)]) == 2
+        assert f"result.json: {key} must be" in capsys.readouterr().err

@@ -22,6 +22,12 @@ pytest.importorskip("optuna")
 RUN = ("--task", "digits", "--steps", "6", "--batch-size", "32", "--hidden", "8", "--no-progress")
 
 
+TRIAL = {
+    **{"number": 0, "optimizer": "adamw", "options": {}, "status": "finished", "values": [0.5]},
+    **{"steps": [6], "seconds": 1.0, "divergence": None},
+}
+
+
 def tune(folder: Path, *options: str, optimizer: str = "adamw") -> int:
     given = ("--optimizer", optimizer, "--out", str(folder), "--checkpoints", "2")
     return main(["tune", *RUN, *given, *options])
@@ -397,6 +403,26 @@ def test_wrong_options_are_named(
     assert code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("config", {"config": []}),
+        ("config.seeds", {"config": {}}),
+        ("environment", {"environment": None}),
+        ("trials[0].values", {"trials": [{**TRIAL, "values": []}]}),
+        ("trials[0].options", {"trials": [TRIAL]}),
+        ("trials[0].steps[0]", {"trials": [{**TRIAL, "steps": ["a"]}]}),
+    ],
+)
+def test_damaged_key_is_named(
+    key: str, change: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tune(tmp_path, "--budget", "2") == 0
+    (tmp_path / "tune.json").write_text(json.dumps({**content(tmp_path), **change}))
+    assert tune(tmp_path, "--budget", "2") == 2
+    assert f"tune.json: {key} " in capsys.readouterr().err
 
 
 def test_damaged_result_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -87,7 +87,7 @@ def _settings(arguments: argparse.Namespace) -> CompareConfig:
     return config
 
 
-def _take_up(fresh: TuningResult, folder: Path) -> None:
+def _take_up(fresh: TuningResult, folder: Path, space: Space) -> None:
     """Take the trials that are in this folder, if there are any.
 
     Raises:
@@ -103,6 +103,9 @@ def _take_up(fresh: TuningResult, folder: Path) -> None:
                 f"--budget must be at least {len(known.trials)}, the number of trials in {file}, got "
                 f"{fresh.config['budget']}"
             )
+        for number, trial in enumerate(known.trials):
+            if any(trial.options.get(key) not in values for key, values in space.items()):
+                raise UsageError(f"{file}: trials[{number}].options must be of the space")
         fresh.trials = known.trials
         fresh.created_utc = known.created_utc
         return
@@ -164,7 +167,7 @@ def tune(arguments: argparse.Namespace, argv: list[str]) -> int:
         created_utc=utc_now(),
     )
     folder = arguments.out or Path("results") / f"tune-{config.task}-{name}"
-    _take_up(result, folder)
+    _take_up(result, folder, space)
     reporter = _Report(console, config, steps, is_silent=arguments.no_progress)
     defaults: dict[str, OptionValue] = {k: as_option(v) for k, v in resolved[name].items()}
 
