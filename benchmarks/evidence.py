@@ -10,11 +10,16 @@ ours, into ``FOLDER/evidence-TASK``. Both go on where they were interrupted, by 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from grng.__main__ import main as grng
+from grng.compare.errors import UsageError
+from grng.compare.optimizers import OPTIMIZERS as KNOWN
+from grng.compare.records import DIVERGED, FINISHED
 from grng.tune.records import load
 
 RESULTS = Path(__file__).parent / "results"
@@ -84,15 +89,28 @@ def _options(task: str, *, is_quick: bool) -> list[str]:
     return [*kept, *_QUICK]
 
 
-def _run(arguments: list[str]) -> None:
-    """Run a command; one in which a run diverged is a result.
+def _run(arguments: list[str], file: Path) -> None:
+    """Run a command; one in which a run diverged is a result, if its file says so.
 
     Raises:
         SystemExit: It failed or was interrupted.
     """
+    # A file from before must not speak for a command that wrote nothing.
+    before = file.stat().st_mtime_ns if file.is_file() else None
     code = grng([*arguments, "--threads", "1"])
-    if code not in (0, 1):
+    is_written = file.is_file() and file.stat().st_mtime_ns != before
+    if code == 1 and is_written and _has_diverged(json.loads(file.read_text())):
+        return
+    if code != 0:
         raise SystemExit(code)
+
+
+def _has_diverged(content: dict[str, Any]) -> bool:
+    """Whether a comparison has runs that diverged, or a search none that did not."""
+    if "trials" in content:
+        statuses = [trial["status"] for trial in content["trials"]]
+        return content["status"] == FINISHED and set(statuses) == {DIVERGED}
+    return bool(content["status"] == DIVERGED)
 
 
 def tune(task: str, optimizers: list[str], budget: int, out: Path, *, is_quick: bool) -> None:
@@ -100,33 +118,42 @@ def tune(task: str, optimizers: list[str], budget: int, out: Path, *, is_quick: 
     for name in optimizers:
         search = ["tune", *_options(task, is_quick=is_quick), "--optimizer", name]
         folder = folder_of(task, out) / f"tune-{name}"
-        _run([*search, "--budget", str(budget), "--out", str(folder)])
+        _run([*search, "--budget", str(budget), "--out", str(folder)], folder / "tune.json")
 
 
-def specs(task: str, optimizers: list[str], out: Path) -> list[str]:
+def specs(task: str, optimizers: list[str], budget: int, out: Path) -> list[str]:
     """What is compared: the best settings that each search found, and the defaults of ours.
 
     Raises:
-        SystemExit: Nothing was searched.
+        SystemExit: A search is not complete, or found nothing.
+        UsageError: There is no search of an optimizer.
     """
     found: list[str] = []
     for name in optimizers:
-        best = load(folder_of(task, out) / f"tune-{name}").best
+        folder = folder_of(task, out) / f"tune-{name}"
+        result = load(folder)
+        made = len(result.trials)
+        if result.status != FINISHED or made != budget:
+            raise SystemExit(
+                f"{folder}: the search must be finished with {budget} trials, got status "
+                f"{result.status!r} and {made} trials"
+            )
+        best = result.best
         if best is None:
             print(f"no trial of {name} finished: it is left out", file=sys.stderr)
             continue
         found.append(best.optimizer)
-        if name in OURS and best.number != 0:
+        if name in OURS and not result.is_default(best):
             found.append(name)
     if not found:
         raise SystemExit(1)
     return found
 
 
-def test(task: str, optimizers: list[str], out: Path, *, is_quick: bool) -> None:
+def test(task: str, optimizers: list[str], budget: int, out: Path, *, is_quick: bool) -> None:
     """Train what was found on other seeds, and look at the test set."""
     folder = folder_of(task, out)
-    chosen = specs(task, optimizers, out)
+    chosen = specs(task, optimizers, budget, out)
     reference = _REFERENCE if _REFERENCE in optimizers else chosen[0]
     _run(
         [
@@ -140,7 +167,8 @@ def test(task: str, optimizers: list[str], out: Path, *, is_quick: bool) -> None
             "0" if is_quick else SEEDS,
             "--into",
             str(folder),
-        ]
+        ],
+        folder / "result.json",
     )
 
 
@@ -156,12 +184,19 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.quick and arguments.out is None:
         parser.error("--quick needs --out: it would go on with the results that are kept")
-    names, out = arguments.optimizers.split(","), arguments.out or RESULTS
+    names, out = arguments.optimizers.replace(" ", "").split(","), arguments.out or RESULTS
+    for name in names:
+        if name not in KNOWN:
+            parser.error(f"--optimizers must be of {', '.join(KNOWN)}, got {name!r}")
     budget = 2 if arguments.quick else arguments.budget
-    if arguments.stage in ("tune", "all"):
-        tune(arguments.task, names, budget, out, is_quick=arguments.quick)
-    if arguments.stage in ("test", "all"):
-        test(arguments.task, names, out, is_quick=arguments.quick)
+    try:
+        if arguments.stage in ("tune", "all"):
+            tune(arguments.task, names, budget, out, is_quick=arguments.quick)
+        if arguments.stage in ("test", "all"):
+            test(arguments.task, names, budget, out, is_quick=arguments.quick)
+    except UsageError as error:
+        print(f"evidence.py: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -65,8 +65,9 @@ def _add_compare(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="in what part of its steps do the others reach its final values? one of --optimizers, or "
         "a name: the best of its specs",
     )
-    add("--out", type=Path, default=Path("results"), help="folder for the results")
-    add(
+    folder = parser.add_mutually_exclusive_group()
+    folder.add_argument("--out", type=Path, default=Path("results"), help="folder for the results")
+    folder.add_argument(
         "--into",
         type=Path,
         metavar="FOLDER",

@@ -44,6 +44,46 @@ def test_quick_runs_do_not_go_among_the_results(capsys: pytest.CaptureFixture[st
     assert "--quick needs --out" in capsys.readouterr().err
 
 
+ONE = ("digits", "--quick", "--optimizers")
+
+
+def test_names_are_checked_before_the_first_search(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        study(*ONE, "adamw,adam", "--out", str(tmp_path))
+    assert caught.value.code == 2
+    assert "got 'adam'" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    assert study(*ONE, "adamw, sgd", "--stage", "tune", "--out", str(tmp_path)) == 0
+    found = sorted(folder.name for folder in (tmp_path / "evidence-digits").iterdir())
+    assert found == ["tune-adamw", "tune-sgd"]
+
+
+def test_only_complete_searches_are_tested(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = (*ONE, "sgd", "--out", str(tmp_path), "--stage")
+    assert study(*given, "test") == 2
+    assert "tune-sgd: No such file" in capsys.readouterr().err
+    assert study(*given, "tune") == 0
+    file = tmp_path / "evidence-digits" / "tune-sgd" / "tune.json"
+    whole = json.loads(file.read_text())
+    for change in ({"status": "interrupted"}, {"trials": whole["trials"][:1]}):
+        file.write_text(json.dumps({**whole, **change}))
+        with pytest.raises(SystemExit, match="must be finished with 2 trials, got"):
+            study(*given, "test")
+    assert not (tmp_path / "evidence-digits" / "result.json").exists()
+
+
+def test_missing_data_is_not_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = (*ONE, "sgd", "--out", str(tmp_path), "--stage", "tune")
+    monkeypatch.setattr(evidence, "grng", lambda _: 1)
+    with pytest.raises(SystemExit) as caught:
+        study(*given)
+    assert caught.value.code == 1
+
+
 @pytest.mark.parametrize("task", evidence.STUDIES)
 def test_options_are_taken(task: str) -> None:
     from grng.__main__ import build_parser
@@ -54,4 +94,5 @@ def test_options_are_taken(task: str) -> None:
         arguments = build_parser().parse_args(["compare", *options])
         config = config_of(arguments)
         assert config.held_out > 0
-        assert config.steps == (3 if is_quick else arguments.steps)
+        if is_quick:
+            assert config.steps == 3

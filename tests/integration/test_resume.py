@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from grng.__main__ import main
-from grng.compare import cli
+from grng.compare import cli, environment
 
 RUN = ("--task", "digits", "--steps", "4", "--batch-size", "32", "--hidden", "8", "--no-progress")
 
@@ -93,6 +94,99 @@ def test_other_code_is_refused(
     assert "environment versions.torch was '1.0'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("config", {"config": []}),
+        ("config.seeds", {"config": {}}),
+        ("environment", {"environment": None}),
+    ],
+)
+def test_damaged_key_is_named(
+    key: str,
+    change: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert compare("--into", str(tmp_path)) == 0
+    file = tmp_path / "result.json"
+    whole = json.loads(file.read_text())
+    file.write_text(json.dumps({**whole, **change}))
+    assert compare("--into", str(tmp_path)) == 2
+    assert f"result.json: {key} must be" in capsys.readouterr().err
+    whole["runs"][1]["epochs"] = []
+    file.write_text(json.dumps(whole))
+    assert compare("--into", str(tmp_path)) == 2
+    assert "result.json: runs[1].epochs of a finished run" in capsys.readouterr().err
+
+
+def test_other_processor_of_graphics_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = interrupted(tmp_path, monkeypatch)
+    file = folder / "result.json"
+    found = json.loads(file.read_text())
+    found["environment"]["gpu"] = "another"
+    file.write_text(json.dumps(found))
+    assert compare("--into", str(folder)) == 2
+    assert "environment gpu was 'another', is None" in capsys.readouterr().err
+
+
+def test_data_that_was_fetched_is_the_same_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = interrupted(tmp_path, monkeypatch)
+    file = folder / "result.json"
+    found = json.loads(file.read_text())
+    found["data"]["source"] = "HTTPS download"
+    file.write_text(json.dumps(found))
+    assert compare("--into", str(folder)) == 0
+    found["data"]["train_samples"] += 1
+    file.write_text(json.dumps(found))
+    assert compare("--into", str(folder)) == 2
+    assert "data train_samples was" in capsys.readouterr().err
+
+
+def test_changes_of_the_code_are_part_of_its_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*arguments: str) -> None:
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True)
+
+    source = tmp_path / "environment.py"
+    source.write_text("a = 1\n")
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    written = tmp_path / "benchmarks" / "results" / "result.json"
+    written.write_text("{}")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "a")
+    monkeypatch.setattr(environment, "__file__", str(source))
+    states = [environment.git_state()]
+    # The last is no UTF-8.
+    for text in (b"a = 2\n", b"a = 3\n", b"# \xe9\n"):
+        source.write_bytes(text)
+        states.append(environment.git_state())
+    written.write_text("{1}")
+    assert environment.git_state() == states[-1]
+    clean, *changed = states
+    assert clean is not None and not clean["is_dirty"] and "diff_sha256" not in clean
+    hashes = [state["diff_sha256"] for state in changed if state is not None]
+    assert len(set(hashes)) == 3
+    assert all(len(text) == 16 for text in hashes)
+
+
+def test_versions_of_what_tunes_are_known() -> None:
+    assert {"optuna", "pytorch-optimizer"} <= set(environment.versions())
+
+
+def test_only_one_folder_is_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert compare("--into", str(tmp_path / "a"), "--out", "results") == 2
+    assert "--out: not allowed with argument --into" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+
+
 def test_folder_without_a_result_gets_one(tmp_path: Path) -> None:
     assert compare("--into", str(tmp_path / "a" / "new")) == 0
     assert len(runs(tmp_path / "a" / "new")) == 4
@@ -106,11 +200,15 @@ def test_folder_that_cannot_be_made_is_named(
     assert "--into" in capsys.readouterr().err
 
 
-def test_environments_go_on_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environments_go_on_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("gymnasium")
     from grng.rl.compare import cli as rl
 
-    options = ["--task", "cartpole", "--steps", "1024", "--optimizers", "rank1,adamw"]
+    options = ["--task", "cartpole", "--steps", "1024"]
+    # A tuple among the options, which a file has as a list.
+    options += ["--optimizers", "rank1,adamw:betas=(0.9,0.99)"]
     common = ["compare", *options, "--seeds", "0,1", "--no-progress", "--hidden", "8"]
     execute, calls = rl.execute, []
 
@@ -133,3 +231,15 @@ def test_environments_go_on_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     ]
     assert values[0] == values[1]
     assert main([*common, "--into", str(folder), "--checkpoints", "7"]) == 2
+    file = whole / "result.json"
+    saved = json.loads(file.read_text())
+    for key, change in (
+        ("config", {"config": []}),
+        ("config.methods", {"config": {"seeds": [0]}}),
+        ("environment", {"environment": None}),
+        ("runs[0].curve_return", {"runs": [{**saved["runs"][0], "curve_return": None}]}),
+    ):
+        file.write_text(json.dumps({**saved, **change}))
+        capsys.readouterr()
+        assert main([*common, "--into", str(whole)]) == 2
+        assert f"result.json: {key} must be" in capsys.readouterr().err

@@ -22,6 +22,12 @@ pytest.importorskip("optuna")
 RUN = ("--task", "digits", "--steps", "6", "--batch-size", "32", "--hidden", "8", "--no-progress")
 
 
+TRIAL = {
+    **{"number": 0, "optimizer": "adamw", "options": {}, "status": "finished", "values": [0.5]},
+    **{"steps": [6], "seconds": 1.0, "divergence": None},
+}
+
+
 def tune(folder: Path, *options: str, optimizer: str = "adamw") -> int:
     given = ("--optimizer", optimizer, "--out", str(folder), "--checkpoints", "2")
     return main(["tune", *RUN, *given, *options])
@@ -38,6 +44,12 @@ def trials(folder: Path) -> list[Any]:
         {key: value for key, value in trial.items() if key != "seconds"}
         for trial in content(folder)["trials"]
     ]
+
+
+def results_of_tests(folder: Path) -> list[Any]:
+    """The results of the runs with the test set, the oldest first."""
+    files = sorted(folder.glob("test*/result.json"), key=lambda file: file.stat().st_mtime_ns)
+    return [json.loads(file.read_text()) for file in files]
 
 
 # ---- spaces ----
@@ -75,6 +87,15 @@ def test_space_is_read_as_it_is_written() -> None:
     assert parse_space("ring", space_text(space)) == space
 
 
+def test_tuples_are_read_as_they_are_written() -> None:
+    space = parse_space("adamw", "betas=(0.9,0.999)|(0.8, 0.99):lr=0.12345678..1")
+    assert space == {
+        "betas": Choice(((0.9, 0.999), (0.8, 0.99))),
+        "lr": Range(0.12345678, 1.0),
+    }
+    assert parse_space("adamw", space_text(space)) == space
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -86,6 +107,9 @@ def test_space_is_read_as_it_is_written() -> None:
         ("lr=a..b", r"got 'a..b'"),
         ("lr=1..nan", r"got '1..nan'"),
         ("lr=1..inf", r"got '1..inf'"),
+        ("lr=1|", r"no value of lr may be empty, got '1\|'"),
+        ("lr=|1", r"no value of lr may be empty, got '\|1'"),
+        ("lr=0.1|1e-1", r"value 1e-1 of lr is given twice, in '0.1\|1e-1'"),
     ],
 )
 def test_wrong_space_is_named(text: str, message: str) -> None:
@@ -112,6 +136,7 @@ def run_proposals(count: int, seed: int = 0) -> list[dict[str, Any]]:
     past: list[tuple[dict[str, Any], float]] = []
     for _ in range(count):
         found = propose(SPACE, DEFAULTS, seed, past)
+        assert found is not None
         loss = abs(math.log10(found["lr"] / 0.03)) + found["weight_decay"]
         past.append((found, -loss))
     return [options for options, _ in past]
@@ -120,6 +145,7 @@ def run_proposals(count: int, seed: int = 0) -> list[dict[str, Any]]:
 def test_first_trial_is_the_defaults() -> None:
     assert propose(SPACE, DEFAULTS, 0, []) == DEFAULTS
     elsewhere = propose(SPACE, {"lr": 1.0, "weight_decay": 0.0}, 0, [])
+    assert elsewhere is not None
     assert elsewhere["lr"] in SPACE["lr"]
 
 
@@ -141,9 +167,23 @@ def test_diverged_trials_are_kept_away_from() -> None:
     past: list[tuple[dict[str, Any], float]] = []
     for _ in range(20):
         found = propose(SPACE, DEFAULTS, 0, past)
+        assert found is not None
         past.append((found, -math.inf if found["lr"] > 3e-3 else -found["weight_decay"]))
     late = [options["lr"] for options, _ in past[-8:]]
     assert sum(lr > 3e-3 for lr in late) <= 2
+
+
+def test_each_setting_is_proposed_once() -> None:
+    space = parse_space(
+        "adamw", "betas=(0.9,0.99)|(0.8,0.9):weight_decay=0.0|0.1|0.2:amsgrad=True|False"
+    )
+    past: list[tuple[dict[str, Any], float]] = []
+    for _ in range(12):
+        found = propose(space, {}, 0, past)
+        assert found is not None
+        past.append((found, -found["weight_decay"]))
+    assert len({tuple(options.values()) for options, _ in past}) == 12
+    assert propose(space, {}, 0, past) is None
 
 
 # ---- the command ----
@@ -211,6 +251,37 @@ def test_interrupted_search_goes_on_as_if_it_had_not_been(
     assert len(trials(broken)) == 6
 
 
+def test_budget_below_what_is_there_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tune(tmp_path, "--budget", "3") == 0
+    before = (tmp_path / "tune.json").read_bytes()
+    assert tune(tmp_path, "--budget", "2") == 2
+    assert "--budget must be at least 3, the number of trials in" in capsys.readouterr().err
+    assert (tmp_path / "tune.json").read_bytes() == before
+
+
+def test_search_ends_where_the_space_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(2):
+        assert tune(tmp_path, "--budget", "7", "--space", "lr=1e-3|0.1:weight_decay=0.0|0.01") == 0
+        assert "the space has no more settings than these 4" in capsys.readouterr().out
+        assert content(tmp_path)["status"] == "finished"
+        tried = [trial["optimizer"] for trial in content(tmp_path)["trials"]]
+        assert len(tried) == len(set(tried)) == 4
+
+
+def test_search_of_tuples_goes_on(tmp_path: Path) -> None:
+    given = ("--space", "betas=(0.9,0.999)|(0.8,0.99)|(0.5,0.9)")
+    assert tune(tmp_path, *given, "--budget", "2") == 0
+    assert tune(tmp_path, *given, "--budget", "3", "--seeds", "0") == 0
+    found = [trial["options"]["betas"] for trial in content(tmp_path)["trials"]]
+    # The defaults first.
+    assert found[0] == [0.9, 0.999]
+    assert sorted(found) == [[0.5, 0.9], [0.8, 0.99], [0.9, 0.999]]
+
+
 def test_search_of_other_settings_is_not_gone_on_with(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -250,27 +321,73 @@ def test_test_set_is_not_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_best_settings_and_defaults_are_run_on_the_test_set(tmp_path: Path) -> None:
-    assert tune(tmp_path, "--budget", "3", "--seeds", "0,1") == 0
-    test = json.loads((tmp_path / "test" / "result.json").read_text())
+    # At the rate of the defaults hardly anything is learned in so few steps.
+    given = ("--budget", "2", "--space", "lr=1e-3|0.03", "--seeds", "0,1", "--steps", "30")
+    assert tune(tmp_path, *given) == 0
     best = content(tmp_path)["best"]["optimizer"]
-    labels = {run["optimizer"] for run in test["runs"]}
-    assert labels == {best, "adamw"} or (labels == {best} and content(tmp_path)["trials"][0])
-    assert sorted({run["seed"] for run in test["runs"]}) == [0, 1]
+    assert best == "adamw:lr=0.03"
+    (test,) = results_of_tests(tmp_path)
+    labels = [(run["optimizer"], run["seed"]) for run in test["runs"]]
+    assert labels == [(best, 0), ("adamw", 0), (best, 1), ("adamw", 1)]
     assert all(run["epochs"][-1]["test_accuracy"] is not None for run in test["runs"])
     # Once more: there is nothing left to do.
-    assert tune(tmp_path, "--budget", "3", "--seeds", "0,1") == 0
-    assert json.loads((tmp_path / "test" / "result.json").read_text())["runs"] == test["runs"]
+    assert tune(tmp_path, *given) == 0
+    assert [again["runs"] for again in results_of_tests(tmp_path)] == [test["runs"]]
+
+
+def test_what_was_tested_before_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ("--space", "lr=1e-9|1e-3|0.03", "--steps", "30")
+    assert tune(tmp_path, *given, "--budget", "2", "--seed", "7", "--seeds", "0") == 0
+    first = content(tmp_path)["best"]["optimizer"]
+    # Other seeds, and other settings that are the best.
+    assert tune(tmp_path, *given, "--budget", "2", "--seed", "7", "--seeds", "1") == 0
+    assert tune(tmp_path, *given, "--budget", "3", "--seed", "7", "--seeds", "1") == 0
+    best = content(tmp_path)["best"]["optimizer"]
+    assert best != first
+    found = [
+        (one["runs"][0]["optimizer"], one["config"]["seeds"]) for one in results_of_tests(tmp_path)
+    ]
+    assert found == [(first, [0]), (first, [1]), (best, [1])]
+    written = capsys.readouterr().out
+    assert all(str(file) in written for file in tmp_path.glob("test*"))
+
+
+@pytest.mark.parametrize(
+    ("space", "labels"),
+    [
+        # The defaults are the best: they are not run twice.
+        ("lr=1e-3|1e-9", ["adamw:lr=0.001"]),
+        # The first trial is the best, and not the defaults.
+        ("lr=0.02", ["adamw:lr=0.02", "adamw"]),
+    ],
+)
+def test_defaults_are_run_where_they_are_not_the_best(
+    space: str, labels: list[str], tmp_path: Path
+) -> None:
+    assert tune(tmp_path, "--budget", "2", "--space", space, "--seeds", "0", "--steps", "30") == 0
+    (test,) = results_of_tests(tmp_path)
+    assert [run["optimizer"] for run in test["runs"]] == labels
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (("--budget", "1"), "--budget must be at least 2, got 1"),
-        (("--validation", "0"), "--validation must be at least 1: settings are chosen on held-out"),
+        (("--validation", "0"), "settings are chosen on held-out samples, got 0"),
+        (("--space", "lr=1e-3|-1|oops"), "optimizer 'adamw:lr=-1': Invalid learning rate: -1"),
+        (
+            ("--space", "weight_decay=0.0:lr=1e-3|oops"),
+            "optimizer 'adamw:weight_decay=0.0:lr=oops': ",
+        ),
+        (("--space", "lr=0.1..0.2:eps=-1|1e-8"), "Invalid epsilon value: -1"),
         (("--seeds", "1,100"), "--seeds must be others than that of the search, --seed 100"),
         (("--space", "lr=1"), None),
         (("--optimizer", "adam"), "--optimizer must be one of ring, reng, adamw"),
-        (("--task", "cartpole"), "unknown task 'cartpole'"),
+        (
+            ("--task", "cartpole"),
+            "--task must be a data set: settings of reinforcement learning are",
+        ),
+        (("--task", "mnist"), "unknown task 'mnist'"),
     ],
 )
 def test_wrong_options_are_named(
@@ -286,6 +403,26 @@ def test_wrong_options_are_named(
     assert code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("config", {"config": []}),
+        ("config.seeds", {"config": {}}),
+        ("environment", {"environment": None}),
+        ("trials[0].values", {"trials": [{**TRIAL, "values": []}]}),
+        ("trials[0].options", {"trials": [TRIAL]}),
+        ("trials[0].steps[0]", {"trials": [{**TRIAL, "steps": ["a"]}]}),
+    ],
+)
+def test_damaged_key_is_named(
+    key: str, change: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tune(tmp_path, "--budget", "2") == 0
+    (tmp_path / "tune.json").write_text(json.dumps({**content(tmp_path), **change}))
+    assert tune(tmp_path, "--budget", "2") == 2
+    assert f"tune.json: {key} " in capsys.readouterr().err
 
 
 def test_damaged_result_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

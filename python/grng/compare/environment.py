@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -19,6 +20,7 @@ import grng
 # What some of the tasks compute with.
 _OPTIONAL = (
     *("scikit-learn", "transformers", "peft", "datasets", "pillow"),
+    *("pytorch-optimizer", "optuna"),
     *("gymnasium", "mujoco", "box2d", "stable-baselines3", "sb3-contrib"),
 )
 
@@ -42,13 +44,12 @@ def _installed(name: str) -> str | None:
         return None
 
 
-def _git(*arguments: str) -> str | None:
+def _git(*arguments: str) -> bytes | None:
     source = Path(__file__)
     try:
         done = subprocess.run(
             ["git", "-C", str(source.parent), *arguments],
             capture_output=True,
-            text=True,
             timeout=10,
             check=True,
         )
@@ -58,13 +59,24 @@ def _git(*arguments: str) -> str | None:
 
 
 def git_state() -> dict[str, Any] | None:
-    """Commit of the checkout that tracks this file, and whether it has changes; else None."""
+    """Commit of the checkout that tracks this file, and whether and what it has of changes; else None."""
     if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:
         return None
     commit = _git("rev-parse", "HEAD")
+    if commit is None:
+        return None
     # Results are written by runs: their files do not make the code that wrote them another.
-    changed = _git("status", "-s", "--", ":/", ":(top,exclude)benchmarks/results")
-    return None if commit is None else {"commit": commit, "is_dirty": bool(changed)}
+    code = ("--", ":/", ":(top,exclude)benchmarks/results")
+    found: dict[str, Any] = {
+        "commit": commit.decode(),
+        "is_dirty": bool(_git("status", "-s", *code)),
+    }
+    if found["is_dirty"]:
+        # Of bytes: files may be in any encoding.
+        changes = _git("diff", "--no-ext-diff", "--no-textconv", "--full-index", "HEAD", *code)
+        digest = None if changes is None else hashlib.sha256(changes).hexdigest()[:16]
+        found["diff_sha256"] = digest
+    return found
 
 
 def processor() -> str:

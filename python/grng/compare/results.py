@@ -11,7 +11,8 @@ from typing import Any
 
 from grng.compare.errors import UsageError
 from grng.compare.measures import ACCURACY, MEASURES, Measure
-from grng.compare.records import RUNNING, RunRecord
+from grng.compare.records import FINISHED, RUNNING, RunRecord
+from grng.compare.saved import check
 from grng.compare.summary import DEFAULT_REFERENCE, Summary, summarise
 from grng.tasks.atomic import replacing
 
@@ -183,6 +184,24 @@ def load(path: Path) -> ComparisonResult:
     keys = ("command", "config", "environment", "data", "created_utc", "status")
     try:
         runs = [RunRecord.from_json(run) for run in content["runs"]]
-        return ComparisonResult(**{key: content[key] for key in keys}, runs=runs)
-    except (KeyError, TypeError) as error:
+        result = ComparisonResult(**{key: content[key] for key in keys}, runs=runs)
+    except (KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{file}: incomplete result: {error}") from error
+    check(file, result, ComparisonResult)
+    check_labels(file, result.config, "optimizers")
+    for number, run in enumerate(runs):
+        if run.status == FINISHED and not run.epochs:
+            raise UsageError(f"{file}: runs[{number}].epochs of a finished run must not be empty")
+    return result
+
+
+def check_labels(file: Path, config: dict[str, Any], key: str) -> None:
+    """Refuse settings without seeds, or without what was compared.
+
+    Raises:
+        UsageError: Names file and key.
+    """
+    check(file, config.get("seeds"), list[int], "config.seeds")
+    check(file, config.get(key), list[dict[str, Any]], f"config.{key}")
+    for number, one in enumerate(config[key]):
+        check(file, one.get("label"), str, f"config.{key}[{number}].label")

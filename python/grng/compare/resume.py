@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ _ENVIRONMENT = (
     "git",
     "device",
     "cpu",
+    "gpu",
     "threads",
     "backend",
     "float32_matmul_precision",
@@ -35,18 +37,24 @@ def check_same(file: Path, known: Any, fresh: Any, but: tuple[str, ...] = ()) ->
     """
     pairs = {
         "setting": (_without(known.config, but), _without(fresh.config, but)),
-        "data": (getattr(known, "data", None), getattr(fresh, "data", None)),
+        # Where the data was found differs between the run that fetched it and the next.
+        "data": tuple(_without(getattr(one, "data", {}), ("source",)) for one in (known, fresh)),
         "environment": (
             {key: known.environment.get(key) for key in _ENVIRONMENT},
             {key: fresh.environment.get(key) for key in _ENVIRONMENT},
         ),
     }
     for kind, (before, now) in pairs.items():
-        for key, was, found in _differences(before, now):
+        # As files have them: there, a tuple is a list.
+        for key, was, found in _differences(_plain(before), _plain(now)):
             raise UsageError(
                 f"{file}: can only be gone on with as it was begun: {kind} {key} was {was!r}, is {found!r}; "
                 "give another folder, or the same settings"
             )
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value))
 
 
 def _without(config: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,15 +28,24 @@ from grng.compare.records import FINISHED, INTERRUPTED, RunRecord
 from grng.compare.results import utc_now
 from grng.compare.resume import check_same
 from grng.compare.runs import check_specs
+from grng.rl.environments import TASKS as ENVIRONMENTS
 from grng.tasks import DataError
 from grng.tune.plots import save_figure
 from grng.tune.records import FILE_NAME, Trial, TuningResult, load
 from grng.tune.search import search
-from grng.tune.space import SPACES, Space, parse_space, space_text
+from grng.tune.space import (
+    SPACES,
+    Space,
+    as_option,
+    corners,
+    parse_space,
+    space_text,
+    spec_text,
+)
 
 # Trials that the table shows, besides the defaults.
 _SHOWN = 5
-# Of the runs with the test set, below the folder of the search.
+# Of the runs with the test set, below the folder of the search: the begin of their folders.
 TEST_FOLDER = "test"
 _LEAST_TRIALS = 2
 
@@ -59,29 +69,43 @@ def _settings(arguments: argparse.Namespace) -> CompareConfig:
     Raises:
         UsageError: One is wrong, or nothing is held out.
     """
+    if arguments.task in ENVIRONMENTS:
+        raise UsageError(
+            f"--task must be a data set: settings of reinforcement learning are not searched for, got "
+            f"{arguments.task!r}"
+        )
     own = argparse.Namespace(**vars(arguments))
     own.seeds, own.reference = None, arguments.optimizer
     config = config_of(own)
     if config.held_out < 1:
         raise UsageError(
-            f"--validation must be at least 1: settings are chosen on held-out samples, and task "
-            f"{config.task!r} holds out none by itself"
+            "--validation must be at least 1: settings are chosen on held-out samples, got "
+            f"{config.held_out}"
         )
     if arguments.budget < _LEAST_TRIALS:
         raise UsageError(f"--budget must be at least {_LEAST_TRIALS}, got {arguments.budget}")
     return config
 
 
-def _take_up(fresh: TuningResult, folder: Path) -> None:
+def _take_up(fresh: TuningResult, folder: Path, space: Space) -> None:
     """Take the trials that are in this folder, if there are any.
 
     Raises:
-        UsageError: They are of other settings, code or data, or the folder cannot be made.
+        UsageError: They are of other settings, code or data, or more than the budget, or the folder cannot be
+            made.
     """
     file = folder / FILE_NAME
     if file.is_file():
         known = load(file)
         check_same(file, known, fresh, but=("budget",))
+        if len(known.trials) > fresh.config["budget"]:
+            raise UsageError(
+                f"--budget must be at least {len(known.trials)}, the number of trials in {file}, got "
+                f"{fresh.config['budget']}"
+            )
+        for number, trial in enumerate(known.trials):
+            if any(trial.options.get(key) not in values for key, values in space.items()):
+                raise UsageError(f"{file}: trials[{number}].options must be of the space")
         fresh.trials = known.trials
         fresh.created_utc = known.created_utc
         return
@@ -115,8 +139,13 @@ def tune(arguments: argparse.Namespace, argv: list[str]) -> int:
         torch.set_num_threads(config.threads)
     console = comparison.make_console()
     try:
-        specs = [parse_spec(name).for_likelihood(config.task_entry.likelihood)]
-        resolved = check_specs(specs, config, device)
+        likelihood = config.task_entry.likelihood
+        specs = [parse_spec(name).for_likelihood(likelihood)]
+        # A value that the optimizer refuses would else end the search in its middle.
+        tried = [parse_spec(spec_text(name, options)) for options in corners(space)]
+        resolved = check_specs(
+            [*specs, *(spec.for_likelihood(likelihood) for spec in tried)], config, device
+        )
         data = load_data(config, device, console)
     except DataError as error:
         print(f"grng tune: {error}", file=sys.stderr)
@@ -138,9 +167,9 @@ def tune(arguments: argparse.Namespace, argv: list[str]) -> int:
         created_utc=utc_now(),
     )
     folder = arguments.out or Path("results") / f"tune-{config.task}-{name}"
-    _take_up(result, folder)
+    _take_up(result, folder, space)
     reporter = _Report(console, config, steps, is_silent=arguments.no_progress)
-    defaults: dict[str, OptionValue] = resolved[name]
+    defaults: dict[str, OptionValue] = {k: as_option(v) for k, v in resolved[name].items()}
 
     def keep(trial: Trial) -> None:
         result.save(folder)
@@ -155,16 +184,33 @@ def tune(arguments: argparse.Namespace, argv: list[str]) -> int:
         return EXIT_INTERRUPTED
     if result.best is None:
         return EXIT_FAILED
-    if arguments.seeds is None:
-        return EXIT_OK
-    own = _test_settings(arguments, f"{result.best.optimizer},{_defaults_spec(result)}")
-    return comparison.compare(own, argv, folder / TEST_FOLDER)
+    return (
+        EXIT_OK if arguments.seeds is None else _test(arguments, argv, result, result.best, folder)
+    )
 
 
-def _defaults_spec(result: TuningResult) -> str:
-    """The optimizer alone; or nothing else where the best are the defaults."""
-    best = result.best
-    return "" if best is not None and best.number == 0 else str(result.config["optimizer"])
+def _test(
+    arguments: argparse.Namespace,
+    argv: list[str],
+    result: TuningResult,
+    best: Trial,
+    folder: Path,
+) -> int:
+    """Run the best settings and the defaults, once where they are the same, with the test set."""
+    specs = best.optimizer
+    if not result.is_default(best):
+        specs += f",{arguments.optimizer}"
+    own = _test_settings(arguments, specs)
+    return comparison.compare(own, argv, folder / _test_name(best, own))
+
+
+def _test_name(best: Trial, tested: argparse.Namespace) -> str:
+    """The folder of the runs with the test set: another for other settings or seeds, so that none is lost.
+
+    The best of a search may change when it goes on.
+    """
+    text = f"{tested.optimizers} {config_of(tested).seeds}"
+    return f"{TEST_FOLDER}-trial-{best.number}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def _test_settings(arguments: argparse.Namespace, specs: str) -> argparse.Namespace:
@@ -174,7 +220,7 @@ def _test_settings(arguments: argparse.Namespace, specs: str) -> argparse.Namesp
         UsageError: The seeds are wrong, or one is that of the search.
     """
     own = argparse.Namespace(**vars(arguments))
-    own.optimizers, own.into, own.reference = specs.strip(","), None, arguments.optimizer
+    own.optimizers, own.into, own.reference = specs, None, arguments.optimizer
     if arguments.seed in config_of(own).seeds:
         raise UsageError(
             f"--seeds must be others than that of the search, --seed {arguments.seed}: settings were chosen "
@@ -223,6 +269,9 @@ def _conclude(console: Console, result: TuningResult, folder: Path) -> None:
     lost = sum(trial.value is None for trial in result.trials)
     if lost:
         console.print(Text(f"{lost} of {len(result.trials)} trials diverged; they count as worst"))
+    if result.status == FINISHED and len(result.trials) < result.config["budget"]:
+        line = f"the space has no more settings than these {len(result.trials)}: --budget was not used up"
+        console.print(Text(line), soft_wrap=True)
     best = result.best
     if best is not None:
         line = f"best of {len(result.trials)} trials on the validation samples: {best.optimizer}"
@@ -240,13 +289,8 @@ def _table(result: TuningResult) -> Table:
     table.add_column("trial", justify="right")
     table.add_column("settings")
     table.add_column(f"validation {measure.title}", justify="right")
-    first = result.trials[0]
-    has_defaults = all(
-        result.config["optimizers"][0]["hyperparameters"].get(key) == value
-        for key, value in first.options.items()
-    )
     for trial in shown:
-        note = " (defaults)" if trial.number == 0 and has_defaults else ""
+        note = " (defaults)" if result.is_default(trial) else ""
         value = "diverged" if trial.value is None else measure.text(trial.value)
         table.add_row(str(trial.number), Text(trial.optimizer + note), value)
     return table

@@ -12,8 +12,10 @@ from grng.compare.errors import UsageError
 from grng.compare.measures import MEASURES, Measure
 from grng.compare.optimizers import OptionValue
 from grng.compare.records import FINISHED, RUNNING, Divergence
-from grng.compare.results import join_number_lists
+from grng.compare.results import check_labels, join_number_lists
+from grng.compare.saved import check
 from grng.tasks.atomic import replacing
+from grng.tune.space import as_option
 
 SCHEMA = "grng-tune"
 SCHEMA_VERSION = 1
@@ -77,6 +79,13 @@ class TuningResult:
         finished = [trial for trial in self.trials if trial.value is not None]
         return max(finished, key=self.score, default=None)
 
+    def is_default(self, trial: Trial) -> bool:
+        """Whether a trial is of the optimizer's own values; of a space without them, none is."""
+        own = self.config["optimizers"][0]["hyperparameters"]
+        return all(
+            key in own and as_option(own[key]) == value for key, value in trial.options.items()
+        )
+
     def save(self, folder: Path) -> Path:
         """Write ``tune.json``; a reader sees the old file or the new one, never a part."""
         best = self.best
@@ -124,13 +133,30 @@ def load(path: Path) -> TuningResult:
         raise UsageError(f"{file}: must be a {SCHEMA} result of version {SCHEMA_VERSION}")
     try:
         trials = [_trial(one) for one in content["trials"]]
-        return TuningResult(**{key: content[key] for key in _HEAD}, trials=trials)
-    except (KeyError, TypeError) as error:
+        result = TuningResult(**{key: content[key] for key in _HEAD}, trials=trials)
+    except (KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{file}: incomplete result: {error}") from error
+    check(file, result, TuningResult)
+    _check_config(file, result.config)
+    for number, trial in enumerate(trials):
+        if trial.status == FINISHED and not trial.values:
+            raise UsageError(f"{file}: trials[{number}].values of a finished one must not be empty")
+    return result
+
+
+def _check_config(file: Path, config: dict[str, Any]) -> None:
+    check_labels(file, config, "optimizers")
+    for key, kind in (("optimizer", str), ("space", str), ("budget", int), ("measure", str)):
+        check(file, config.get(key), kind, f"config.{key}")
+    if config["measure"] not in MEASURES:
+        raise UsageError(f"{file}: config.measure must be one of {', '.join(MEASURES)}")
+    own = config["optimizers"][0] if config["optimizers"] else {}
+    check(file, own.get("hyperparameters"), dict, "config.optimizers[0].hyperparameters")
 
 
 def _trial(content: dict[str, Any]) -> Trial:
     known = {name: content[name] for name in (f.name for f in fields(Trial))}
     if known["divergence"] is not None:
         known["divergence"] = Divergence(**known["divergence"])
+    known["options"] = {key: as_option(value) for key, value in known["options"].items()}
     return Trial(**known)

@@ -15,11 +15,13 @@ from grng.compare.records import FINISHED, RunRecord
 from grng.compare.runs import execute
 from grng.tasks import ClassificationData
 from grng.tune.records import Trial, TuningResult
-from grng.tune.space import Range, Space, spec_text
+from grng.tune.space import Choice, Range, Space, every_setting, spec_text
 
 # Drawn at random before the model of the results takes over, the defaults among them. Not a part of the
 # budget: a search that is given more goes on with the trials that it has.
 _RANDOM = 5
+# A setting that was tried says nothing new: another is asked for, so many times.
+_ATTEMPTS = 100
 
 
 def propose(
@@ -27,8 +29,8 @@ def propose(
     defaults: Mapping[str, OptionValue],
     seed: int,
     past: Sequence[tuple[Mapping[str, OptionValue], float]],
-) -> dict[str, OptionValue]:
-    """Return the options of the next trial.
+) -> dict[str, OptionValue] | None:
+    """Return the options of the next trial, others than all before; None where the space has no more.
 
     The first are the defaults, where the space has them; then some at random, then those of Optuna's
     tree-structured Parzen estimator. The answer depends on the arguments alone, so that a search that is
@@ -53,23 +55,35 @@ def propose(
     study = optuna.create_study(direction="maximize", sampler=sampler)
     distributions = {key: _distribution(values) for key, values in space.items()}
     for options, score in past:
-        known = {key: options[key] for key in space}
+        known = {key: _to_optuna(values, options[key]) for key, values in space.items()}
         study.add_trial(
             optuna.trial.create_trial(params=known, distributions=distributions, value=score)
         )
-    found = study.ask(distributions).params
-    return {
-        key: values.round(found[key]) if isinstance(values, Range) else found[key]
-        for key, values in space.items()
-    }
+    tried = [dict(options) for options, _ in past]
+    for _ in range(_ATTEMPTS):
+        found = study.ask(distributions).params
+        proposed = {key: _from_optuna(values, found[key]) for key, values in space.items()}
+        if proposed not in tried:
+            return proposed
+    # Where all are choices, it is known what is left.
+    return next((left for left in every_setting(space) if left not in tried), None)
 
 
-def _distribution(values: Any) -> Any:
+def _to_optuna(values: Range | Choice, value: Any) -> Any:
+    return value if isinstance(values, Range) else values.values.index(value)
+
+
+def _from_optuna(values: Range | Choice, found: Any) -> OptionValue:
+    return values.round(found) if isinstance(values, Range) else values.values[found]
+
+
+def _distribution(values: Range | Choice) -> Any:
     import optuna
 
     if isinstance(values, Range):
         return optuna.distributions.FloatDistribution(values.low, values.high, log=True)
-    return optuna.distributions.CategoricalDistribution(values.values)
+    # Places, not values: Optuna takes no tuples.
+    return optuna.distributions.CategoricalDistribution(range(len(values.values)))
 
 
 class Watch(Protocol):
@@ -97,7 +111,7 @@ def search(
     on_trial: Callable[[Trial], None],
     watch: Watch,
 ) -> None:
-    """Make the trials that are missing, with the first seed of the settings.
+    """Make the trials that are missing, with the first seed of the settings; fewer where the space ends.
 
     Args:
         optimizer: Its name.
@@ -118,6 +132,8 @@ def search(
     while len(result.trials) < budget:
         past = [(trial.options, result.score(trial)) for trial in result.trials]
         options = propose(space, defaults, seed, past)
+        if options is None:
+            break
         spec = parse_spec(spec_text(optimizer, options))
         spec = spec.for_likelihood(config.task_entry.likelihood)
         record = RunRecord(spec.label, seed)

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from grng.compare.errors import UsageError
 from grng.compare.optimizers import OptionValue, parse_value, valid_options
@@ -30,7 +32,7 @@ class Range:
         return min(max(float(f"{value:.{_DIGITS}g}"), self.low), self.high)
 
     def __str__(self) -> str:
-        return f"{self.low:g}..{self.high:g}"
+        return f"{self.low:.15g}..{self.high:.15g}"
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ def parse_space(optimizer: str, text: str) -> Space:
         By option, in the order given.
 
     Raises:
-        UsageError: An option that the optimizer does not have or that is given twice; a range that is none.
+        UsageError: An option that the optimizer does not have or that is given twice; a range that is none; a
+            value that is empty or given twice.
     """
     space: Space = {}
     keys = valid_options(optimizer)
@@ -95,8 +98,43 @@ def parse_space(optimizer: str, text: str) -> Space:
         if ".." in values:
             space[key] = _range(key, values)
         else:
-            space[key] = Choice(tuple(parse_value(value) for value in values.split("|")))
+            space[key] = _choice(key, values)
     return space
+
+
+def _choice(key: str, text: str) -> Choice:
+    parts = text.split("|")
+    if not all(parts):
+        raise UsageError(f"--space: no value of {key} may be empty, got {text!r}")
+    values = tuple(as_option(parse_value(part)) for part in parts)
+    for place, value in enumerate(values):
+        # Not by a set: 1, 1.0 and True are one value.
+        if value in values[:place]:
+            raise UsageError(f"--space: value {parts[place]} of {key} is given twice, in {text!r}")
+    return Choice(values)
+
+
+def as_option(value: Any) -> OptionValue:
+    """Return a value as an option has it: JSON has no tuples, only lists."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def corners(space: Space) -> list[dict[str, OptionValue]]:
+    """Return settings with each choice and both ends of each range, beside the first of the others."""
+    ends = {
+        key: (values.low, values.high) if isinstance(values, Range) else values.values
+        for key, values in space.items()
+    }
+    first = {key: values[0] for key, values in ends.items()}
+    others = [{**first, key: value} for key, values in ends.items() for value in values[1:]]
+    return [first, *others]
+
+
+def every_setting(space: Space) -> Iterator[dict[str, OptionValue]]:
+    """Yield all settings of a space; none where it has a range, which has too many to count."""
+    choices = [values.values for values in space.values() if isinstance(values, Choice)]
+    if len(choices) == len(space):
+        yield from (dict(zip(space, chosen, strict=True)) for chosen in itertools.product(*choices))
 
 
 def _range(key: str, text: str) -> Range:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from grng.compare.errors import UsageError
-from grng.compare.results import FILE_NAME, join_number_lists
+from grng.compare.results import FILE_NAME, check_labels, join_number_lists
+from grng.compare.saved import check
 from grng.rl.compare.records import FINISHED, RUNNING, RLRun
 from grng.tasks.atomic import replacing
 
@@ -126,10 +127,13 @@ def load(path: Path) -> RLResult:
             raise UsageError(f"{file}: must be a {SCHEMA} result of version {SCHEMA_VERSION}")
         keys = ("command", "config", "environment", "created_utc", "status")
         runs = [RLRun(**run) for run in content["runs"]]
-        return RLResult(**{key: content[key] for key in keys}, runs=runs)
+        result = RLResult(**{key: content[key] for key in keys}, runs=runs)
     except UsageError:
         raise
     except OSError as error:
         raise UsageError(f"{file}: {error.strerror}") from error
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{file}: incomplete result: {error}") from error
+    check(file, result, RLResult)
+    check_labels(file, result.config, "methods")
+    return result
