@@ -39,7 +39,9 @@ def check(file: Path, value: Any, kind: Any, place: str = "") -> None:
         raise UsageError(f"{file}: {wrong}")
 
 
-_hints = cache(get_type_hints)
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 def _faults(value: Any, kind: Any, place: str) -> Iterator[str]:
@@ -57,7 +59,8 @@ def _faults(value: Any, kind: Any, place: str) -> Iterator[str]:
         for number, item in enumerate(value):
             yield from _faults(item, inner[0], f"{place}[{number}]")
     elif is_dataclass(kind):
-        for key, hint in _hints(kind).items():
+        own: Any = type(value)
+        for key, hint in _hints(own).items():
             yield from _faults(getattr(value, key), hint, f"{place}.{key}".lstrip("."))
 
 
