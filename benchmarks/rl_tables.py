@@ -14,7 +14,7 @@ from grng.rl.compare.results import Figure, RLResult, Row, load
 
 RESULTS = Path(__file__).parent / "results"
 # What each method is, for a reader of the table.
-_NAMES = {
+NAMES = {
     "rank1": "`RankOneNPG`",
     "rmsprop": "RMSprop, same trainer",
     "adamw": "AdamW, same trainer",
@@ -42,7 +42,7 @@ def table(result: RLResult) -> str:
         best = [None] * len(best)
     for row in rows:
         name, _, settings = row.method.partition(":")
-        cells = [_NAMES[name], f"`{settings}`" if settings else "defaults"]
+        cells = [NAMES[name], f"`{settings}`" if settings else "defaults"]
         figures = (row.final_return, row.mean_return, row.evaluated_return)
         cells += [_text(figure, top) for figure, top in zip(figures, best, strict=True)]
         if solved is not None:

@@ -361,6 +361,24 @@ def _rl(folder: Path) -> str:
     return rl_tables.table(rl_tables.load(folder)) + "\n"
 
 
+def cartpole_time() -> str:
+    """Seconds for 1,000 steps of the environment, acting and learning, over the seeds."""
+    found = rl_tables.load(RESULTS / "cartpole-time")
+    steps, rows = found.config["steps"] / 1000, []
+    for row in found.rows():
+        seconds = [run.seconds / steps for run in found.runs if run.method == row.method]
+        cells = [
+            f"{value:.2f}" for value in (statistics.median(seconds), min(seconds), max(seconds))
+        ]
+        rows.append([rl_tables.NAMES[row.method.split(":")[0]], _settings(row.method), *cells])
+    return markdown(["method", "settings", "median", "least", "most"], rows)
+
+
+def _settings(label: str) -> str:
+    options = label.partition(":")[2]
+    return f"`{options}`" if options else "defaults"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "ring-and-adamw": ring_and_adamw,
     "digits-stream": digits_stream,
@@ -371,6 +389,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "few-samples": few_samples,
     "policy-directions": policy_directions,
     "rank-one-step": rank_one_step,
+    "cartpole-time": cartpole_time,
     **{folder.name: functools.partial(_rl, folder) for folder in rl_tables.folders()},
 }
 
