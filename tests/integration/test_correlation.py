@@ -22,10 +22,11 @@ from grng.compare.records import EpochRecord, RunRecord
 from grng.compare.results import ComparisonResult, load
 from grng.compare.summary import summarise
 from grng.compare.table import verdicts
+from grng.rl.compare.results import is_rl_result
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 # Those of reinforcement learning are of another kind, those of kernels no folders.
-OLD = [path.parent for path in sorted(RESULTS.glob("[!r]*/result.json"))]
+OLD = [path.parent for path in sorted(RESULTS.glob("*/result.json")) if not is_rl_result(path)]
 
 
 def test_correlation_of_numbers_is_pearsons() -> None:
