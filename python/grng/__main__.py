@@ -164,7 +164,7 @@ def _add_plot(commands: argparse._SubParsersAction[_Parser]) -> None:
         nargs="+",
         type=Path,
         metavar="RESULT",
-        help="a result.json or tune.json, its folder, or a folder above many",
+        help="a result.json, tune.json or study.json, its folder, or a folder above many",
     )
 
 

@@ -26,6 +26,10 @@ from grng.compare.summary import DEFAULT_REFERENCE
 from grng.compare.table import print_summary
 from grng.rl.compare import plots as rl_plots
 from grng.rl.compare import results as rl_results
+from grng.studies.plots import save_figure as save_study_figure
+from grng.studies.records import FILE_NAME as STUDY_FILE
+from grng.studies.records import is_study_result
+from grng.studies.records import load as load_study
 from grng.tasks import ClassificationData, DataError, LoadRequest
 from grng.tune.plots import save_figure as save_tuning_figure
 from grng.tune.records import FILE_NAME as TUNING_FILE
@@ -261,6 +265,8 @@ def compare(arguments: argparse.Namespace, argv: list[str], folder: Path | None 
 def _draw(path: Path, folder: Path) -> list[Path]:
     if is_tuning_result(path):
         return [save_tuning_figure(load_tuning(path), folder)]
+    if is_study_result(path):
+        return [save_study_figure(load_study(path), folder)]
     if rl_results.is_rl_result(path):
         return [rl_plots.save_figure(rl_results.load(path), folder)]
     return save_figures(load(path), folder)
@@ -272,7 +278,7 @@ def _below(path: Path) -> list[Path]:
     Raises:
         UsageError: There is none.
     """
-    names = (FILE_NAME, TUNING_FILE)
+    names = (FILE_NAME, TUNING_FILE, STUDY_FILE)
     if not path.is_dir() or any((path / name).is_file() for name in names):
         return [path]
     found = sorted(file for name in names for file in path.rglob(name))

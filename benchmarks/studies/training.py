@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One training run of a study: the tasks, weights, batches, schedule and loop of ``grng compare``."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from grng.compare.config import CompareConfig
+from grng.compare.optimizers import parse_spec
+from grng.compare.records import RunRecord
+from grng.compare.runs import build_model
+from grng.compare.training import Trainer
+from grng.tasks import ClassificationData, LoadRequest
+
+_SHARED: dict[str, Any] = dict(
+    epochs=1,
+    seeds=(0,),
+    hidden=None,
+    device="cpu",
+    threads=None,
+    warmup_fraction=0.05,
+    train_limit=None,
+)
+_QUICK = dict(steps=3, train_limit=200, validation=50, checkpoints=1)
+
+
+def settings(*, is_quick: bool = False, **options: Any) -> CompareConfig:
+    """The settings of a run.
+
+    Args:
+        is_quick: Three steps on 200 samples.
+        **options: Of ``CompareConfig``; ``task``, ``batch_size`` and ``steps`` at least.
+
+    Returns:
+        The settings.
+    """
+    chosen = {**_SHARED, **options, **(_QUICK if is_quick else {})}
+    return CompareConfig(**chosen)
+
+
+def about(config: CompareConfig) -> dict[str, Any]:
+    """The settings that are kept beside a study."""
+    return {
+        "task": config.task,
+        "model": config.model_entry.describe(config.model_options),
+        "batch_size": config.batch_size,
+        "steps": config.steps,
+        "warmup_fraction": config.warmup_fraction,
+        "schedule": config.schedule_name,
+        "train_limit": config.train_limit,
+        "validation": config.held_out,
+    }
+
+
+@functools.lru_cache(maxsize=4)
+def _data(
+    task: str, train_limit: int | None, validation: int, data_dir: Path | None
+) -> ClassificationData:
+    from grng.tasks import TASKS
+
+    request = LoadRequest(
+        torch.device("cpu"), data_dir, train_limit=train_limit, validation=validation
+    )
+    return TASKS[task].load(request)
+
+
+def data_of(config: CompareConfig, data_dir: Path | None) -> ClassificationData:
+    """The data of the settings, read once."""
+    return _data(config.task, config.train_limit, config.held_out, data_dir)
+
+
+@dataclass
+class Trained:
+    """A model after its last step, and the record of the run."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    record: RunRecord
+
+    @property
+    def ms_per_step(self) -> float:
+        """Mean of a whole step: forward, backward, observe, optimizer."""
+        return self.record.ms_per_step.total
+
+
+def train(
+    label: str,
+    config: CompareConfig,
+    seed: int,
+    data: ClassificationData,
+    *,
+    watch: Callable[[int, nn.Module], None] | None = None,
+) -> Trained:
+    """Train from the weights of a seed.
+
+    Args:
+        label: The optimizer, written as ``--optimizers`` takes it.
+        config: Task, model and length.
+        seed: Of weights and batches.
+        data: The samples.
+        watch: Called with the number of steps taken and the model: before the first step and after each.
+
+    Returns:
+        The model and what was recorded.
+
+    Raises:
+        ArithmeticError: Loss or weights stopped being finite (``NonFiniteError``).
+        RuntimeError: torch's or an optimizer's own, for the same reason.
+    """
+    spec = parse_spec(label).for_likelihood(config.task_entry.likelihood)
+    config = replace(config, seeds=(seed,))
+    model = build_model(config, seed, data.device)
+    optimizer = spec.build(model)
+    record = RunRecord(label, seed)
+    trainer = Trainer(record, model, optimizer, data, config, protocol=spec.entry.protocol)
+    steps = 0
+
+    def on_step() -> None:
+        nonlocal steps
+        steps += 1
+        if watch is not None:
+            watch(steps, model)
+
+    if watch is not None:
+        watch(0, model)
+    trainer.train(on_step, lambda: None)
+    return Trained(model, optimizer, record)

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The figure of a study: a row of panels, a colour for each series, the range of the seeds as a band."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from grng.compare.plot_style import RC, Style, assign_styles
+from grng.studies.records import Mean, Panel, StudyResult
+from grng.tasks.atomic import replacing
+
+PLOT_NAME = "study.png"
+_DOTS_PER_INCH = 150
+_PANEL_WIDTH = 4.6
+_PER_ROW = 3
+
+
+def _names(result: StudyResult, panel: Panel) -> list[str]:
+    """The categories of a panel, in the order of their first points."""
+    values = (point.get(panel.x) for run in result.runs for point in run.points)
+    return list(dict.fromkeys(str(value) for value in values if value is not None))
+
+
+def _pairs(result: StudyResult, panel: Panel, series: str) -> list[tuple[float, Mean]]:
+    """Places and values of a series."""
+    if panel.x_scale == "category":
+        return _by_name(result, panel, series)
+    found: list[tuple[float, Mean]] = []
+    for setting in result.settings(series):
+        x = result.means(series, setting, panel.x)
+        y = result.means(series, setting, panel.y)
+        if len(x) == len(y):
+            found += [(at.mean, value) for at, value in zip(x, y, strict=True)]
+    return found
+
+
+def _by_name(result: StudyResult, panel: Panel, series: str) -> list[tuple[float, Mean]]:
+    places = {name: float(number) for number, name in enumerate(_names(result, panel))}
+    found: list[tuple[float, Mean]] = []
+    for setting in result.settings(series):
+        own = next(r for r in result.runs if (r.series, r.setting) == (series, setting))
+        names = [str(point[panel.x]) for point in own.points if panel.y in point]
+        means = result.means(series, setting, panel.y)
+        if len(names) == len(means):
+            found += [(places[name], mean) for name, mean in zip(names, means, strict=True)]
+    return found
+
+
+def _draw(
+    axes: Axes, panel: Panel, pairs: list[tuple[float, Mean]], style: Style, label: str
+) -> None:
+    x = [place for place, _ in pairs]
+    y = [value.mean for _, value in pairs]
+    low, high = [value.low for _, value in pairs], [value.high for _, value in pairs]
+    is_line = panel.has_lines and panel.x_scale != "category"
+    marker = style.marker if len(x) <= 30 else None
+    if is_line:
+        axes.fill_between(x, low, high, color=style.color, alpha=0.15, linewidth=0)
+        axes.plot(x, y, color=style.color, linestyle=style.dash, marker=marker, ms=4.5, label=label)
+        return
+    errors = [
+        [a - b for a, b in zip(y, low, strict=True)],
+        [a - b for a, b in zip(high, y, strict=True)],
+    ]
+    axes.errorbar(
+        x, y, yerr=errors, color=style.color, marker=style.marker, ls="", capsize=3, label=label
+    )
+
+
+def _finish(axes: Axes, result: StudyResult, panel: Panel) -> None:
+    if panel.x_scale == "category":
+        names = _names(result, panel)
+        slant = 30 if max(map(len, names), default=0) > 8 else 0
+        axes.set_xticks(range(len(names)), names, rotation=slant, ha="right" if slant else "center")
+        axes.margins(x=0.08)
+    else:
+        axes.set_xscale(panel.x_scale)
+    axes.set_yscale(panel.y_scale)
+    axes.set_title(panel.title)
+    axes.set_xlabel(panel.x_label)
+    axes.set_ylabel(panel.y_label)
+
+
+def save_figure(result: StudyResult, folder: Path) -> Path:
+    """Draw ``study.png``.
+
+    Args:
+        result: The study.
+        folder: An existing folder.
+
+    Returns:
+        The path of the file.
+    """
+    styles = assign_styles(result.series)
+    columns = min(len(result.panels), _PER_ROW)
+    rows = -(-len(result.panels) // columns)
+    with rc_context(RC):
+        figure = Figure(figsize=(_PANEL_WIDTH * columns + 1.5, 3.9 * rows), layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False)
+        cells = grid.ravel().tolist()
+        for axes, panel in zip(cells, result.panels, strict=False):
+            for place, (series, style) in enumerate(styles.items()):
+                pairs = _pairs(result, panel, series)
+                if panel.x_scale == "category":
+                    # Side by side, not on top of each other.
+                    shift = 0.5 * (place - (len(styles) - 1) / 2) / len(styles)
+                    pairs = [(x + shift, value) for x, value in pairs]
+                _draw(axes, panel, pairs, style, series)
+            _finish(axes, result, panel)
+        for axes in cells[len(result.panels) :]:
+            axes.set_axis_off()
+        handles, labels = cells[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right upper", fontsize=9)
+        heading = f"{result.title}\n"
+        figure.suptitle(heading, x=0.008, ha="left", fontsize=13, fontweight="bold")
+        top = 1 - 0.36 / (3.9 * rows)
+        figure.text(0.008, top, result.subtitle, ha="left", va="top", fontsize=9, color="#555555")
+        path = folder / PLOT_NAME
+        with replacing(path) as partial:
+            figure.savefig(partial, format="png", dpi=_DOTS_PER_INCH)
+    return path
