@@ -24,54 +24,69 @@ from grng.tune.records import load
 
 RESULTS = Path(__file__).parent / "results"
 OPTIMIZERS = ("ring", "reng", "adamw", "muon", "soap", "sgd", "kfac", "sophiag")
+# Where a run takes a minute: the best rivals of the others.
+_FEW = ("ring", "adamw", "muon", "soap")
 # Whose defaults are run beside what the search found.
 OURS = ("ring", "reng")
-BUDGET = 10
 SEEDS = "0,1,2"
 _REFERENCE = "adamw"
 _QUICK = ("--steps", "3", "--checkpoints", "1", "--train-limit", "200", "--validation", "50")
-# Options of the length of a run, which a quick one has of its own.
-_LENGTH = ("--steps", "--checkpoints", "--train-limit", "--validation")
+# A search looks at the end alone; curves are of the test.
+_LOOKS = ("--checkpoints", "2")
 
 
 @dataclass(frozen=True)
 class Study:
-    """A task with how long and on what it is trained."""
+    """A task with how long and on what it is trained, what is compared, and trials for each of them."""
 
     title: str
     options: tuple[str, ...]
+    optimizers: tuple[str, ...]
+    budget: int
 
 
-def _study(title: str, options: str) -> Study:
-    return Study(title, tuple(options.split()))
+def _study(
+    title: str, options: str, optimizers: tuple[str, ...] = OPTIMIZERS, budget: int = 10
+) -> Study:
+    return Study(title, tuple(options.split()), optimizers, budget)
 
 
 STUDIES = {
+    "digits": _study("MLP, digits", "--task digits --batch-size 32 --steps 400 --checkpoints 20"),
     "mlp": _study(
         "MLP, Fashion-MNIST",
         "--task fashion-mnist --model mlp --batch-size 256 --steps 1075 --checkpoints 20 --validation 5000",
     ),
     "resnet": _study(
         "ResNet, Fashion-MNIST",
-        "--task fashion-mnist --model resnet --batch-size 64 --steps 300 --checkpoints 20 --validation 2000",
+        "--task fashion-mnist --model resnet --batch-size 64 --steps 250 --checkpoints 25 --validation 2000",
+        _FEW,
+        7,
     ),
     "vit": _study(
         "ViT, Fashion-MNIST",
-        "--task fashion-mnist --model vit --batch-size 64 --steps 400 --checkpoints 20 --validation 2000",
+        "--task fashion-mnist --model vit --batch-size 64 --steps 300 --checkpoints 20 --validation 2000",
+        _FEW,
+        7,
     ),
     "char": _study(
         "Transformer, characters of Shakespeare",
-        "--task shakespeare-char --batch-size 16 --steps 500 --checkpoints 20 --validation 200",
-    ),
-    "plays": _study(
-        "MiniLM with LoRA, ten plays",
-        "--task plays --batch-size 32 --steps 250 --checkpoints 10",
+        "--task shakespeare-char --batch-size 16 --steps 300 --checkpoints 20 --validation 200",
+        _FEW,
+        7,
     ),
     "authors": _study(
         "MiniLM with LoRA, two authors",
-        "--task authors --batch-size 32 --steps 150 --checkpoints 10",
+        "--task authors --batch-size 16 --steps 120 --checkpoints 12",
+        _FEW,
+        7,
     ),
-    "digits": _study("MLP, digits", "--task digits --batch-size 32 --steps 400 --checkpoints 20"),
+    "plays": _study(
+        "MiniLM with LoRA, ten plays",
+        "--task plays --batch-size 16 --steps 200 --checkpoints 10",
+        _FEW,
+        7,
+    ),
 }
 
 
@@ -80,13 +95,13 @@ def folder_of(task: str, out: Path) -> Path:
     return out / f"evidence-{task}"
 
 
-def _options(task: str, *, is_quick: bool) -> list[str]:
-    options = list(STUDIES[task].options)
-    if not is_quick:
-        return options
+def _options(task: str, others: tuple[str, ...] = ()) -> list[str]:
+    """The options of a study, of which others take the place of those of the same name."""
+    options = STUDIES[task].options
+    given = others[::2]
     pairs = zip(options[::2], options[1::2], strict=True)
-    kept = [part for name, value in pairs if name not in _LENGTH for part in (name, value)]
-    return [*kept, *_QUICK]
+    kept = [part for name, value in pairs if name not in given for part in (name, value)]
+    return [*kept, *others]
 
 
 def _run(arguments: list[str], file: Path) -> None:
@@ -116,7 +131,7 @@ def _has_diverged(content: dict[str, Any]) -> bool:
 def tune(task: str, optimizers: list[str], budget: int, out: Path, *, is_quick: bool) -> None:
     """Search for the settings of each optimizer."""
     for name in optimizers:
-        search = ["tune", *_options(task, is_quick=is_quick), "--optimizer", name]
+        search = ["tune", *_options(task, _QUICK if is_quick else _LOOKS), "--optimizer", name]
         folder = folder_of(task, out) / f"tune-{name}"
         _run([*search, "--budget", str(budget), "--out", str(folder)], folder / "tune.json")
 
@@ -158,7 +173,7 @@ def test(task: str, optimizers: list[str], budget: int, out: Path, *, is_quick: 
     _run(
         [
             "compare",
-            *_options(task, is_quick=is_quick),
+            *_options(task, _QUICK if is_quick else ()),
             "--optimizers",
             ",".join(chosen),
             "--reference",
@@ -176,19 +191,22 @@ def main() -> int:
     """Run a study; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("task", choices=STUDIES)
-    parser.add_argument("--optimizers", default=",".join(OPTIMIZERS))
-    parser.add_argument("--budget", type=int, default=BUDGET)
+    parser.add_argument("--optimizers", help="default: those of the task")
+    parser.add_argument("--budget", type=int, help="trials of each (default: of the task, 7 or 10)")
     parser.add_argument("--stage", choices=("tune", "test", "all"), default="all")
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results")
     arguments = parser.parse_args()
     if arguments.quick and arguments.out is None:
         parser.error("--quick needs --out: it would go on with the results that are kept")
-    names, out = arguments.optimizers.replace(" ", "").split(","), arguments.out or RESULTS
+    study, out = STUDIES[arguments.task], arguments.out or RESULTS
+    given = arguments.optimizers
+    names = list(study.optimizers) if given is None else given.replace(" ", "").split(",")
     for name in names:
         if name not in KNOWN:
             parser.error(f"--optimizers must be of {', '.join(KNOWN)}, got {name!r}")
-    budget = 2 if arguments.quick else arguments.budget
+    budget = study.budget if arguments.budget is None else arguments.budget
+    budget = 2 if arguments.quick else budget
     try:
         if arguments.stage in ("tune", "all"):
             tune(arguments.task, names, budget, out, is_quick=arguments.quick)

@@ -3,7 +3,21 @@
 
 from __future__ import annotations
 
-from studies import damping
+from studies import damping, gradient_norm, label_noise, lazy, robustness, variants
 from studies.definition import Definition
 
-STUDIES: dict[str, Definition] = {study.name: study for study in (damping.STUDY,)}
+STUDIES: dict[str, Definition] = {
+    study.name: study
+    for study in (
+        damping.STUDY,
+        lazy.MLP,
+        lazy.VIT,
+        variants.FISHER,
+        variants.PAPER_MODE,
+        gradient_norm.MLP,
+        gradient_norm.RESNET,
+        robustness.MLP,
+        robustness.RESNET,
+        label_noise.STUDY,
+    )
+}

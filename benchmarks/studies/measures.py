@@ -9,10 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Of power iteration and Hutchinson's estimate.
-_ITERATIONS = 30
-_PROBES = 20
-
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that are trained."""
@@ -30,16 +26,26 @@ def gradient_norm(model: nn.Module, inputs: Tensor, labels: Tensor) -> float:
     return math.sqrt(sum(float(grad.square().sum()) for grad in grads))
 
 
-def hessian(model: nn.Module, inputs: Tensor, labels: Tensor, seed: int) -> tuple[float, float]:
+def hessian(
+    model: nn.Module,
+    inputs: Tensor,
+    labels: Tensor,
+    seed: int,
+    *,
+    iterations: int = 30,
+    probes: int = 20,
+) -> tuple[float, float]:
     """Largest eigenvalue and trace of the Hessian of the mean loss.
 
-    By power iteration and by Hutchinson's estimate (1989) with signs, of 20 probes.
+    By power iteration and by Hutchinson's estimate (1989) with random signs.
 
     Args:
         model: With a loss that can be differentiated twice.
         inputs: Samples.
         labels: Their classes.
         seed: Of the vectors that are drawn.
+        iterations: Of the power iteration.
+        probes: Of the estimate of the trace.
 
     Returns:
         ``(eigenvalue, trace)``; the eigenvalue is the one that is largest in size.
@@ -56,14 +62,14 @@ def hessian(model: nn.Module, inputs: Tensor, labels: Tensor, seed: int) -> tupl
 
     vectors = [torch.randn(p.shape, generator=generator) for p in parameters]
     eigenvalue = 0.0
-    for _ in range(_ITERATIONS):
+    for _ in range(iterations):
         size = math.sqrt(dot(vectors, vectors))
         vectors = [v / size for v in vectors]
         image = product(vectors)
         eigenvalue = dot(vectors, image)
         vectors = image
     traces = []
-    for _ in range(_PROBES):
+    for _ in range(probes):
         signs = [
             torch.randint(0, 2, p.shape, generator=generator).to(p) * 2 - 1 for p in parameters
         ]

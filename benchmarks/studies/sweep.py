@@ -40,7 +40,12 @@ def at(**place: Value) -> tuple[dict[str, Value], ...]:
 
 
 def _run(variant: Variant, config: CompareConfig, options: Options, seed: int) -> Measured:
-    found = train(variant.optimizer, config, seed, data_of(config, options.data_dir))
+    found = train(
+        variant.optimizer,
+        config,
+        seed,
+        data_of(config, options.data_dir, is_quick=options.is_quick),
+    )
     record, end = found.record, found.record.epochs[-1]
     last = max(1, round(_FINAL_PART * len(record.step_loss)))
     values: dict[str, Value] = {

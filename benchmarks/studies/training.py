@@ -28,6 +28,7 @@ _SHARED: dict[str, Any] = dict(
     warmup_fraction=0.05,
     train_limit=None,
 )
+_QUICK_TEST = 200
 _QUICK = dict(steps=3, train_limit=200, validation=50, checkpoints=1)
 
 
@@ -71,9 +72,24 @@ def _data(
     return TASKS[task].load(request)
 
 
-def data_of(config: CompareConfig, data_dir: Path | None) -> ClassificationData:
-    """The data of the settings, read once."""
-    return _data(config.task, config.train_limit, config.held_out, data_dir)
+def data_of(
+    config: CompareConfig, data_dir: Path | None, *, is_quick: bool = False
+) -> ClassificationData:
+    """The data of the settings, read once.
+
+    Args:
+        config: Task and numbers of samples.
+        data_dir: Where it is looked for.
+        is_quick: With 200 test samples only.
+
+    Returns:
+        The data.
+    """
+    data = _data(config.task, config.train_limit, config.held_out, data_dir)
+    if not is_quick:
+        return data
+    few = slice(_QUICK_TEST)
+    return replace(data, test_inputs=data.test_inputs[few], test_labels=data.test_labels[few])
 
 
 @dataclass

@@ -89,10 +89,12 @@ def test_options_are_taken(task: str) -> None:
     from grng.__main__ import build_parser
     from grng.compare.cli import config_of
 
-    for is_quick in (False, True):
-        options = evidence._options(task, is_quick=is_quick)
-        arguments = build_parser().parse_args(["compare", *options])
-        config = config_of(arguments)
+    steps = {}
+    for others in ((), evidence._LOOKS, evidence._QUICK):
+        options = evidence._options(task, others)
+        assert len(set(options[::2])) == len(options[::2]), "an option is given twice"
+        config = config_of(build_parser().parse_args(["compare", *options]))
         assert config.held_out > 0
-        if is_quick:
-            assert config.steps == 3
+        steps[others] = config.steps
+    assert steps[evidence._QUICK] == 3
+    assert steps[evidence._LOOKS] == steps[()]

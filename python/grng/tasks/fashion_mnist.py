@@ -20,8 +20,8 @@ _SIDE = 28
 _PIXELS = _SIDE * _SIDE
 _CLASSES = 10
 # Mean and standard deviation of all training pixels, scaled to [0, 1].
-_PIXEL_MEAN = 0.2860
-_PIXEL_STD = 0.3530
+PIXEL_MEAN = 0.2860
+PIXEL_STD = 0.3530
 
 
 def build_mlp_model(options: ModelOptions) -> nn.Module:
@@ -66,7 +66,7 @@ def build_vit(options: ModelOptions) -> nn.Module:
 
 def _inputs(images: npt.NDArray[np.uint8], device: torch.device) -> Tensor:
     pixels = torch.from_numpy(images.reshape(len(images), _PIXELS).copy()).to(device)
-    return pixels.to(torch.float32).div_(255.0).sub_(_PIXEL_MEAN).div_(_PIXEL_STD)
+    return pixels.to(torch.float32).div_(255.0).sub_(PIXEL_MEAN).div_(PIXEL_STD)
 
 
 def _labels(labels: npt.NDArray[np.uint8], device: torch.device) -> Tensor:
