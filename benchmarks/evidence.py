@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every optimizer searched with the same budget on held-out samples, then run on other seeds and tested once.
 
-``python benchmarks/evidence.py TASK [--optimizers A,B] [--budget B] [--stage tune|test|all] [--quick] [--out
-FOLDER]`` with TASK one of ``STUDIES``. Stage ``tune`` runs ``python -m grng tune`` for each optimizer, into
-``FOLDER/evidence-TASK/tune-OPTIMIZER``; ``test`` compares the best settings of each, and the defaults of
-ours, into ``FOLDER/evidence-TASK``. Both go on where they were interrupted, by the same command.
+``python benchmarks/evidence.py TASK [--optimizers A,B] [--budget B] [--stage STAGE] [--quick] [--out DIR]``
+with TASK one of ``STUDIES``. Stage ``tune`` runs ``python -m grng tune`` for each optimizer, into
+``DIR/evidence-TASK/tune-OPTIMIZER``; ``test`` compares the best settings of each, and the defaults of
+ours, into ``DIR/evidence-TASK``; ``short`` does the same for ours and AdamW in 0.65 of the steps, each with
+the whole schedule, into ``DIR/evidence-TASK/short``; ``all`` is the three. All go on where they were
+interrupted, by the same command.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ _FEW = ("ring", "adamw", "muon", "soap")
 OURS = ("ring", "reng")
 SEEDS = "0,1,2"
 _REFERENCE = "adamw"
+# Of the steps: whether ours gets as far in these as AdamW does in all.
+SHORT = 0.65
 _QUICK = ("--steps", "3", "--checkpoints", "1", "--train-limit", "200", "--validation", "50")
 # A search looks at the end alone; curves are of the test.
 _LOOKS = ("--checkpoints", "2")
@@ -165,26 +169,38 @@ def specs(task: str, optimizers: list[str], budget: int, out: Path) -> list[str]
     return found
 
 
-def test(task: str, optimizers: list[str], budget: int, out: Path, *, is_quick: bool) -> None:
-    """Train what was found on other seeds, and look at the test set."""
-    folder = folder_of(task, out)
-    chosen = specs(task, optimizers, budget, out)
-    reference = _REFERENCE if _REFERENCE in optimizers else chosen[0]
+def _compare(task: str, chosen: list[str], folder: Path, others: tuple[str, ...]) -> None:
+    names = [name.split(":")[0] for name in chosen]
     _run(
         [
             "compare",
-            *_options(task, _QUICK if is_quick else ()),
+            *_options(task, others),
             "--optimizers",
             ",".join(chosen),
             "--reference",
-            reference,
+            _REFERENCE if _REFERENCE in names else chosen[0],
             "--seeds",
-            "0" if is_quick else SEEDS,
+            "0" if others == _QUICK else SEEDS,
             "--into",
             str(folder),
         ],
         folder / "result.json",
     )
+
+
+def test(task: str, optimizers: list[str], budget: int, out: Path, *, is_quick: bool) -> None:
+    """Train what was found on other seeds, and look at the test set."""
+    chosen = specs(task, optimizers, budget, out)
+    _compare(task, chosen, folder_of(task, out), _QUICK if is_quick else ())
+
+
+def short(task: str, optimizers: list[str], budget: int, out: Path, *, is_quick: bool) -> None:
+    """Train ours and AdamW for a part of the steps, on the same seeds, and look at the test set."""
+    names = [name for name in optimizers if name in (*OURS, _REFERENCE)]
+    chosen = specs(task, names, budget, out)
+    options = dict(zip(STUDIES[task].options[::2], STUDIES[task].options[1::2], strict=True))
+    steps = ("--steps", str(round(SHORT * int(options["--steps"]))), "--checkpoints", "1")
+    _compare(task, chosen, folder_of(task, out) / "short", _QUICK if is_quick else steps)
 
 
 def main() -> int:
@@ -193,7 +209,7 @@ def main() -> int:
     parser.add_argument("task", choices=STUDIES)
     parser.add_argument("--optimizers", help="default: those of the task")
     parser.add_argument("--budget", type=int, help="trials of each (default: of the task, 7 or 10)")
-    parser.add_argument("--stage", choices=("tune", "test", "all"), default="all")
+    parser.add_argument("--stage", choices=("tune", "test", "short", "all"), default="all")
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results")
     arguments = parser.parse_args()
@@ -208,10 +224,9 @@ def main() -> int:
     budget = study.budget if arguments.budget is None else arguments.budget
     budget = 2 if arguments.quick else budget
     try:
-        if arguments.stage in ("tune", "all"):
-            tune(arguments.task, names, budget, out, is_quick=arguments.quick)
-        if arguments.stage in ("test", "all"):
-            test(arguments.task, names, budget, out, is_quick=arguments.quick)
+        for stage in (tune, test, short):
+            if arguments.stage in (stage.__name__, "all"):
+                stage(arguments.task, names, budget, out, is_quick=arguments.quick)
     except UsageError as error:
         print(f"evidence.py: {error}", file=sys.stderr)
         return 2
