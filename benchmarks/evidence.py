@@ -4,9 +4,9 @@
 ``python benchmarks/evidence.py TASK [--optimizers A,B] [--budget B] [--stage STAGE] [--quick] [--out DIR]``
 with TASK one of ``STUDIES``. Stage ``tune`` runs ``python -m grng tune`` for each optimizer, into
 ``DIR/evidence-TASK/tune-OPTIMIZER``; ``test`` compares the best settings of each, and the defaults of
-ours, into ``DIR/evidence-TASK``; ``short`` does the same for ours and AdamW in 0.65 of the steps, each with
-the whole schedule, into ``DIR/evidence-TASK/short``; ``all`` is the three. All go on where they were
-interrupted, by the same command.
+ours, into ``DIR/evidence-TASK``; ``short`` does the same for ours and AdamW in 25, 40 and 65 % of the
+steps, each with the whole schedule, into ``DIR/evidence-TASK/short-PERCENT``; ``all`` is the three. All go on
+where they were interrupted, by the same command.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _FEW = ("ring", "adamw", "muon", "soap")
 OURS = ("ring", "reng")
 SEEDS = "0,1,2"
 _REFERENCE = "adamw"
-# Of the steps: whether ours gets as far in these as AdamW does in all.
-SHORT = 0.65
+# Percent of the steps: whether ours gets as far in these as AdamW does in all.
+SHORT = (25, 40, 65)
 _QUICK = ("--steps", "3", "--checkpoints", "1", "--train-limit", "200", "--validation", "50")
 # A search looks at the end alone; curves are of the test.
 _LOOKS = ("--checkpoints", "2")
@@ -195,12 +195,15 @@ def test(task: str, optimizers: list[str], budget: int, out: Path, *, is_quick: 
 
 
 def short(task: str, optimizers: list[str], budget: int, out: Path, *, is_quick: bool) -> None:
-    """Train ours and AdamW for a part of the steps, on the same seeds, and look at the test set."""
+    """Train ours and AdamW for parts of the steps, on the same seeds, and look at the test set."""
     names = [name for name in optimizers if name in (*OURS, _REFERENCE)]
     chosen = specs(task, names, budget, out)
     options = dict(zip(STUDIES[task].options[::2], STUDIES[task].options[1::2], strict=True))
-    steps = ("--steps", str(round(SHORT * int(options["--steps"]))), "--checkpoints", "1")
-    _compare(task, chosen, folder_of(task, out) / "short", _QUICK if is_quick else steps)
+    for percent in SHORT:
+        steps = round(percent / 100 * int(options["--steps"]))
+        length = ("--steps", str(steps), "--checkpoints", "1")
+        folder = folder_of(task, out) / f"short-{percent}"
+        _compare(task, chosen, folder, _QUICK if is_quick else length)
 
 
 def main() -> int:

@@ -32,9 +32,10 @@ def test_every_optimizer_is_searched_and_what_was_found_is_tested(tmp_path: Path
         assert [len(search["trials"]), search["config"]["budget"]] == [2, 2]
     best = {json.loads(p.read_text())["best"]["optimizer"] for p in folder.glob("*/tune.json")}
     assert best <= {run["optimizer"] for run in found["runs"]}
-    brief = json.loads((folder / "short" / "result.json").read_text())
-    names = {run["optimizer"].split(":")[0] for run in brief["runs"]}
-    assert names == {"ring", "reng", "adamw"}
+    for percent in evidence.SHORT:
+        brief = json.loads((folder / f"short-{percent}" / "result.json").read_text())
+        names = {run["optimizer"].split(":")[0] for run in brief["runs"]}
+        assert names == {"ring", "reng", "adamw"}
     # Once more: everything is there.
     before = (folder / "result.json").read_text()
     assert study("digits", "--quick", "--out", str(tmp_path)) == 0
