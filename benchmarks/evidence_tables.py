@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables of ``evidence.py`` and of the studies, from the results that are kept."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from evidence import OURS, SHORT, STUDIES
+
+from grng.compare.records import FINISHED, RunRecord
+from grng.compare.results import ComparisonResult, load
+from grng.studies.records import StudyResult
+from grng.studies.records import load as load_study
+
+RESULTS = Path(__file__).parent / "results"
+_NAMES = {
+    "ring": "RING",
+    "reng": "RENG",
+    "adamw": "AdamW",
+    "muon": "Muon",
+    "soap": "SOAP",
+    "sgd": "SGD",
+    "kfac": "KFAC",
+    "sophiag": "SophiaG",
+}
+_HEADINGS = {
+    "digits": "digits, MLP",
+    "mlp": "Fashion-MNIST, MLP",
+    "resnet": "Fashion-MNIST, ResNet",
+    "vit": "Fashion-MNIST, ViT",
+    "char": "characters, transformer (loss)",
+    "authors": "authors, MiniLM + LoRA",
+    "plays": "plays, MiniLM + LoRA",
+}
+# Runs that cannot be told apart by three seeds are both bold.
+_REFERENCE = "adamw"
+
+
+def text(values: Sequence[float], decimals: int, *, is_bold: bool = False) -> str:
+    """Mean ± standard deviation."""
+    spread = f" ± {statistics.stdev(values):.{decimals}f}" if len(values) > 1 else ""
+    written = f"{statistics.fmean(values):.{decimals}f}{spread}"
+    return f"**{written}**" if is_bold else written
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table, with a line break at its end."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def tasks() -> list[str]:
+    """The tasks whose evidence is there."""
+    return [task for task in STUDIES if (RESULTS / f"evidence-{task}" / "result.json").is_file()]
+
+
+@functools.cache
+def result(task: str, part: str = "") -> ComparisonResult:
+    """The comparison of a task; ``part`` is "short-65" for that of fewer steps."""
+    return load(RESULTS / f"evidence-{task}" / part)
+
+
+def _by_loss(task: str) -> bool:
+    return result(task).measure.name == "loss"
+
+
+def _value(task: str, run: RunRecord) -> float:
+    end = run.epochs[-1]
+    found = end.test_loss if _by_loss(task) else end.test_accuracy
+    assert found is not None, "the test set is looked at when a run ends"
+    return found if _by_loss(task) else 100 * found
+
+
+def values(task: str, label: str, part: str = "") -> list[float]:
+    """Test accuracy in %, or loss, of each seed; empty where a run did not finish."""
+    runs = [run for run in result(task, part).runs if run.optimizer == label]
+    if any(run.status != FINISHED for run in runs):
+        return []
+    return [_value(task, run) for run in runs]
+
+
+def labels(task: str, name: str) -> dict[str, str]:
+    """``"tuned"`` and, of ours, ``"defaults"`` with their specs; none that was not compared."""
+    own = [label for label in result(task).labels if label.split(":")[0] == name]
+    found = {"tuned" if ":" in label else "defaults": label for label in own}
+    if name in OURS and "tuned" in found:
+        # Where the search found nothing better than the defaults, both are one.
+        found.setdefault("defaults", found["tuned"])
+    return found
+
+
+def _rows() -> list[tuple[str, str]]:
+    names = [name for name in _NAMES if any(labels(task, name) for task in tasks())]
+    return [
+        (name, kind)
+        for name in names
+        for kind in (("defaults", "tuned") if name in OURS else ("tuned",))
+    ]
+
+
+def _score(task: str, value: float) -> float:
+    return -value if _by_loss(task) else value
+
+
+def accuracy() -> str:
+    """Test accuracy of every optimizer on every task; bold the best mean."""
+    columns = []
+    for task in tasks():
+        found = {
+            row: values(task, labels(task, row[0])[row[1]])
+            for row in _rows()
+            if row[1] in labels(task, row[0])
+        }
+        best = max(_score(task, statistics.fmean(own)) for own in found.values() if own)
+        decimals = 3 if _by_loss(task) else 2
+        column = {}
+        for row, own in found.items():
+            is_best = bool(own) and _score(task, statistics.fmean(own)) == best
+            column[row] = text(own, decimals, is_bold=is_best) if own else "diverged"
+        columns.append(column)
+    rows = []
+    for row in _rows():
+        name, kind = row
+        title = f"{_NAMES[name]}, defaults" if kind == "defaults" else _NAMES[name]
+        rows.append([title, *(column.get(row, "-") for column in columns)])
+    links = [
+        f"[{_HEADINGS[task]}](benchmarks/results/evidence-{task}/result.json)" for task in tasks()
+    ]
+    return markdown(["optimizer", *links], rows)
+
+
+def _part(task: str, label: str) -> str:
+    row = next(row for row in result(task).summary().rows if row.optimizer == label)
+    parts = (row.part_of_steps_to_target, row.part_of_steps_to_train_loss)
+    first, second = ("never" if part is None else f"{part:.2f}" for part in parts)
+    return f"{first} ({second})"
+
+
+def speed() -> str:
+    """In what part of the steps AdamW's final values are reached."""
+    names = [row for row in _rows() if row[0] != _REFERENCE]
+    names = [row for row in names if row[0] in (*OURS, "muon", "soap")]
+    heads = [
+        f"{_NAMES[name]}, defaults" if kind == "defaults" else _NAMES[name] for name, kind in names
+    ]
+    rows = []
+    for task in tasks():
+        known = [labels(task, name).get(kind) for name, kind in names]
+        rows.append([_HEADINGS[task], *("-" if own is None else _part(task, own) for own in known)])
+    return markdown(["task", *heads], rows)
+
+
+def _short_of(task: str, label: str) -> list[list[float]]:
+    """Values of a spec after each part of the steps, with the whole schedule, and after all of them."""
+    parts = [values(task, label, f"short-{percent}") for percent in SHORT]
+    return [*parts, values(task, label)]
+
+
+def short() -> str:
+    """Test values of shorter runs, each with its whole schedule; bold what reaches AdamW's longest."""
+    rows = []
+    for task in tasks():
+        if not (RESULTS / f"evidence-{task}" / f"short-{SHORT[-1]}" / "result.json").is_file():
+            continue
+        decimals = 3 if _by_loss(task) else 2
+        target = statistics.fmean(values(task, labels(task, _REFERENCE)["tuned"]))
+        lines = [("ring", "defaults"), ("ring", "tuned"), ("reng", "tuned"), (_REFERENCE, "tuned")]
+        for name, kind in lines:
+            label = labels(task, name).get(kind)
+            if label is None:
+                continue
+            cells = []
+            for own in _short_of(task, label):
+                is_there = bool(own) and _score(task, statistics.fmean(own)) >= _score(task, target)
+                cells.append(text(own, decimals, is_bold=is_there) if own else "diverged")
+            title = f"{_NAMES[name]}, defaults" if kind == "defaults" else _NAMES[name]
+            rows.append([_HEADINGS[task], title, *cells])
+    return markdown(["task", "optimizer", *(f"{p} % of the steps" for p in SHORT), "all"], rows)
+
+
+# ---- studies ----
+
+
+@functools.cache
+def study(name: str) -> StudyResult:
+    """A kept study."""
+    return load_study(RESULTS / f"study-{name}")
+
+
+def by_setting(
+    name: str, columns: dict[str, tuple[str, int]], *, place: int = -1, heading: str = "setting"
+) -> str:
+    """A row for each series and setting of a study, with the values at one place of its runs.
+
+    Args:
+        name: Of the study.
+        columns: By heading, the key of the points and how many decimals.
+        place: Which point of a run; the last unless said otherwise.
+        heading: Of the column with the settings.
+    """
+    found = study(name)
+    rows = []
+    for series in found.series:
+        for setting in found.settings(series):
+            cells = []
+            for key, decimals in columns.values():
+                means = found.means(series, setting, key)
+                cells.append(
+                    f"{means[place].mean:.{decimals}f} ± {means[place].deviation:.{decimals}f}"
+                    if means
+                    else "diverged"
+                )
+            rows.append([f"`{series}`", setting or "-", *cells])
+    return markdown(["optimizer", heading, *columns], rows)
