@@ -6,7 +6,8 @@ with TASK one of ``STUDIES``. Stage ``tune`` runs ``python -m grng tune`` for ea
 ``DIR/evidence-TASK/tune-OPTIMIZER``; ``test`` compares the best settings of each, and the defaults of
 ours, into ``DIR/evidence-TASK``; ``short`` does the same for ours and AdamW in 25, 40 and 65 % of the
 steps, each with the whole schedule, into ``DIR/evidence-TASK/short-PERCENT``; ``all`` is the three. All go on
-where they were interrupted, by the same command.
+where they were interrupted, by the same command. ``time``, which is not among them, wants an idle machine: it
+takes 80 steps with each, into ``DIR/evidence-TASK/time``.
 """
 
 from __future__ import annotations
@@ -206,13 +207,20 @@ def short(task: str, optimizers: list[str], budget: int, out: Path, *, is_quick:
         _compare(task, chosen, folder, _QUICK if is_quick else length)
 
 
+def time(task: str, optimizers: list[str], budget: int, out: Path, *, is_quick: bool) -> None:
+    """Take a few steps with each, to know what a step takes: no setting but the optimizer matters."""
+    del budget
+    length = ("--steps", "80", "--checkpoints", "1", "--validation", "100")
+    _compare(task, optimizers, folder_of(task, out) / "time", _QUICK if is_quick else length)
+
+
 def main() -> int:
     """Run a study; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("task", choices=STUDIES)
     parser.add_argument("--optimizers", help="default: those of the task")
     parser.add_argument("--budget", type=int, help="trials of each (default: of the task, 7 or 10)")
-    parser.add_argument("--stage", choices=("tune", "test", "short", "all"), default="all")
+    parser.add_argument("--stage", choices=("tune", "test", "short", "time", "all"), default="all")
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results")
     arguments = parser.parse_args()
@@ -227,8 +235,8 @@ def main() -> int:
     budget = study.budget if arguments.budget is None else arguments.budget
     budget = 2 if arguments.quick else budget
     try:
-        for stage in (tune, test, short):
-            if arguments.stage in (stage.__name__, "all"):
+        for stage in (tune, test, short, time):
+            if arguments.stage == stage.__name__ or (arguments.stage == "all" and stage != time):
                 stage(arguments.task, names, budget, out, is_quick=arguments.quick)
     except UsageError as error:
         print(f"evidence.py: {error}", file=sys.stderr)

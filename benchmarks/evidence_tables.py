@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from evidence import OURS, SHORT, STUDIES
@@ -215,3 +216,63 @@ def by_setting(
                 )
             rows.append([f"`{series}`", setting or "-", *cells])
     return markdown(["optimizer", heading, *columns], rows)
+
+
+def _interpolated(points: Sequence[tuple[float, float]], at: float) -> float:
+    """The second value where the first has a value that lies between those of two neighbours.
+
+    Raises:
+        ValueError: There are no such neighbours.
+    """
+    for (x0, y0), (x1, y1) in itertools.pairwise(sorted(points)):
+        if x0 <= at <= x1:
+            return y0 if x1 == x0 else y0 + (y1 - y0) * (at - x0) / (x1 - x0)
+    raise ValueError(f"no runs on both sides of {at}, between {min(points)} and {max(points)}")
+
+
+_KINDS = {
+    "corrupted": "corrupted",
+    "moved or rotated": "shifted",
+    "FGSM": "fgsm",
+    "PGD": "pgd",
+}
+
+
+def robustness(model: str) -> str:
+    """Accuracy on harder images where the clean accuracy is that of AdamW's longest runs."""
+    found = study(f"robustness-{model}")
+    reference = found.settings(_REFERENCE)[-1]
+    at = found.means(_REFERENCE, reference, "clean")[-1].mean
+    cells: dict[str, list[list[float]]] = {}
+    for series in found.series:
+        own = [run for run in found.runs if run.series == series]
+        for kind in _KINDS.values():
+            found_values = []
+            for seed in sorted({run.seed for run in own}):
+                if series == _REFERENCE:
+                    last = next(r for r in own if r.seed == seed and r.setting == reference)
+                    found_values.append(float(last.points[-1][kind] or 0))
+                    continue
+                points = [
+                    (float(run.points[-1]["clean"] or 0), float(run.points[-1][kind] or 0))
+                    for run in own
+                    if run.seed == seed
+                ]
+                found_values.append(_interpolated(points, at))
+            cells.setdefault(series, []).append(found_values)
+    rows = []
+    for series, columns in cells.items():
+        written = []
+        for place, own_values in enumerate(columns):
+            best = max(statistics.fmean(other[place]) for other in cells.values())
+            written.append(text(own_values, 2, is_bold=statistics.fmean(own_values) == best))
+        rows.append([_NAMES[series], *written])
+    return markdown([f"at {at:.2f} % clean", *_KINDS], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "evidence-accuracy": accuracy,
+    "evidence-speed": speed,
+    "evidence-short": short,
+    "robustness-mlp": functools.partial(robustness, "mlp"),
+}

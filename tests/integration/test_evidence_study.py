@@ -13,6 +13,8 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import evidence  # noqa: E402
 
+ONE = ("digits", "--quick", "--optimizers")
+
 
 def study(*options: str) -> int:
     with pytest.MonkeyPatch.context() as patch:
@@ -42,13 +44,18 @@ def test_every_optimizer_is_searched_and_what_was_found_is_tested(tmp_path: Path
     assert json.loads((folder / "result.json").read_text())["runs"] == json.loads(before)["runs"]
 
 
+def test_steps_are_timed(tmp_path: Path) -> None:
+    assert study(*ONE, "adamw,ring", "--stage", "time", "--out", str(tmp_path)) == 0
+    found = json.loads((tmp_path / "evidence-digits" / "time" / "result.json").read_text())
+    rows = {row["optimizer"]: row["ms_per_step_total"] for row in found["summary"]["rows"]}
+    assert set(rows) == {"ring", "adamw"}
+    assert min(rows.values()) > 0
+
+
 def test_quick_runs_do_not_go_among_the_results(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         study("digits", "--quick")
     assert "--quick needs --out" in capsys.readouterr().err
-
-
-ONE = ("digits", "--quick", "--optimizers")
 
 
 def test_names_are_checked_before_the_first_search(
