@@ -21,7 +21,7 @@ from grng.compare import environment
 from grng.compare.errors import UsageError
 from grng.compare.records import DIVERGED, FINISHED, INTERRUPTED
 from grng.compare.results import utc_now
-from grng.compare.resume import check_same
+from grng.compare.resume import take_up
 from grng.studies.plots import save_figure
 from grng.studies.records import FILE_NAME, StudyResult, StudyRun, load
 
@@ -32,7 +32,8 @@ def _begin(definition: Definition, options: Options, command: list[str], out: Pa
     """A new result, or the one that is there.
 
     Raises:
-        UsageError: The one that is there was begun with other settings, code or versions.
+        UsageError: The one that is there was begun with other settings, code or versions; or the folder
+            cannot be made.
     """
     fresh = StudyResult(
         name=definition.name,
@@ -44,10 +45,8 @@ def _begin(definition: Definition, options: Options, command: list[str], out: Pa
         environment=environment.describe(torch.device("cpu")),
         created_utc=utc_now(),
     )
-    file = out / FILE_NAME
-    if file.is_file():
-        known = load(file)
-        check_same(file, known, fresh)
+    known = take_up(out / FILE_NAME, fresh, load, option="--out")
+    if known is not None:
         fresh.runs = known.runs
         fresh.created_utc = known.created_utc
     return fresh
@@ -83,7 +82,6 @@ def run(definition: Definition, options: Options, command: list[str], folder: Pa
     """
     out = folder / f"study-{definition.name}"
     result = _begin(definition, options, command, out)
-    out.mkdir(parents=True, exist_ok=True)
     plan = list(definition.plan(options))
     try:
         for number, planned in enumerate(plan, start=1):

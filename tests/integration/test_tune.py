@@ -223,7 +223,7 @@ def test_all_results_below_a_folder_are_drawn(
     (tmp_path / "empty").mkdir()
     capsys.readouterr()
     assert main(["plot", str(tmp_path / "empty")]) == 2
-    assert "no result.json or tune.json there" in capsys.readouterr().err
+    assert "no result.json, tune.json or study.json there" in capsys.readouterr().err
 
 
 def test_interrupted_search_goes_on_as_if_it_had_not_been(

@@ -20,7 +20,7 @@ from grng.compare.plots import save_figures
 from grng.compare.progress import Reporter, choose_reporter
 from grng.compare.records import DIVERGED, FINISHED, INTERRUPTED, RUNNING, RunRecord
 from grng.compare.results import FILE_NAME, ComparisonResult, create_folder, load, utc_now
-from grng.compare.resume import check_same
+from grng.compare.resume import take_up
 from grng.compare.runs import check_specs, execute
 from grng.compare.summary import DEFAULT_REFERENCE
 from grng.compare.table import print_summary
@@ -189,17 +189,10 @@ def _begin(fresh: ComparisonResult, folder: Path) -> None:
     Raises:
         UsageError: They are of other settings, of other code or other data, or the folder cannot be made.
     """
-    file = folder / FILE_NAME
-    if file.is_file():
-        known = load(file)
-        check_same(file, known, fresh)
+    known = take_up(folder / FILE_NAME, fresh, load, option="--into")
+    if known is not None:
         fresh.runs = [run for run in known.runs if run.status in (FINISHED, DIVERGED)]
         fresh.created_utc, fresh.command = known.created_utc, known.command
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--into {folder}: {error.strerror}") from error
 
 
 def compare(arguments: argparse.Namespace, argv: list[str], folder: Path | None = None) -> int:
@@ -283,7 +276,8 @@ def _below(path: Path) -> list[Path]:
         return [path]
     found = sorted(file for name in names for file in path.rglob(name))
     if not found:
-        raise UsageError(f"{path}: no {' or '.join(names)} there, nor in a folder below")
+        known = f"{', '.join(names[:-1])} or {names[-1]}"
+        raise UsageError(f"{path}: no {known} there, nor in a folder below")
     return found
 
 

@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from grng.compare.errors import UsageError
 
@@ -21,6 +21,43 @@ _ENVIRONMENT = (
     "backend",
     "float32_matmul_precision",
 )
+
+
+Result = TypeVar("Result")
+
+
+def take_up(
+    file: Path,
+    fresh: Result,
+    load: Callable[[Path], Result],
+    *,
+    option: str,
+    but: tuple[str, ...] = (),
+) -> Result | None:
+    """What was begun in a folder, which is made if it is not there.
+
+    Args:
+        file: Where the result would be.
+        fresh: What a new one would be.
+        load: Reads the file.
+        option: That named the folder, for errors.
+        but: Settings that may differ.
+
+    Returns:
+        The result that is there, or None.
+
+    Raises:
+        UsageError: It is of other settings, code or data, or the folder cannot be made.
+    """
+    if file.is_file():
+        known = load(file)
+        check_same(file, known, fresh, but)
+        return known
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{option} {file.parent}: {error.strerror}") from error
+    return None
 
 
 def check_same(file: Path, known: Any, fresh: Any, but: tuple[str, ...] = ()) -> None:

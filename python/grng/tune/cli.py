@@ -26,7 +26,7 @@ from grng.compare.plan import make_plan
 from grng.compare.progress import Reporter, choose_reporter
 from grng.compare.records import FINISHED, INTERRUPTED, RunRecord
 from grng.compare.results import utc_now
-from grng.compare.resume import check_same
+from grng.compare.resume import take_up
 from grng.compare.runs import check_specs
 from grng.rl.environments import TASKS as ENVIRONMENTS
 from grng.tasks import DataError
@@ -95,24 +95,19 @@ def _take_up(fresh: TuningResult, folder: Path, space: Space) -> None:
             made.
     """
     file = folder / FILE_NAME
-    if file.is_file():
-        known = load(file)
-        check_same(file, known, fresh, but=("budget",))
-        if len(known.trials) > fresh.config["budget"]:
-            raise UsageError(
-                f"--budget must be at least {len(known.trials)}, the number of trials in {file}, got "
-                f"{fresh.config['budget']}"
-            )
-        for number, trial in enumerate(known.trials):
-            if any(trial.options.get(key) not in values for key, values in space.items()):
-                raise UsageError(f"{file}: trials[{number}].options must be of the space")
-        fresh.trials = known.trials
-        fresh.created_utc = known.created_utc
+    known = take_up(file, fresh, load, option="--out", but=("budget",))
+    if known is None:
         return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out {folder}: {error.strerror}") from error
+    if len(known.trials) > fresh.config["budget"]:
+        raise UsageError(
+            f"--budget must be at least {len(known.trials)}, the number of trials in {file}, got "
+            f"{fresh.config['budget']}"
+        )
+    for number, trial in enumerate(known.trials):
+        if any(trial.options.get(key) not in values for key, values in space.items()):
+            raise UsageError(f"{file}: trials[{number}].options must be of the space")
+    fresh.trials = known.trials
+    fresh.created_utc = known.created_utc
 
 
 def tune(arguments: argparse.Namespace, argv: list[str]) -> int:

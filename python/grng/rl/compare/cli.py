@@ -16,7 +16,7 @@ from grng.compare.cli import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, make_consol
 from grng.compare.describe import without_paths
 from grng.compare.errors import UsageError
 from grng.compare.results import FILE_NAME, create_folder, utc_now
-from grng.compare.resume import check_same
+from grng.compare.resume import take_up
 from grng.rl.compare.methods import Method, parse_methods
 from grng.rl.compare.plots import save_figure
 from grng.rl.compare.records import DIVERGED, FINISHED, INTERRUPTED, RUNNING, RLRun
@@ -146,17 +146,10 @@ def _begin(fresh: RLResult, folder: Path) -> None:
     Raises:
         UsageError: They are of other settings or of other code, or the folder cannot be made.
     """
-    file = folder / FILE_NAME
-    if file.is_file():
-        known = load(file)
-        check_same(file, known, fresh)
+    known = take_up(folder / FILE_NAME, fresh, load, option="--into")
+    if known is not None:
         fresh.runs = [run for run in known.runs if run.status in (FINISHED, DIVERGED)]
         fresh.created_utc, fresh.command = known.created_utc, known.command
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--into {folder}: {error.strerror}") from error
 
 
 def compare(arguments: argparse.Namespace, argv: list[str]) -> int:
