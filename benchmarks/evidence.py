@@ -4,7 +4,7 @@
 ``python benchmarks/evidence.py TASK [--optimizers A,B] [--budget B] [--stage STAGE] [--quick] [--out DIR]``
 with TASK one of ``STUDIES``. Stage ``tune`` runs ``python -m grng tune`` for each optimizer, into
 ``DIR/evidence-TASK/tune-OPTIMIZER``; ``test`` compares the best settings of each, and the defaults of
-ours, into ``DIR/evidence-TASK``; ``short`` does the same for ours and AdamW in 25, 40 and 65 % of the
+ours, into ``DIR/evidence-TASK``; ``short`` does the same for RING and AdamW in 25, 40 and 65 % of the
 steps, each with the whole schedule, into ``DIR/evidence-TASK/short-PERCENT``; ``all`` is the three. All go on
 where they were interrupted, by the same command. ``time``, which is not among them, wants an idle machine: it
 takes 80 steps with each, into ``DIR/evidence-TASK/time``.
@@ -33,7 +33,7 @@ _FEW = ("ring", "adamw", "muon", "soap")
 OURS = ("ring", "reng")
 SEEDS = "0,1,2"
 _REFERENCE = "adamw"
-# Percent of the steps: whether ours gets as far in these as AdamW does in all.
+# Percent of the steps: whether RING gets as far in these as AdamW does in all.
 SHORT = (25, 40, 65)
 _QUICK = ("--steps", "3", "--checkpoints", "1", "--train-limit", "200", "--validation", "50")
 # A search looks at the end alone; curves are of the test.
@@ -196,8 +196,8 @@ def test(task: str, optimizers: list[str], budget: int, out: Path, *, is_quick: 
 
 
 def short(task: str, optimizers: list[str], budget: int, out: Path, *, is_quick: bool) -> None:
-    """Train ours and AdamW for parts of the steps, on the same seeds, and look at the test set."""
-    names = [name for name in optimizers if name in (*OURS, _REFERENCE)]
+    """Train RING and AdamW for parts of the steps, on the same seeds, and look at the test set."""
+    names = [name for name in optimizers if name in (OURS[0], _REFERENCE)]
     chosen = specs(task, names, budget, out)
     options = dict(zip(STUDIES[task].options[::2], STUDIES[task].options[1::2], strict=True))
     for percent in SHORT:

@@ -168,7 +168,7 @@ def short() -> str:
             continue
         decimals = 3 if _by_loss(task) else 2
         target = statistics.fmean(values(task, labels(task, _REFERENCE)["tuned"]))
-        lines = [("ring", "defaults"), ("ring", "tuned"), ("reng", "tuned"), (_REFERENCE, "tuned")]
+        lines = [("ring", "defaults"), ("ring", "tuned"), (_REFERENCE, "tuned")]
         for name, kind in lines:
             label = labels(task, name).get(kind)
             if label is None:
