@@ -96,7 +96,8 @@ def save_figure(result: StudyResult, folder: Path) -> Path:
         The path of the file.
     """
     styles = assign_styles(result.series)
-    columns = min(len(result.panels), _PER_ROW)
+    # Four are a square, not three and one.
+    columns = 2 if len(result.panels) == 4 else min(len(result.panels), _PER_ROW)
     rows = -(-len(result.panels) // columns)
     with rc_context(RC):
         figure = Figure(figsize=(_PANEL_WIDTH * columns + 1.5, 3.9 * rows), layout="constrained")
