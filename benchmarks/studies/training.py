@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from grng.compare.config import CompareConfig
+from grng.compare.few_shot import first_of_each_class
 from grng.compare.optimizers import parse_spec
 from grng.compare.records import RunRecord
 from grng.compare.runs import build_model
@@ -56,6 +57,7 @@ def about(config: CompareConfig) -> dict[str, Any]:
         "warmup_fraction": config.warmup_fraction,
         "schedule": config.schedule_name,
         "train_limit": config.train_limit,
+        "per_class": config.per_class,
         "validation": config.held_out,
     }
 
@@ -86,6 +88,8 @@ def data_of(
         The data.
     """
     data = _data(config.task, config.train_limit, config.held_out, data_dir)
+    if config.per_class is not None:
+        data = first_of_each_class(data, config.task_entry.classes, config.per_class)
     if not is_quick:
         return data
     few = slice(_QUICK_TEST)

@@ -80,7 +80,11 @@ def _add_compare(commands: argparse._SubParsersAction[_Parser]) -> None:
 def _add_runs(parser: argparse.ArgumentParser) -> None:
     """Options of how a model is trained, whatever for."""
     add = parser.add_argument
-    add("--model", help="mlp (the default), resnet or vit for fashion-mnist; other tasks have one")
+    add(
+        "--model",
+        help="for fashion-mnist mlp (the default), resnet or vit; for authors and plays minilm (with LoRA, "
+        "the default), minilm-full (all its weights) or minilm-scratch (fresh weights); others have one",
+    )
     add("--epochs", type=int, help="passes over the training set (default: 10)")
     add("--steps", type=int, metavar="N", help="train for N steps instead of whole epochs")
     add(
@@ -102,6 +106,12 @@ def _add_runs(parser: argparse.ArgumentParser) -> None:
     add("--warmup-fraction", type=float, default=0.05, help="part of the steps with rising lr")
     add("--schedule", help="of the lr: cosine or constant (default: cosine, in a stream constant)")
     add("--train-limit", type=int, metavar="N", help="use only the first N training samples")
+    add(
+        "--per-class",
+        type=int,
+        metavar="K",
+        help="use only the first K training samples of each class",
+    )
     add(
         "--validation",
         type=int,

@@ -140,6 +140,10 @@ def test_model_is_the_first_of_the_task_unless_given() -> None:
             "--hidden does not apply to model 'vit' of task 'fashion-mnist', which has no such option",
         ),
         ({"lora_rank": 4}, "--lora-rank does not apply to model 'mlp' of .*, which has --hidden"),
+        (
+            {"task": "authors", "model": "minilm-full", "lora_rank": 4},
+            "--lora-rank does not apply to model 'minilm-full' of .*, which has no such option",
+        ),
     ],
 )
 def test_wrong_model_options_are_named(options: dict[str, str], message: str) -> None:

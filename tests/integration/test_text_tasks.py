@@ -310,6 +310,62 @@ def test_minilm_trains_lora_and_head_only_and_ignores_padding() -> None:
 
 
 @needs_minilm
+@pytest.mark.parametrize("task", ["authors", "plays"])
+@pytest.mark.parametrize("name", ["minilm-full", "minilm-scratch"])
+def test_whole_minilm_is_trained(task: str, name: str) -> None:
+    entry = TASKS[task].models[name]
+    torch.manual_seed(0)
+    model = entry.build(ModelOptions())
+    ids = torch.randint(1000, 2000, (2, 12), generator=torch.Generator().manual_seed(0))
+    ids[1, 7:] = 0
+    logits = model.train()(ids)
+    assert logits.shape == (2, TASKS[task].classes)
+    assert torch.equal(logits, model(ids))
+    torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1])).backward()
+    assert all(p.requires_grad and p.grad is not None for p in model.parameters())
+    # 30,522 words, 512 places and 2 kinds; then 6 layers of width 384 with 1,536 inside; then the head.
+    layer = 4 * (384 * 384 + 384) + 2 * 384 * 1536 + 1536 + 384 + 4 * 384
+    embeddings = (30_522 + 512 + 2) * 384 + 2 * 384
+    head = 385 * TASKS[task].classes
+    assert sum(p.numel() for p in model.parameters()) == embeddings + 6 * layer + head
+
+
+@needs_minilm
+def test_full_minilm_begins_where_lora_does() -> None:
+    models = [TASKS["authors"].models[name] for name in ("minilm", "minilm-full")]
+    ids = torch.randint(1000, 2000, (2, 12), generator=torch.Generator().manual_seed(0))
+    states = []
+    for entry in models:
+        model = entry.build(ModelOptions())
+        assert isinstance(model, minilm.SentenceClassifier)
+        model.head = torch.nn.Identity()
+        states.append(model(ids))
+    # LoRA's second matrix is zero at first.
+    torch.testing.assert_close(states[0], states[1])
+
+
+@needs_minilm
+@pytest.mark.parametrize("name", ["minilm", "minilm-full", "minilm-scratch"])
+def test_weights_depend_on_the_seed_alone(name: str) -> None:
+    def build(seed: int) -> dict[str, torch.Tensor]:
+        torch.manual_seed(seed)
+        return dict(TASKS["authors"].models[name].build(ModelOptions()).named_parameters())
+
+    first, again, other = build(1), build(1), build(2)
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    changed = {key for key in first if not torch.equal(first[key], other[key])}
+    assert "head.weight" in changed
+    matrices = {key for key, p in first.items() if key.startswith("encoder.") and p.dim() == 2}
+    # Of pretrained weights none; LoRA's second matrices are zero whatever the seed.
+    drawn = {"minilm-scratch": matrices, "minilm-full": set()}
+    expected = drawn.get(name, {key for key in matrices if "lora_A" in key})
+    assert {key for key in changed if key.startswith("encoder.")} == expected
+    if name == "minilm-scratch":
+        query = first["encoder.encoder.layer.0.attention.self.query.weight"]
+        assert query.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+@needs_minilm
 def test_minilm_knows_what_sentences_mean() -> None:
     """The pretrained weights are in the right places: related sentences are close."""
     model = minilm.build_model(rank=2, classes=2)

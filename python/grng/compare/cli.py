@@ -14,6 +14,7 @@ from grng.compare import environment
 from grng.compare.config import CompareConfig, resolve_device
 from grng.compare.describe import describe_config, describe_data, without_paths
 from grng.compare.errors import UsageError
+from grng.compare.few_shot import first_of_each_class
 from grng.compare.optimizers import OptimizerSpec, parse_specs
 from grng.compare.plan import make_plan
 from grng.compare.plots import save_figures
@@ -94,6 +95,7 @@ def config_of(arguments: argparse.Namespace) -> CompareConfig:
         steps=arguments.steps,
         reference=arguments.reference.replace(" ", ""),
         data_dir=arguments.data_dir,
+        per_class=arguments.per_class,
     )
 
 
@@ -172,6 +174,7 @@ def load_data(config: CompareConfig, device: torch.device, console: Console) -> 
 
     Raises:
         DataError: It is missing or damaged.
+        UsageError: A class has fewer samples than are asked for.
     """
     request = LoadRequest(
         device=device,
@@ -180,7 +183,10 @@ def load_data(config: CompareConfig, device: torch.device, console: Console) -> 
         validation=config.held_out,
         report=lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True),
     )
-    return config.task_entry.load(request)
+    data = config.task_entry.load(request)
+    if config.per_class is None:
+        return data
+    return first_of_each_class(data, config.task_entry.classes, config.per_class)
 
 
 def _begin(fresh: ComparisonResult, folder: Path) -> None:

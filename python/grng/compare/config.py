@@ -53,6 +53,8 @@ class CompareConfig:
     reference: str = DEFAULT_REFERENCE
     # Folder of the data files; None is the cache folder.
     data_dir: Path | None = None
+    # Training samples of each class; None for all.
+    per_class: int | None = None
 
     def __post_init__(self) -> None:
         """Checks the values.
@@ -68,6 +70,7 @@ class CompareConfig:
         _at_least_one("--batch-size", self.batch_size)
         _at_least_one("--threads", self.threads)
         _at_least_one("--train-limit", self.train_limit)
+        _at_least_one("--per-class", self.per_class)
         _at_least_one("--stream", self.stream)
         _at_least_one("--steps", self.steps)
         _at_least_one("--checkpoints", self.checkpoints)
@@ -87,6 +90,7 @@ class CompareConfig:
             valid = ", ".join(SCHEDULES)
             raise UsageError(f"--schedule must be one of {valid}, got {self.schedule!r}")
         self._check_samples()
+        self._check_per_class()
         for seed in self.seeds:
             if not 0 <= seed <= _LARGEST_SEED:
                 raise UsageError(f"--seeds must be in [0, 2**63), got {seed}")
@@ -141,6 +145,19 @@ class CompareConfig:
             raise UsageError(
                 f"--checkpoints must be at most the {most} {of}, got {self.checkpoints}"
             )
+
+    def _check_per_class(self) -> None:
+        if self.per_class is None:
+            return
+        if self.train_limit is not None:
+            raise UsageError("--per-class does not go with --train-limit: give one of them")
+        task, why = self.task_entry, None
+        if task.likelihood != "categorical":
+            why = "it predicts numbers, not classes"
+        elif task.unit != "sample":
+            why = f"it has one label per {task.unit}"
+        if why is not None:
+            raise UsageError(f"--per-class does not apply to task {self.task!r}: {why}")
 
     @property
     def task_entry(self) -> Task:

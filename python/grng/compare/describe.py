@@ -78,6 +78,7 @@ def describe_config(
         "schedule": _SCHEDULES[config.schedule_name],
         "warmup_fraction": config.warmup_fraction if config.schedule_name == "cosine" else 0.0,
         "train_limit": config.train_limit,
+        "per_class": config.per_class,
         "validation": config.held_out,
         "device": config.device,
         "threads": config.threads,

@@ -86,11 +86,29 @@ def _mlp(build: Callable[[ModelOptions], nn.Module], hidden: tuple[int, ...]) ->
     return Model(build, describe, option=("hidden", hidden))
 
 
-def _minilm(build: Callable[[ModelOptions], nn.Module]) -> Model:
+def _minilm(classes: int) -> dict[str, Model]:
+    def with_lora(options: ModelOptions) -> nn.Module:
+        return minilm.build_model(options.lora_rank, classes)
+
     def describe(options: ModelOptions) -> str:
         return minilm.describe(options.lora_rank)
 
-    return Model(build, describe, option=("lora_rank", 8), evaluation_rows=100)
+    def whole(*, is_pretrained: bool) -> Model:
+        def build(options: ModelOptions) -> nn.Module:
+            del options
+            return minilm.build_whole(classes, is_pretrained=is_pretrained)
+
+        def describe(options: ModelOptions) -> str:
+            del options
+            return minilm.describe_whole(is_pretrained=is_pretrained)
+
+        return Model(build, describe, evaluation_rows=100)
+
+    return {
+        "minilm": Model(with_lora, describe, option=("lora_rank", 8), evaluation_rows=100),
+        "minilm-full": whole(is_pretrained=True),
+        "minilm-scratch": whole(is_pretrained=False),
+    }
 
 
 def _images(task: images.ImageSet, title: str, train: int, test: int, validation: int) -> Task:
@@ -176,19 +194,19 @@ TASKS: dict[str, Task] = {
     ),
     "authors": Task(
         title="Shakespeare or Milton",
-        description="sentences of 2 authors, 2,894 train / 400 validation / 800 test, MiniLM + LoRA",
+        description="sentences of 2 authors, 2,894 train / 400 validation / 800 test, MiniLM",
         classes=2,
         load=authors.load,
-        models={"minilm": _minilm(authors.build_model)},
+        models=_minilm(classes=2),
         validation=authors.VALIDATION,
         stream_validation=authors.VALIDATION,
     ),
     "plays": Task(
         title="Ten plays of Shakespeare",
-        description="passages of 10 plays, 5,090 train / 500 validation / 1,000 test, MiniLM + LoRA",
+        description="passages of 10 plays, 5,090 train / 500 validation / 1,000 test, MiniLM",
         classes=10,
         load=plays.load,
-        models={"minilm": _minilm(plays.build_model)},
+        models=_minilm(classes=10),
         validation=plays.VALIDATION,
         stream_validation=plays.VALIDATION,
     ),

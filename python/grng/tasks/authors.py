@@ -5,16 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import nn
-
-from grng.tasks import minilm, token_ids
-from grng.tasks.data import ClassificationData, LoadRequest, ModelOptions
+from grng.tasks import token_ids
+from grng.tasks.data import ClassificationData, LoadRequest
 from grng.tasks.shakespeare_text import PLAYS, sentences, spoken_lines
 from grng.tasks.splits import hashed_order
 
 VALIDATION = 400
 _TEST = 800
-_CLASSES = 2
 # The other Milton texts of the archive repeat these, are translations, or are mostly an editor's.
 _MILTON = (
     "paradise_lost_(no_introduction)",
@@ -43,11 +40,6 @@ CORPUS = token_ids.Corpus(
     label=_label,
     test_samples=_TEST,
 )
-
-
-def build_model(options: ModelOptions) -> nn.Module:
-    """MiniLM with LoRA and two classes; ``options.lora_rank`` is the rank."""
-    return minilm.build_model(options.lora_rank, _CLASSES)
 
 
 def load(request: LoadRequest) -> ClassificationData:

@@ -5,10 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import nn
-
-from grng.tasks import minilm, token_ids
-from grng.tasks.data import ClassificationData, LoadRequest, ModelOptions
+from grng.tasks import token_ids
+from grng.tasks.data import ClassificationData, LoadRequest
 from grng.tasks.shakespeare_text import PLAYS, passages
 
 VALIDATION = 500
@@ -26,11 +24,6 @@ CORPUS = token_ids.Corpus(
     test_samples=_TEST,
     most_samples=_TEST + VALIDATION + _TRAIN,
 )
-
-
-def build_model(options: ModelOptions) -> nn.Module:
-    """MiniLM with LoRA and ten classes; ``options.lora_rank`` is the rank."""
-    return minilm.build_model(options.lora_rank, len(PLAYS))
 
 
 def load(request: LoadRequest) -> ClassificationData:

@@ -37,6 +37,7 @@ _FOREIGN: dict[str, Any] = {
     "lora_rank": None,
     "schedule": None,
     "train_limit": None,
+    "per_class": None,
     "validation": None,
     "data_dir": None,
     "warmup_fraction": 0.05,
