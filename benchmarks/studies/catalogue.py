@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from studies import damping, gradient_norm, label_noise, lazy, robustness, variants
+from studies import damping, gradient_norm, label_noise, lazy, robustness, two_layer, variants
 from studies.definition import Definition
 
 STUDIES: dict[str, Definition] = {
@@ -19,5 +19,6 @@ STUDIES: dict[str, Definition] = {
         robustness.MLP,
         robustness.RESNET,
         label_noise.STUDY,
+        two_layer.STUDY,
     )
 }

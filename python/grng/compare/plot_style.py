@@ -27,7 +27,7 @@ _FAMILY_COLORS = {
     "ppo": "#E69F00",
     "trpo": "#56B4E9",
 }
-_OTHER_COLORS = ("#117733", "#DDCC77")
+_OTHER_COLORS = ("#117733", "#DDCC77", "#AA4499")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
 _MARKERS = ("o", "s", "^", "D")
 
