@@ -3,7 +3,16 @@
 
 from __future__ import annotations
 
-from studies import damping, gradient_norm, label_noise, lazy, robustness, two_layer, variants
+from studies import (
+    damping,
+    gradient_norm,
+    label_noise,
+    lazy,
+    memory,
+    robustness,
+    two_layer,
+    variants,
+)
 from studies.definition import Definition
 
 STUDIES: dict[str, Definition] = {
@@ -20,5 +29,6 @@ STUDIES: dict[str, Definition] = {
         robustness.RESNET,
         label_noise.STUDY,
         two_layer.STUDY,
+        memory.STUDY,
     )
 }
