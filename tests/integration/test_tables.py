@@ -38,7 +38,11 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_each_result_is_on_a_page() -> None:
     text = "".join(page.read_text(encoding="utf-8") for page in tables.PAGES)
     text += (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
-    folders = [path.parent.name for path in tables.RESULTS.glob("*/result.json")]
+    folders = [
+        path.parent.name
+        for name in ("result.json", "study.json")
+        for path in tables.RESULTS.glob(f"*/{name}")
+    ]
     # The searches of the studies stand beside their studies.
     unshown = [
         name for name in folders if f"results/{name}/" not in text and not name.endswith("-tuning")
