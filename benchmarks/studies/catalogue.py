@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from studies import (
     damping,
+    fine_tuning,
     gradient_norm,
     label_noise,
     lazy,
@@ -28,7 +29,8 @@ STUDIES: dict[str, Definition] = {
         robustness.MLP,
         robustness.RESNET,
         label_noise.STUDY,
-        two_layer.STUDY,
+        fine_tuning.STUDY,
         memory.STUDY,
+        two_layer.STUDY,
     )
 }

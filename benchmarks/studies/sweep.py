@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from grng.compare.config import CompareConfig
 from grng.studies.records import Value
 from studies.definition import Measured, Options, Planned
-from studies.training import data_of, train
+from studies.training import Trained, data_of, train
 
 # Part of the steps, at the end, whose mean loss is the final training loss.
 _FINAL_PART = 0.1
@@ -39,13 +39,8 @@ def at(**place: Value) -> tuple[dict[str, Value], ...]:
     return (place,)
 
 
-def _run(variant: Variant, config: CompareConfig, options: Options, seed: int) -> Measured:
-    found = train(
-        variant.optimizer,
-        config,
-        seed,
-        data_of(config, options.data_dir, is_quick=options.is_quick),
-    )
+def at_end(found: Trained) -> dict[str, Value]:
+    """What is measured at the end of a run: accuracies in %, losses, milliseconds of a step."""
     record, end = found.record, found.record.epochs[-1]
     last = max(1, round(_FINAL_PART * len(record.step_loss)))
     values: dict[str, Value] = {
@@ -56,7 +51,18 @@ def _run(variant: Variant, config: CompareConfig, options: Options, seed: int) -
     }
     if end.validation_accuracy is not None:
         values["validation_accuracy"] = 100 * end.validation_accuracy
-    return Measured([{**place, **values} for place in variant.places], record.train_seconds)
+    return values
+
+
+def _run(variant: Variant, config: CompareConfig, options: Options, seed: int) -> Measured:
+    found = train(
+        variant.optimizer,
+        config,
+        seed,
+        data_of(config, options.data_dir, is_quick=options.is_quick),
+    )
+    values = at_end(found)
+    return Measured([{**place, **values} for place in variant.places], found.record.train_seconds)
 
 
 def plan(variants: Sequence[Variant], config: CompareConfig, options: Options) -> Iterator[Planned]:
