@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from evidence import OURS, SHORT, STUDIES
+from table_text import markdown, text
 
 from grng.compare.records import FINISHED, RunRecord
 from grng.compare.results import ComparisonResult, load
-from grng.studies.records import StudyResult
+from grng.studies.records import StudyResult, StudyRun
 from grng.studies.records import load as load_study
 
 RESULTS = Path(__file__).parent / "results"
@@ -36,21 +37,7 @@ _HEADINGS = {
     "authors": "authors, MiniLM + LoRA",
     "plays": "plays, MiniLM + LoRA",
 }
-# Runs that cannot be told apart by three seeds are both bold.
 _REFERENCE = "adamw"
-
-
-def text(values: Sequence[float], decimals: int, *, is_bold: bool = False) -> str:
-    """Mean ± standard deviation."""
-    spread = f" ± {statistics.stdev(values):.{decimals}f}" if len(values) > 1 else ""
-    written = f"{statistics.fmean(values):.{decimals}f}{spread}"
-    return f"**{written}**" if is_bold else written
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table, with a line break at its end."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def tasks() -> list[str]:
@@ -182,6 +169,41 @@ def short() -> str:
     return markdown(["task", "optimizer", *(f"{p} % of the steps" for p in SHORT), "all"], rows)
 
 
+def _reached(task: str, label: str) -> int | None:
+    """The shortest length, in percent of the steps, whose mean reaches that of AdamW's longest runs."""
+    target = _score(task, statistics.fmean(values(task, labels(task, _REFERENCE)["tuned"])))
+    for percent, own in zip((*SHORT, 100), _short_of(task, label), strict=True):
+        if own and _score(task, statistics.fmean(own)) >= target:
+            return percent
+    return None
+
+
+def wall_clock() -> str:
+    """What a step takes, on an idle machine, and with it the time that RING takes to where AdamW ends."""
+    rows = []
+    for task in tasks():
+        if not (RESULTS / f"evidence-{task}" / "time" / "result.json").is_file():
+            continue
+        runs = result(task, "time").runs
+        step = {
+            name: statistics.median(r.ms_per_step.total for r in runs if r.optimizer == name)
+            for name in ("ring", _REFERENCE)
+        }
+        ratio = step["ring"] / step[_REFERENCE]
+        percent = _reached(task, labels(task, "ring")["defaults"])
+        rows.append(
+            [
+                _HEADINGS[task],
+                *(f"{step[name]:.1f}" for name in (_REFERENCE, "ring")),
+                f"{ratio:.2f}",
+                "not reached" if percent is None else f"{percent} %",
+                "-" if percent is None else f"{ratio * percent / 100:.2f}",
+            ]
+        )
+    head = ["task", "AdamW, ms a step", "RING, ms a step", "ratio", "steps needed", "time needed"]
+    return markdown(head, rows)
+
+
 # ---- studies ----
 
 
@@ -219,15 +241,65 @@ def by_setting(
 
 
 def _interpolated(points: Sequence[tuple[float, float]], at: float) -> float:
-    """The second value where the first has a value that lies between those of two neighbours.
+    """The second value where the first one first has a value, between two neighbours.
 
     Raises:
         ValueError: There are no such neighbours.
     """
-    for (x0, y0), (x1, y1) in itertools.pairwise(sorted(points)):
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
         if x0 <= at <= x1:
             return y0 if x1 == x0 else y0 + (y1 - y0) * (at - x0) / (x1 - x0)
-    raise ValueError(f"no runs on both sides of {at}, between {min(points)} and {max(points)}")
+    raise ValueError(f"no runs on both sides of {at}: {points}")
+
+
+Pairs = list[tuple[float, float]]
+
+
+def _at_equal_accuracy(
+    pairs: dict[str, dict[str, list[Pairs]]], kinds: Sequence[str]
+) -> tuple[float, list[list[str]]]:
+    """Values of each kind where the clean accuracy is that of AdamW's longest runs.
+
+    Args:
+        pairs: By optimizer and kind, of each seed the clean accuracy and the value by length of training.
+        kinds: Headings, in order.
+
+    Returns:
+        The clean accuracy, and the rows.
+    """
+    at = statistics.fmean(own[-1][0] for own in pairs[_REFERENCE][kinds[0]])
+    cells: dict[str, list[list[float]]] = {}
+    for series, own in pairs.items():
+        cells[series] = [
+            [
+                # AdamW's own seeds end around their mean, not all above it.
+                seed[-1][1] if series == _REFERENCE else _interpolated(seed, at)
+                for seed in own[kind]
+            ]
+            for kind in kinds
+        ]
+    best = [max(statistics.fmean(own[n]) for own in cells.values()) for n in range(len(kinds))]
+    rows = [
+        [
+            _NAMES[series],
+            *(
+                text(values, 2, is_bold=statistics.fmean(values) == top)
+                for values, top in zip(own_cells, best, strict=True)
+            ),
+        ]
+        for series, own_cells in cells.items()
+    ]
+    return at, rows
+
+
+def _number(run: StudyRun, key: str) -> float:
+    value = run.points[-1][key]
+    assert isinstance(value, (int, float)), f"{key} is a number"
+    return float(value)
+
+
+def _seeds(found: StudyResult) -> list[int]:
+    return sorted({run.seed for run in found.runs})
 
 
 _KINDS = {
@@ -241,38 +313,51 @@ _KINDS = {
 def robustness(model: str) -> str:
     """Accuracy on harder images where the clean accuracy is that of AdamW's longest runs."""
     found = study(f"robustness-{model}")
-    reference = found.settings(_REFERENCE)[-1]
-    at = found.means(_REFERENCE, reference, "clean")[-1].mean
-    cells: dict[str, list[list[float]]] = {}
-    for series in found.series:
-        own = [run for run in found.runs if run.series == series]
-        for kind in _KINDS.values():
-            found_values = []
-            for seed in sorted({run.seed for run in own}):
-                if series == _REFERENCE:
-                    last = next(r for r in own if r.seed == seed and r.setting == reference)
-                    found_values.append(float(last.points[-1][kind] or 0))
-                    continue
-                points = [
-                    (float(run.points[-1]["clean"] or 0), float(run.points[-1][kind] or 0))
-                    for run in own
-                    if run.seed == seed
-                ]
-                found_values.append(_interpolated(points, at))
-            cells.setdefault(series, []).append(found_values)
-    rows = []
-    for series, columns in cells.items():
-        written = []
-        for place, own_values in enumerate(columns):
-            best = max(statistics.fmean(other[place]) for other in cells.values())
-            written.append(text(own_values, 2, is_bold=statistics.fmean(own_values) == best))
-        rows.append([_NAMES[series], *written])
+
+    def pairs(series: str, key: str, seed: int) -> Pairs:
+        own = [run for run in found.runs if (run.series, run.seed) == (series, seed)]
+        own.sort(key=lambda run: _number(run, "steps"))
+        return [(_number(run, "clean"), _number(run, key)) for run in own]
+
+    by_kind = {
+        series: {
+            kind: [pairs(series, key, seed) for seed in _seeds(found)]
+            for kind, key in _KINDS.items()
+        }
+        for series in found.series
+    }
+    at, rows = _at_equal_accuracy(by_kind, list(_KINDS))
     return markdown([f"at {at:.2f} % clean", *_KINDS], rows)
+
+
+def label_noise() -> str:
+    """Test accuracy after wrong labels where that after right ones is AdamW's longest runs'."""
+    found = study("label-noise")
+    counts, parts = found.config["steps"], found.config["wrong_percent"][1:]
+
+    def value(series: str, percent: int, steps: int, seed: int) -> float:
+        key = (series, f"wrong={percent} steps={steps}", seed)
+        return _number(next(run for run in found.runs if run.key == key), f"accuracy_{percent}")
+
+    by_kind = {
+        series: {
+            f"{percent} % wrong": [
+                [(value(series, 0, n, seed), value(series, percent, n, seed)) for n in counts]
+                for seed in _seeds(found)
+            ]
+            for percent in parts
+        }
+        for series in found.series
+    }
+    at, rows = _at_equal_accuracy(by_kind, [f"{percent} % wrong" for percent in parts])
+    return markdown([f"at {at:.2f} % with right labels", *by_kind[_REFERENCE]], rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
     "evidence-accuracy": accuracy,
     "evidence-speed": speed,
     "evidence-short": short,
+    "evidence-time": wall_clock,
+    "label-noise": label_noise,
     "robustness-mlp": functools.partial(robustness, "mlp"),
 }

@@ -17,7 +17,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import evidence_tables
 import rl_tables
+from table_text import markdown, text
 
 from grng.compare.records import FINISHED, EpochRecord
 from grng.compare.results import ComparisonResult, load
@@ -81,19 +83,6 @@ def values(folder: str, label: str, column: Column) -> list[float]:
     if not runs or any(run.status != FINISHED for run in runs):
         raise ValueError(f"{folder}: no finished runs of {label!r}")
     return [column.of(run.epochs[-1]) for run in runs]
-
-
-def text(found: Sequence[float], decimals: int, *, is_bold: bool = False) -> str:
-    """Mean ± standard deviation."""
-    spread = f" ± {statistics.stdev(found):.{decimals}f}" if len(found) > 1 else ""
-    written = f"{statistics.fmean(found):.{decimals}f}{spread}"
-    return f"**{written}**" if is_bold else written
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table, with a line break at its end."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def by_line(lines: Sequence[Line], columns: Sequence[Column], heading: str = "optimizer") -> str:
@@ -390,6 +379,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "policy-directions": policy_directions,
     "rank-one-step": rank_one_step,
     "cartpole-time": cartpole_time,
+    **evidence_tables.TABLES,
     **{folder.name: functools.partial(_rl, folder) for folder in rl_tables.folders()},
 }
 
