@@ -16,6 +16,7 @@ from grng.compare.records import FINISHED, RunRecord
 from grng.compare.results import ComparisonResult, load
 from grng.studies.records import StudyResult, StudyRun
 from grng.studies.records import load as load_study
+from grng.tune.records import load as load_search
 
 RESULTS = Path(__file__).parent / "results"
 _NAMES = {
@@ -204,6 +205,28 @@ def wall_clock() -> str:
     return markdown(head, rows)
 
 
+def search() -> str:
+    """What the settings that were tried gave: the best, the middle and the worst on validation samples."""
+    columns = []
+    for task in tasks():
+        scale, decimals = (1, 2) if _by_loss(task) else (100, 1)
+        column = {}
+        for name in _NAMES:
+            folder = RESULTS / f"evidence-{task}" / f"tune-{name}"
+            if not (folder / "tune.json").is_file():
+                continue
+            found = load_search(folder)
+            known = sorted(found.score(t) for t in found.trials if t.value is not None)
+            three = (known[-1], statistics.median_low(known), known[0])
+            written = " / ".join(f"{scale * abs(score):.{decimals}f}" for score in three)
+            lost = len(found.trials) - len(known)
+            column[name] = f"{written} ({lost} diverged)" if lost else written
+        columns.append(column)
+    names = [name for name in _NAMES if any(name in column for column in columns)]
+    rows = [[_NAMES[name], *(column.get(name, "-") for column in columns)] for name in names]
+    return markdown(["optimizer", *(_HEADINGS[task] for task in tasks())], rows)
+
+
 # ---- studies ----
 
 
@@ -356,6 +379,7 @@ def label_noise() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "evidence-accuracy": accuracy,
     "evidence-speed": speed,
+    "evidence-search": search,
     "evidence-short": short,
     "evidence-time": wall_clock,
     "label-noise": label_noise,
