@@ -15,6 +15,7 @@ from pathlib import Path
 
 import bench_step
 import plot_schedule
+import plot_searches
 import plot_step_length
 import plot_variants
 from harness import results
@@ -56,6 +57,7 @@ def draw_all(folder: Path, images: Path) -> None:
     grng(["plot", str(folder)])
     for machine in sorted(folder.glob("*-threads")):
         _machine(machine)
+    plot_searches.draw(folder, folder / plot_searches.IMAGE)
     steps, ablation = folder / "step-length", folder / "digits-ablation"
     if steps.is_dir():
         plot_step_length.main([str(steps)])
