@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -95,7 +96,7 @@ def _score(task: str, value: float) -> float:
 
 
 def accuracy() -> str:
-    """Test accuracy of every optimizer on every task; bold the best mean."""
+    """Test accuracy of every optimizer on every task; bold the best mean of those that were searched for."""
     columns = []
     for task in tasks():
         found = {
@@ -103,11 +104,15 @@ def accuracy() -> str:
             for row in _rows()
             if row[1] in labels(task, row[0])
         }
-        best = max(_score(task, statistics.fmean(own)) for own in found.values() if own)
+        # Defaults beside them would give ours a second chance.
+        tuned = [own for (_, kind), own in found.items() if own and kind == "tuned"]
+        best = max(_score(task, statistics.fmean(own)) for own in tuned)
         decimals = 3 if _by_loss(task) else 2
         column = {}
         for row, own in found.items():
-            is_best = bool(own) and _score(task, statistics.fmean(own)) == best
+            is_best = (
+                row[1] == "tuned" and bool(own) and _score(task, statistics.fmean(own)) == best
+            )
             column[row] = text(own, decimals, is_bold=is_best) if own else "diverged"
         columns.append(column)
     rows = []
@@ -217,9 +222,12 @@ def search() -> str:
                 continue
             found = load_search(folder)
             known = sorted(found.score(t) for t in found.trials if t.value is not None)
+            lost = len(found.trials) - len(known)
+            if not known:
+                column[name] = "all diverged"
+                continue
             three = (known[-1], statistics.median_low(known), known[0])
             written = " / ".join(f"{scale * abs(score):.{decimals}f}" for score in three)
-            lost = len(found.trials) - len(known)
             column[name] = f"{written} ({lost} diverged)" if lost else written
         columns.append(column)
     names = [name for name in _NAMES if any(name in column for column in columns)]
@@ -236,83 +244,22 @@ def study(name: str) -> StudyResult:
     return load_study(RESULTS / f"study-{name}")
 
 
-def by_setting(
-    name: str, columns: dict[str, tuple[str, int]], *, place: int = -1, heading: str = "setting"
-) -> str:
-    """A row for each series and setting of a study, with the values at one place of its runs.
-
-    Args:
-        name: Of the study.
-        columns: By heading, the key of the points and how many decimals.
-        place: Which point of a run; the last unless said otherwise.
-        heading: Of the column with the settings.
-    """
-    found = study(name)
-    rows = []
-    for series in found.series:
-        for setting in found.settings(series):
-            cells = []
-            for key, decimals in columns.values():
-                means = found.means(series, setting, key)
-                cells.append(
-                    f"{means[place].mean:.{decimals}f} ± {means[place].deviation:.{decimals}f}"
-                    if means
-                    else "diverged"
-                )
-            rows.append([f"`{series}`", setting or "-", *cells])
-    return markdown(["optimizer", heading, *columns], rows)
-
-
-def _interpolated(points: Sequence[tuple[float, float]], at: float) -> float:
-    """The second value where the first one first has a value, between two neighbours.
-
-    Raises:
-        ValueError: There are no such neighbours.
-    """
-    for (x0, y0), (x1, y1) in itertools.pairwise(points):
-        if x0 <= at <= x1:
-            return y0 if x1 == x0 else y0 + (y1 - y0) * (at - x0) / (x1 - x0)
-    raise ValueError(f"no runs on both sides of {at}: {points}")
-
-
 Pairs = list[tuple[float, float]]
 
 
-def _at_equal_accuracy(
-    pairs: dict[str, dict[str, list[Pairs]]], kinds: Sequence[str]
-) -> tuple[float, list[list[str]]]:
-    """Values of each kind where the clean accuracy is that of AdamW's longest runs.
+def _interpolated(points: Pairs, at: float) -> float | None:
+    """The second value where the first one first has a value, between neighbours; None if it never has."""
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
+        if x0 <= at <= x1:
+            return y0 if x1 == x0 else y0 + (y1 - y0) * (at - x0) / (x1 - x0)
+    return None
 
-    Args:
-        pairs: By optimizer and kind, of each seed the clean accuracy and the value by length of training.
-        kinds: Headings, in order.
 
-    Returns:
-        The clean accuracy, and the rows.
-    """
-    at = statistics.fmean(own[-1][0] for own in pairs[_REFERENCE][kinds[0]])
-    cells: dict[str, list[list[float]]] = {}
-    for series, own in pairs.items():
-        cells[series] = [
-            [
-                # AdamW's own seeds end around their mean, not all above it.
-                seed[-1][1] if series == _REFERENCE else _interpolated(seed, at)
-                for seed in own[kind]
-            ]
-            for kind in kinds
-        ]
-    best = [max(statistics.fmean(own[n]) for own in cells.values()) for n in range(len(kinds))]
-    rows = [
-        [
-            _NAMES[series],
-            *(
-                text(values, 2, is_bold=statistics.fmean(values) == top)
-                for values, top in zip(own_cells, best, strict=True)
-            ),
-        ]
-        for series, own_cells in cells.items()
-    ]
-    return at, rows
+def _mean(runs: Sequence[StudyRun], key: str) -> float:
+    """Mean over the seeds of what was measured at the end; minus infinity where a run diverged."""
+    if not runs or any(run.status != FINISHED for run in runs):
+        return -math.inf
+    return statistics.fmean(_number(run, key) for run in runs)
 
 
 def _number(run: StudyRun, key: str) -> float:
@@ -321,8 +268,25 @@ def _number(run: StudyRun, key: str) -> float:
     return float(value)
 
 
-def _seeds(found: StudyResult) -> list[int]:
-    return sorted({run.seed for run in found.runs})
+def _of(found: StudyResult, series: str, setting: str) -> list[StudyRun]:
+    return [run for run in found.runs if (run.series, run.setting) == (series, setting)]
+
+
+def _with_best_rates(found: StudyResult) -> dict[str, list[list[StudyRun]]]:
+    """By optimizer, the runs of each length, in rising order; of several rates the best on validation."""
+    families: dict[str, list[str]] = {}
+    for series in found.series:
+        families.setdefault(series.split(":")[0], []).append(series)
+    lengths = [f"steps={steps}" for steps in found.config["steps"]]
+    return {
+        name: [
+            max(
+                (_of(found, one, length) for one in own), key=lambda runs: _mean(runs, "validation")
+            )
+            for length in lengths
+        ]
+        for name, own in families.items()
+    }
 
 
 _KINDS = {
@@ -333,47 +297,64 @@ _KINDS = {
 }
 
 
-def robustness(model: str) -> str:
-    """Accuracy on harder images where the clean accuracy is that of AdamW's longest runs."""
-    found = study(f"robustness-{model}")
+def _values_at(lengths: list[list[StudyRun]], key: str, at: float) -> list[float]:
+    """The values of all seeds at a clean accuracy; empty unless all come there."""
+    found = []
+    for same_seed in zip(*lengths, strict=True):
+        if any(run.status != FINISHED for run in same_seed):
+            return []
+        pairs = [(_number(run, "clean"), _number(run, key)) for run in same_seed]
+        value = _interpolated(pairs, at)
+        if value is None:
+            return []
+        found.append(value)
+    return found
 
-    def pairs(series: str, key: str, seed: int) -> Pairs:
-        own = [run for run in found.runs if (run.series, run.seed) == (series, seed)]
-        own.sort(key=lambda run: _number(run, "steps"))
-        return [(_number(run, "clean"), _number(run, key)) for run in own]
 
-    by_kind = {
-        series: {
-            kind: [pairs(series, key, seed) for seed in _seeds(found)]
-            for kind, key in _KINDS.items()
+def robustness(model: str, levels: tuple[float, ...]) -> str:
+    """Accuracy on harder images at equal clean accuracy, between the lengths of training.
+
+    Args:
+        model: Of the study.
+        levels: Clean accuracies, in %.
+    """
+    by_name = _with_best_rates(study(f"robustness-{model}"))
+    rows = []
+    for level in levels:
+        cells = {
+            name: [_values_at(lengths, key, level) for key in _KINDS.values()]
+            for name, lengths in by_name.items()
         }
-        for series in found.series
-    }
-    at, rows = _at_equal_accuracy(by_kind, list(_KINDS))
-    return markdown([f"at {at:.2f} % clean", *_KINDS], rows)
+        best = [
+            max((statistics.fmean(own[n]) for own in cells.values() if own[n]), default=math.nan)
+            for n in range(len(_KINDS))
+        ]
+        for name, columns in cells.items():
+            written = [
+                text(own, 2, is_bold=statistics.fmean(own) == top) if own else "-"
+                for own, top in zip(columns, best, strict=True)
+            ]
+            rows.append([f"{level:.1f} %", _NAMES[name], *written])
+    return markdown(["clean accuracy", "optimizer", *_KINDS], rows)
 
 
 def label_noise() -> str:
-    """Test accuracy after wrong labels where that after right ones is AdamW's longest runs'."""
+    """Test accuracy after wrong labels: at the length that is best on held-out ones, and at the longest."""
     found = study("label-noise")
-    counts, parts = found.config["steps"], found.config["wrong_percent"][1:]
-
-    def value(series: str, percent: int, steps: int, seed: int) -> float:
-        key = (series, f"wrong={percent} steps={steps}", seed)
-        return _number(next(run for run in found.runs if run.key == key), f"accuracy_{percent}")
-
-    by_kind = {
-        series: {
-            f"{percent} % wrong": [
-                [(value(series, 0, n, seed), value(series, percent, n, seed)) for n in counts]
-                for seed in _seeds(found)
-            ]
-            for percent in parts
-        }
-        for series in found.series
-    }
-    at, rows = _at_equal_accuracy(by_kind, [f"{percent} % wrong" for percent in parts])
-    return markdown([f"at {at:.2f} % with right labels", *by_kind[_REFERENCE]], rows)
+    counts, parts = found.config["steps"], found.config["wrong_percent"]
+    rows = []
+    for name in found.series:
+        for kind in ("chosen", "longest"):
+            cells = []
+            for percent in parts:
+                lengths = {n: _of(found, name, f"wrong={percent} steps={n}") for n in counts}
+                chosen = max(counts, key=lambda n: _mean(lengths[n], "validation_accuracy"))
+                steps = chosen if kind == "chosen" else counts[-1]
+                own = [_number(run, f"accuracy_{percent}") for run in lengths[steps]]
+                cells.append(f"{text(own, 2)} ({steps})" if kind == "chosen" else text(own, 2))
+            title = _NAMES[name] if kind == "chosen" else f"{_NAMES[name]}, {counts[-1]} steps"
+            rows.append([title, *cells])
+    return markdown(["optimizer", *(f"{percent} % wrong" for percent in parts)], rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -383,5 +364,5 @@ TABLES: dict[str, Callable[[], str]] = {
     "evidence-short": short,
     "evidence-time": wall_clock,
     "label-noise": label_noise,
-    "robustness-mlp": functools.partial(robustness, "mlp"),
+    "robustness-mlp": functools.partial(robustness, "mlp", (88.0, 88.4, 88.8)),
 }

@@ -149,5 +149,5 @@ def test_part_of_the_labels_is_wrong(percent: int) -> None:
 def test_value_at_equal_accuracy_is_between_its_neighbours() -> None:
     points = [(80.0, 70.0), (90.0, 60.0), (88.0, 50.0)]
     assert evidence_tables._interpolated(points, 85.0) == pytest.approx(65.0)
-    with pytest.raises(ValueError, match=r"no runs on both sides of 95\.0"):
-        evidence_tables._interpolated(points, 95.0)
+    assert evidence_tables._interpolated(points, 95.0) is None
+    assert evidence_tables._interpolated(points, 79.0) is None
