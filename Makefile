@@ -12,13 +12,14 @@ TORCH := 2.13.0
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench data clean
+.PHONY: help setup demo test lint bench figures clean
 
 help:
 	@echo "make demo    set up, then train on Fashion-MNIST with RING, AdamW and SGD: table and plots"
 	@echo "make test    set up, then run every test"
 	@echo "make lint    set up, then check style and types"
 	@echo "make bench   set up, then run the kernel benchmarks on this machine"
+	@echo "make figures set up, then write tables and draw figures again from the kept results"
 	@echo "make clean   remove the environment and everything that was built"
 
 # The stamp is as new as what decides the environment; a failed set-up leaves none.
@@ -43,6 +44,10 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(RUN) benchmarks/run.py
+
+figures: $(STAMP)
+	$(RUN) benchmarks/tables.py
+	$(RUN) benchmarks/figures.py
 
 clean:
 	rm -rf $(VENV) build grng_kernels/*.so *.egg-info python/*.egg-info

@@ -364,5 +364,5 @@ TABLES: dict[str, Callable[[], str]] = {
     "evidence-short": short,
     "evidence-time": wall_clock,
     "label-noise": label_noise,
-    "robustness-mlp": functools.partial(robustness, "mlp", (88.0, 88.4, 88.8)),
+    "robustness-mlp": functools.partial(robustness, "mlp", (88.0, 88.4, 88.7)),
 }
