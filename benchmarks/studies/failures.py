@@ -9,7 +9,7 @@ from grng.tasks.data import DataError
 
 
 def is_out_of_memory(error: ArithmeticError | RuntimeError) -> bool:
-    """Whether memory ran out: of the CPU, torch says so with a plain ``RuntimeError``."""
+    """Whether memory ran out: of the CPU's, torch says so with a plain ``RuntimeError``."""
     return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
