@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,21 @@ def test_fewer_seeds_than_are_there_are_refused(tmp_path: Path) -> None:
     assert load(tmp_path / "study-counted").status == "finished"
 
 
+def then_stopped() -> Definition:
+    """Interrupted between the first seed and the second."""
+
+    def stop() -> Measured:
+        raise KeyboardInterrupt
+
+    whole = counted([])
+
+    def plan(options: Options) -> Any:
+        for planned in whole.plan(options):
+            yield planned if planned.seed == 0 else replace(planned, run=stop)
+
+    return replace(whole, plan=plan)
+
+
 def test_command_is_that_of_the_runs(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         make(counted([], stop_at="d"), tmp_path, command="first")
@@ -113,6 +129,11 @@ def test_command_is_that_of_the_runs(tmp_path: Path) -> None:
     # Nothing is left to make.
     assert make(counted([]), tmp_path, command="third").command == ["second"]
     assert make(counted([]), tmp_path, (0, 1, 2), "more").command == ["more"]
+    # Of what was interrupted, the first seed is enough: the command that is kept asks for no more.
+    other = tmp_path / "other"
+    with pytest.raises(KeyboardInterrupt):
+        study.run(then_stopped(), Options(seeds=(0, 1)), ["two seeds"], other)
+    assert make(counted([]), other, seeds=(0,), command="one seed").command == ["one seed"]
 
 
 def test_another_study_in_the_same_folder_is_refused(tmp_path: Path) -> None:
