@@ -166,7 +166,7 @@ def specs(task: str, optimizers: list[str], budget: int, out: Path) -> list[str]
         if name in OURS and not result.is_default(best):
             found.append(name)
     if not found:
-        raise SystemExit(1)
+        raise SystemExit(f"{folder_of(task, out)}: nothing to compare: no search found a setting")
     return found
 
 
@@ -196,8 +196,14 @@ def test(task: str, optimizers: list[str], budget: int, out: Path, *, is_quick: 
 
 
 def short(task: str, optimizers: list[str], budget: int, out: Path, *, is_quick: bool) -> None:
-    """Train RING and AdamW for parts of the steps, on the same seeds, and look at the test set."""
+    """Train RING and AdamW for parts of the steps, on the same seeds, and look at the test set.
+
+    Raises:
+        SystemExit: Neither is among the optimizers, or as :func:`specs` says.
+    """
     names = [name for name in optimizers if name in (OURS[0], _REFERENCE)]
+    if not names:
+        raise SystemExit(f"stage short is of {OURS[0]} and {_REFERENCE}: --optimizers has neither")
     chosen = specs(task, names, budget, out)
     options = dict(zip(STUDIES[task].options[::2], STUDIES[task].options[1::2], strict=True))
     for percent in SHORT:

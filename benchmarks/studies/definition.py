@@ -25,7 +25,8 @@ class Planned:
     series: str
     setting: str
     seed: int
-    # Raises ArithmeticError or RuntimeError where its numbers fail: the run is recorded as diverged.
+    # Raises ArithmeticError or RuntimeError where its numbers fail: the run is recorded as diverged, as is
+    # one that returns numbers that are not finite. DataError and a lack of memory end the study.
     run: Callable[[], Measured]
 
 

@@ -21,6 +21,7 @@ from grng.compare.records import EpochRecord
 from grng.studies.records import Panel, Value
 from grng.tasks import ClassificationData
 from studies.definition import Definition, Measured, Options, Planned
+from studies.failures import is_divergence
 from studies.sweep import at_end
 from studies.training import about, data_of, settings, train
 
@@ -108,6 +109,7 @@ def tuned(name: str, options: Options) -> Tuned:
 
     Raises:
         ArithmeticError: All rates diverge.
+        RuntimeError: The data is missing, or memory ran out.
     """
     config = _config(name, options)
     data = _data(config, options)
@@ -118,7 +120,9 @@ def tuned(name: str, options: Options) -> Tuned:
     for rate in rates:
         try:
             found = train(f"adamw:lr={rate}", config, _TUNING_SEED, unseen)
-        except (ArithmeticError, RuntimeError):
+        except (ArithmeticError, RuntimeError) as error:
+            if not is_divergence(error):
+                raise
             continue
         scores[rate] = _score(found.record.epochs[-1])
     if not scores:

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The norm of the gradient along the way, and how sharp the minimum is that was found."""
+"""The norm of the gradient along the way, and how sharp the minimum is that was found.
+
+The trace of the Hessian is an estimate from a few random vectors, drawn with the seed of the run: its spread
+over the seeds includes the noise of the estimate.
+"""
 
 from __future__ import annotations
 
@@ -92,7 +96,9 @@ def _about(model: str, options: Options) -> dict[str, Any]:
 
 
 _ALONG = dict(x="step", x_label="step", y_scale="log")
-_END = dict(x="optimizer", x_label="", x_scale="category", y_scale="log")
+_END = dict(x="optimizer", x_label="", x_scale="category")
+# Curvature may be negative.
+_CURVATURE = dict(**_END, y_scale="symlog")
 
 
 def _study(model: str, subtitle: str) -> Definition:
@@ -103,9 +109,15 @@ def _study(model: str, subtitle: str) -> Definition:
         panels=(
             Panel(y="gradient_norm", title="Norm of the gradient", y_label="norm", **_ALONG),
             Panel(y="loss", title="Training loss", y_label="cross entropy", **_ALONG),
-            Panel(y="eigenvalue", title="Largest eigenvalue at the end", y_label="", **_END),
-            Panel(y="trace", title="Trace of the Hessian at the end", y_label="", **_END),
-            Panel(y="ms_per_step", title="Time of a step", y_label="milliseconds", **_END),
+            Panel(y="eigenvalue", title="Largest eigenvalue at the end", y_label="", **_CURVATURE),
+            Panel(y="trace", title="Trace of the Hessian at the end", y_label="", **_CURVATURE),
+            Panel(
+                y="ms_per_step",
+                title="Time of a step",
+                y_label="milliseconds",
+                y_scale="log",
+                **_END,
+            ),
         ),
         config=functools.partial(_about, model),
         plan=functools.partial(_plan, model),

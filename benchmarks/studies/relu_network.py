@@ -81,7 +81,9 @@ class Start:
     def bound(self, eta: float, damping: float) -> float:
         """Factor per step that bounds ``‖u − y‖²``: ``1 − eta μ_min / (μ_min + damping)``.
 
-        Without damping that of the theorem, ``1 − eta``; with it the same for the slowest direction.
+        Without damping that of the theorem, ``1 − eta``, which allows for a Jacobian that changes a little.
+        With damping the paper has none: this is the same for the slowest direction, and bounds no more than
+        :meth:`linear_ratio`, where the Jacobian never changes.
         """
         return 1 - eta * self.smallest / (self.smallest + damping)
 

@@ -125,7 +125,7 @@ def train(
         config: Task, model and length.
         seed: Of weights and batches.
         data: The samples.
-        watch: Called with the number of steps taken and the model: before the first step and after each.
+        watch: Called after each step with the number of steps taken and the model.
 
     Returns:
         The model and what was recorded.
@@ -148,7 +148,5 @@ def train(
         if watch is not None:
             watch(steps, model)
 
-    if watch is not None:
-        watch(0, model)
     trainer.train(on_step, lambda: None)
     return Trained(model, optimizer, record)

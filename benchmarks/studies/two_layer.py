@@ -24,10 +24,18 @@ _ETA = 0.3
 _RHOS = (0.0, 1e-3, 1e-2)
 # Of the measured factor: later, some residuals are those of rounding.
 _FACTOR_STEPS = 20
-# As shipped; and the bare method with the step length of the exact one. No labels are drawn.
-_RINGS: dict[str, dict[str, Any]] = {
-    "ring": dict(fisher="exact"),
-    "ring:bare": dict(
+# Relative to the first: from here on, a run has diverged.
+_LOST = 1e6
+
+
+def _name(rho: float) -> str:
+    return f"rho={rho:g}"
+
+
+def _bare(rho: float) -> dict[str, Any]:
+    """RING without what is added to the method, with the step length of the exact one."""
+    return dict(
+        rho=rho,
         lr=_ETA,
         step_length="kl_clip",
         kl_clip=None,
@@ -35,7 +43,13 @@ _RINGS: dict[str, dict[str, Any]] = {
         weight_decay=0.0,
         refresh_every=1,
         fisher="exact",
-    ),
+    )
+
+
+# As shipped, its default damping written out; and bare. No labels are drawn.
+_RINGS: dict[str, dict[str, Any]] = {
+    f"ring:{_name(1e-3)}": dict(rho=1e-3, fisher="exact"),
+    **{f"ring:bare:{_name(rho)}": _bare(rho) for rho in (1e-4, 1e-3, 1e-2)},
 }
 
 
@@ -73,18 +87,20 @@ def _damping(rho: float, start: Start) -> float:
     return rho * start.largest
 
 
-def _name(rho: float) -> str:
-    return f"rho={rho:g}"
+def _check(square: float, first: float, step: int) -> None:
+    """Whether a run goes on.
+
+    Raises:
+        ArithmeticError: The squared residual of this step says that it has diverged.
+    """
+    if not square <= _LOST * first:
+        raise ArithmeticError(
+            f"at step {step} the squared residual is {square / first:.3g} times the first"
+        )
 
 
 def _points(squares: list[float], width: int, size: _Size) -> list[dict[str, Value]]:
-    """Residuals at the width that is drawn, and what is drawn against the width.
-
-    Raises:
-        ArithmeticError: A residual is not finite.
-    """
-    if not all(math.isfinite(value) for value in squares):
-        raise ArithmeticError("the residual is not finite")
+    """Residuals at the width that is drawn, and what is drawn against the width."""
     last = min(_FACTOR_STEPS, len(squares) - 1)
     factor = (squares[last] / squares[0]) ** (1 / last)
     found: list[dict[str, Value]] = [{"width": width, "factor": factor}]
@@ -99,12 +115,13 @@ def _exact(
     width: int, size: _Size, seed: int, step: Callable[[Network, Start], None]
 ) -> tuple[Measured, Start]:
     start, begin = _start(width, seed), time.perf_counter()
-    network, squares, stability = start.network(), [], 0.0
-    for _ in range(size.steps):
-        squares.append(float(network.residual().square().sum()))
+    network, stability = start.network(), 0.0
+    squares = [float(network.residual().square().sum())]
+    for number in range(1, size.steps + 1):
         step(network, start)
         stability = max(stability, network.stability())
-    squares.append(float(network.residual().square().sum()))
+        squares.append(float(network.residual().square().sum()))
+        _check(squares[-1], squares[0], number)
     points = _points(squares, width, size)
     points[0] |= {
         "stability": stability,
@@ -120,13 +137,16 @@ def _natural(rho: float, width: int, size: _Size, seed: int) -> Measured:
     )
     damping, last = _damping(rho, start), min(_FACTOR_STEPS, size.steps)
     measured.points[0]["linear_factor"] = start.linear_ratio(_ETA, damping, last) ** (1 / last)
-    for point in measured.points[1:]:
-        point["linear_residual"] = start.linear_ratio(_ETA, damping, int(point["step"] or 0))
     return measured
 
 
 def _descent(width: int, size: _Size, seed: int) -> Measured:
     return _exact(width, size, seed, lambda net, at: net.descent_step(1 / at.largest))[0]
+
+
+def _bound_name(rho: float) -> str:
+    # Only without damping the cited theorem has one.
+    return f"bound:linearised:{_name(rho)}" if rho else "bound:theorem"
 
 
 def _bound(rho: float, width: int, size: _Size, seed: int) -> Measured:
@@ -160,18 +180,18 @@ def _ring(options: dict[str, Any], width: int, size: _Size, seed: int) -> Measur
     start, begin = _start(width, seed), time.perf_counter()
     model = _Module(start)
     optimizer = RING(model, **options)
-    squares = []
-    for _ in range(size.steps):
+    squares: list[float] = []
+    for number in range(size.steps + 1):
         outputs = model(start.inputs)
         errors = (outputs.squeeze(1) - start.labels).square()
         squares.append(float(errors.detach().sum()))
+        _check(squares[-1], squares[0], number)
+        if number == size.steps:
+            break
         optimizer.observe(outputs, likelihood="gaussian")
         (0.5 * errors.mean()).backward()
         optimizer.step()
         optimizer.zero_grad()
-    with torch.no_grad():
-        outputs = model(start.inputs)
-    squares.append(float((outputs.squeeze(1) - start.labels).square().sum()))
     return Measured(_points(squares, width, size), time.perf_counter() - begin)
 
 
@@ -191,7 +211,7 @@ def _plan(options: Options) -> Iterator[Planned]:
                     )
             for rho in _RHOS:
                 run = functools.partial(_bound, rho, width, size, seed)
-                yield Planned(f"bound:{_name(rho)}", setting, seed, run)
+                yield Planned(_bound_name(rho), setting, seed, run)
 
 
 def _about(options: Options) -> dict[str, Any]:
@@ -203,6 +223,7 @@ def _about(options: Options) -> dict[str, Any]:
         "steps": size.steps,
         "eta": _ETA,
         "rhos": list(_RHOS),
+        "diverged_above": _LOST,
         "steps_of_the_factor": min(_FACTOR_STEPS, size.steps),
         "ring": {name: dict(given) for name, given in _RINGS.items()},
     }
@@ -211,9 +232,11 @@ def _about(options: Options) -> dict[str, Any]:
 _WIDTH = dict(x="width", x_label="hidden units m", x_scale="log")
 STUDY = Definition(
     name="two-layer",
-    title="Two-layer network, full batch: the natural gradient and the bounds of theory",
+    title="Two-layer network, full batch: the natural gradient, a theorem's bound and RING",
     subtitle="100 digits on the unit sphere, even or odd, squared loss, fp64, eta 0.3  ·  exact: by J J', "
-    "damping rho times its norm  ·  mean and range of the seeds",
+    "damping rho times its norm  ·  mean and range of the seeds\n"
+    "bound:theorem is that of Zhang et al. (2019); bound:linearised is this project's own for a constant "
+    "Jacobian with damping",
     panels=(
         Panel(
             x="step",
@@ -225,7 +248,7 @@ STUDY = Definition(
         ),
         Panel(
             y="factor",
-            title="Contraction in the first 20 steps",
+            title="Contraction from the start to step 20",
             y_label="of the squared residual, per step",
             **_WIDTH,
         ),

@@ -87,6 +87,19 @@ def test_only_complete_searches_are_tested(
     assert not (tmp_path / "evidence-digits" / "result.json").exists()
 
 
+def test_stage_that_has_nothing_to_compare_says_so(tmp_path: Path) -> None:
+    given = (*ONE, "sgd", "--out", str(tmp_path), "--stage")
+    with pytest.raises(SystemExit, match="stage short is of ring and adamw: --optimizers has neit"):
+        study(*given, "short")
+    assert study(*given, "tune") == 0
+    file = tmp_path / "evidence-digits" / "tune-sgd" / "tune.json"
+    whole = json.loads(file.read_text())
+    trials = [{**trial, "status": "diverged"} for trial in whole["trials"]]
+    file.write_text(json.dumps({**whole, "trials": trials}))
+    with pytest.raises(SystemExit, match="nothing to compare: no search found a setting"):
+        study(*given, "test")
+
+
 def test_missing_data_is_not_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = (*ONE, "sgd", "--out", str(tmp_path), "--stage", "tune")
     monkeypatch.setattr(evidence, "grng", lambda _: 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,12 @@ def test_quick_form(name: str, tmp_path: Path) -> None:
     assert (folder / "study.png").stat().st_size > 10_000
 
 
-def counted(calls: list[str], *, stop_at: str | None = None) -> Definition:
+def counted(
+    calls: list[str], *, stop_at: str | None = None, by: type[BaseException] = KeyboardInterrupt
+) -> Definition:
     def one(setting: str) -> Measured:
         if setting == stop_at:
-            raise KeyboardInterrupt
+            raise by
         calls.append(setting)
         if setting == "c":
             raise ArithmeticError("loss is nan")
@@ -62,8 +65,10 @@ def counted(calls: list[str], *, stop_at: str | None = None) -> Definition:
     return Definition("counted", "Counted", "", (PANEL,), lambda _: {"steps": 3}, plan)
 
 
-def make(definition: Definition, folder: Path) -> StudyResult:
-    return study.run(definition, Options(seeds=(0, 1)), ["study.py"], folder)
+def make(
+    definition: Definition, folder: Path, seeds: tuple[int, ...] = (0, 1), command: str = "study.py"
+) -> StudyResult:
+    return study.run(definition, Options(seeds=seeds), [command], folder)
 
 
 def test_interrupted_study_goes_on(tmp_path: Path) -> None:
@@ -91,6 +96,46 @@ def test_diverged_run_is_recorded_and_not_averaged(tmp_path: Path) -> None:
     assert (mean.mean, mean.low, mean.high, mean.seeds) == (3.0, 1.0, 5.0, 2)
 
 
+def test_fewer_seeds_than_are_there_are_refused(tmp_path: Path) -> None:
+    """Else a study that lacks runs of these seeds would be called finished."""
+    with pytest.raises(KeyboardInterrupt):
+        make(counted([], stop_at="d"), tmp_path, seeds=(0,))
+    make(counted([]), tmp_path, seeds=(0,))
+    assert {run.seed for run in make(counted([]), tmp_path, seeds=(0, 3)).runs} == {0, 3}
+    with pytest.raises(UsageError, match="seeds that --seeds does not ask for: 3; give these"):
+        make(counted([]), tmp_path, seeds=(0, 1))
+    assert load(tmp_path / "study-counted").status == "finished"
+
+
+def then_stopped() -> Definition:
+    """Interrupted between the first seed and the second."""
+
+    def stop() -> Measured:
+        raise KeyboardInterrupt
+
+    whole = counted([])
+
+    def plan(options: Options) -> Any:
+        for planned in whole.plan(options):
+            yield planned if planned.seed == 0 else replace(planned, run=stop)
+
+    return replace(whole, plan=plan)
+
+
+def test_command_is_that_of_the_runs(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        make(counted([], stop_at="d"), tmp_path, command="first")
+    make(counted([]), tmp_path, command="second")
+    # Nothing is left to make.
+    assert make(counted([]), tmp_path, command="third").command == ["second"]
+    assert make(counted([]), tmp_path, (0, 1, 2), "more").command == ["more"]
+    # Of what was interrupted, the first seed is enough: the command that is kept asks for no more.
+    other = tmp_path / "other"
+    with pytest.raises(KeyboardInterrupt):
+        study.run(then_stopped(), Options(seeds=(0, 1)), ["two seeds"], other)
+    assert make(counted([]), other, seeds=(0,), command="one seed").command == ["one seed"]
+
+
 def test_another_study_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     make(counted([]), tmp_path)
     file = tmp_path / "study-counted" / FILE_NAME
@@ -110,6 +155,15 @@ def test_another_study_in_the_same_folder_is_refused(tmp_path: Path) -> None:
         (lambda c: c["panels"][0].update(x_scale="square"), "x_scale must be one of linear, log"),
         (lambda c: c["runs"][0]["points"][0].update(loss=[1]), r"points\[0\]\.loss must be"),
         (lambda c: c.update(panels=[]), "panels must not be empty"),
+        (lambda c: c["panels"][0].update(y_scale="category"), "y_scale must be one of linear, log"),
+        (lambda c: c["panels"][0].update(x_scale="symlog"), "x_scale must be one of linear, log"),
+        (
+            lambda c: c["panels"][0].update(x="kind", x_scale="category"),
+            r"runs\[0\]\.points\[0\] must have kind",
+        ),
+        (lambda c: c["runs"][1].update(status="running"), r"runs\[1\]\.status must be one of"),
+        (lambda c: c.update(status="diverged"), "status must be one of running, finished, inter"),
+        (lambda c: c["runs"].append(c["runs"][0]), r"runs\[8\] is there twice: \('ring', 'a', 0\)"),
     ],
 )
 def test_damaged_file_is_refused(tmp_path: Path, change: Any, message: str) -> None:
@@ -120,6 +174,15 @@ def test_damaged_file_is_refused(tmp_path: Path, change: Any, message: str) -> N
     file.write_text(json.dumps(content))
     with pytest.raises(UsageError, match=message):
         load(file)
+
+
+def test_unknown_keys_are_ignored(tmp_path: Path) -> None:
+    result = make(counted([]), tmp_path)
+    file = tmp_path / "study-counted" / FILE_NAME
+    content = json.loads(file.read_text())
+    content["panels"][0]["has_lines"] = True
+    file.write_text(json.dumps(content))
+    assert load(file).panels == result.panels
 
 
 def test_quick_runs_do_not_go_among_the_results(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import evidence_tables  # noqa: E402
-from studies import label_noise, measures, perturbations  # noqa: E402
+from studies import gradient_norm, label_noise, measures, perturbations  # noqa: E402
 
 from grng.tasks.fashion_mnist import PIXEL_MEAN, PIXEL_STD  # noqa: E402
 
@@ -89,7 +89,8 @@ def test_more_steps_attack_better(images: Tensor) -> None:
         ).detach()
         for steps in (1, 20)
     )
-    assert many >= one - 1e-4
+    # By more than rounding, or the further steps may do nothing.
+    assert many > one + 0.05
 
 
 def small_problem() -> tuple[nn.Module, Tensor, Tensor]:
@@ -131,6 +132,11 @@ def test_hessian_is_that_of_autograd() -> None:
     top, trace = measures.hessian(model, x, y, 0, iterations=300, probes=2000)
     assert top == pytest.approx(float(values[values.abs().argmax()]), rel=1e-3)
     assert trace == pytest.approx(float(exact.trace()), rel=0.05)
+
+
+def test_curvature_is_drawn_where_it_is_negative() -> None:
+    scales = {panel.y: panel.y_scale for panel in gradient_norm.MLP.panels}
+    assert (scales["eigenvalue"], scales["trace"]) == ("symlog", "symlog")
 
 
 @pytest.mark.parametrize("percent", [0, 20, 60])

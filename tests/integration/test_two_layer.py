@@ -11,9 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from grng import RING
+
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from studies import two_layer  # noqa: E402
+from studies.definition import Options  # noqa: E402
 from studies.relu_network import Network, Start, allowed_stability  # noqa: E402
 
 SAMPLES, FEATURES, WIDTH = 6, 9, 40
@@ -111,3 +114,39 @@ def test_inputs_are_on_the_sphere_and_labels_are_signs() -> None:
     torch.testing.assert_close(inputs.norm(dim=1), torch.ones(100, dtype=torch.float64))
     assert set(labels.tolist()) == {1.0, -1.0}
     assert 30 < (labels > 0).sum() < 70
+
+
+@pytest.mark.parametrize(
+    ("series", "factor"), [("bound:theorem", 0.7), ("bound:linearised:rho=0.01", None)]
+)
+def test_only_the_bound_without_damping_is_called_that_of_the_theorem(
+    series: str, factor: float | None
+) -> None:
+    pytest.importorskip("sklearn", reason="needs scikit-learn (scripts/setup.sh installs it)")
+    plan = two_layer.STUDY.plan(Options(seeds=(0,), is_quick=True))
+    point = next(p for p in plan if p.series == series).run().points[0]
+    start = two_layer._start(64, 0)
+    damped = 1 - 0.3 * start.smallest / (start.smallest + 0.01 * start.largest)
+    assert point["factor"] == pytest.approx(damped if factor is None else factor)
+
+
+def test_ring_is_run_with_the_damping_that_its_name_says() -> None:
+    rings = {p.series for p in two_layer.STUDY.plan(Options()) if p.series.startswith("ring")}
+    config = two_layer.STUDY.config(Options())["ring"]
+    assert rings == set(config)
+    assert {name for name in rings if "bare" in name} == {
+        f"ring:bare:rho={rho}" for rho in ("0.0001", "0.001", "0.01")
+    }
+    for name, given in config.items():
+        assert name.endswith(f"rho={given['rho']:g}")
+    model = torch.nn.Linear(2, 1)
+    assert RING(model).defaults["rho"] == config["ring:rho=0.001"]["rho"], "as shipped"
+
+
+def test_residual_that_grows_without_end_is_a_divergence() -> None:
+    pytest.importorskip("sklearn", reason="needs scikit-learn (scripts/setup.sh installs it)")
+    size = two_layer._Size((64,), 60, 64)
+    with pytest.raises(ArithmeticError, match=r"at step \d+ the squared residual is \S+ times"):
+        two_layer._ring(two_layer._bare(1e-5), 64, size, 0)
+    with pytest.raises(ArithmeticError, match="nan times the first"):
+        two_layer._check(math.nan, 1.0, 3)

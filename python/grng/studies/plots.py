@@ -10,13 +10,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from grng.compare.plot_style import RC, Style, assign_styles
-from grng.studies.records import Mean, Panel, StudyResult
+from grng.compare.records import DIVERGED
+from grng.studies.records import Mean, Panel, StudyResult, Value, finite, mean_of
 from grng.tasks.atomic import replacing
 
 PLOT_NAME = "study.png"
 _DOTS_PER_INCH = 150
 _PANEL_WIDTH = 4.6
 _PER_ROW = 3
+_SYMLOG_PART = 1e-4
 
 
 def _names(result: StudyResult, panel: Panel) -> list[str]:
@@ -26,28 +28,46 @@ def _names(result: StudyResult, panel: Panel) -> list[str]:
 
 
 def _pairs(result: StudyResult, panel: Panel, series: str) -> list[tuple[float, Mean]]:
-    """Places and values of a series."""
-    if panel.x_scale == "category":
-        return _by_name(result, panel, series)
+    """Places and values of a series, over the runs that finished and have both."""
+    names = _names(result, panel) if panel.x_scale == "category" else None
     found: list[tuple[float, Mean]] = []
     for setting in result.settings(series):
-        x = result.means(series, setting, panel.x)
-        y = result.means(series, setting, panel.y)
-        if len(x) == len(y):
-            found += [(at.mean, value) for at, value in zip(x, y, strict=True)]
+        # Runs are averaged point by point; by name, only those of the same name.
+        groups: dict[tuple[int, float | None], list[tuple[float, float]]] = {}
+        for points in result.finished_points(series, setting):
+            for number, point in enumerate(points):
+                x, y = _place(point.get(panel.x), names), finite(point.get(panel.y))
+                if x is not None and y is not None:
+                    groups.setdefault((number, x if names else None), []).append((x, y))
+        for _, pairs in sorted(groups.items(), key=lambda group: group[0][0]):
+            at, values = zip(*pairs, strict=True)
+            found.append((mean_of(at).mean, mean_of(values)))
     return found
 
 
-def _by_name(result: StudyResult, panel: Panel, series: str) -> list[tuple[float, Mean]]:
-    places = {name: float(number) for number, name in enumerate(_names(result, panel))}
-    found: list[tuple[float, Mean]] = []
-    for setting in result.settings(series):
-        own = next(r for r in result.runs if (r.series, r.setting) == (series, setting))
-        names = [str(point[panel.x]) for point in own.points if panel.y in point]
-        means = result.means(series, setting, panel.y)
-        if len(names) == len(means):
-            found += [(places[name], mean) for name, mean in zip(names, means, strict=True)]
-    return found
+def _place(value: Value, names: list[str] | None) -> float | None:
+    if names is None:
+        return finite(value)
+    return None if value is None else float(names.index(str(value)))
+
+
+def _label(result: StudyResult, series: str) -> str:
+    """The name of a series; with the runs that diverged, which are not drawn."""
+    own = [run for run in result.runs if run.series == series]
+    lost = sum(run.status == DIVERGED for run in own)
+    return f"{series}\n({lost} of {len(own)} diverged)" if lost else series
+
+
+def _set_scale(axes: Axes, panel: Panel, pairs: list[tuple[float, Mean]]) -> None:
+    """The scales of a panel; linear where what is drawn has no place on that of its choice."""
+    sizes = [abs(end) for _, value in pairs for end in (value.low, value.high) if end != 0]
+    if panel.y_scale == "log" and any(value.high > 0 for _, value in pairs):
+        axes.set_yscale("log")
+    elif panel.y_scale == "symlog" and sizes:
+        # Linear around 0, up to the smallest value or where four powers of ten are drawn.
+        axes.set_yscale("symlog", linthresh=max(min(sizes), _SYMLOG_PART * max(sizes)))
+    if panel.x_scale == "log" and any(place > 0 for place, _ in pairs):
+        axes.set_xscale("log")
 
 
 def _draw(
@@ -56,9 +76,8 @@ def _draw(
     x = [place for place, _ in pairs]
     y = [value.mean for _, value in pairs]
     low, high = [value.low for _, value in pairs], [value.high for _, value in pairs]
-    is_line = panel.has_lines and panel.x_scale != "category"
     marker = style.marker if len(x) <= 30 else None
-    if is_line:
+    if panel.x_scale != "category":
         axes.fill_between(x, low, high, color=style.color, alpha=0.15, linewidth=0)
         axes.plot(x, y, color=style.color, linestyle=style.dash, marker=marker, ms=4.5, label=label)
         return
@@ -71,15 +90,13 @@ def _draw(
     )
 
 
-def _finish(axes: Axes, result: StudyResult, panel: Panel) -> None:
+def _finish(axes: Axes, result: StudyResult, panel: Panel, pairs: list[tuple[float, Mean]]) -> None:
     if panel.x_scale == "category":
         names = _names(result, panel)
         slant = 30 if max(map(len, names), default=0) > 8 else 0
         axes.set_xticks(range(len(names)), names, rotation=slant, ha="right" if slant else "center")
         axes.margins(x=0.08)
-    else:
-        axes.set_xscale(panel.x_scale)
-    axes.set_yscale(panel.y_scale)
+    _set_scale(axes, panel, pairs)
     axes.set_title(panel.title)
     axes.set_xlabel(panel.x_label)
     axes.set_ylabel(panel.y_label)
@@ -104,19 +121,21 @@ def save_figure(result: StudyResult, folder: Path) -> Path:
         grid = figure.subplots(rows, columns, squeeze=False)
         cells = grid.ravel().tolist()
         for axes, panel in zip(cells, result.panels, strict=False):
+            drawn: list[tuple[float, Mean]] = []
             for place, (series, style) in enumerate(styles.items()):
                 pairs = _pairs(result, panel, series)
                 if panel.x_scale == "category":
                     # Side by side, not on top of each other.
                     shift = 0.5 * (place - (len(styles) - 1) / 2) / len(styles)
                     pairs = [(x + shift, value) for x, value in pairs]
-                _draw(axes, panel, pairs, style, series)
-            _finish(axes, result, panel)
+                _draw(axes, panel, pairs, style, _label(result, series))
+                drawn += pairs
+            _finish(axes, result, panel, drawn)
         for axes in cells[len(result.panels) :]:
             axes.set_axis_off()
         handles, labels = cells[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right upper", fontsize=9)
-        heading = f"{result.title}\n"
+        heading = result.title + "\n" * (1 + result.subtitle.count("\n"))
         figure.suptitle(heading, x=0.008, ha="left", fontsize=13, fontweight="bold")
         top = 1 - 0.36 / (3.9 * rows)
         figure.text(0.008, top, result.subtitle, ha="left", va="top", fontsize=9, color="#555555")

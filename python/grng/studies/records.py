@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from grng.compare.errors import UsageError
-from grng.compare.records import DIVERGED, FINISHED, RUNNING
+from grng.compare.records import DIVERGED, FINISHED, INTERRUPTED, RUNNING
 from grng.compare.results import join_number_lists
 from grng.compare.saved import check
 from grng.tasks.atomic import replacing
@@ -20,7 +20,10 @@ from grng.tasks.atomic import replacing
 SCHEMA = "grng-study"
 SCHEMA_VERSION = 1
 FILE_NAME = "study.json"
-SCALES = ("linear", "log", "category")
+X_SCALES = ("linear", "log", "category")
+Y_SCALES = ("linear", "log", "symlog")
+_STATUSES = (RUNNING, FINISHED, INTERRUPTED)
+_RUN_STATUSES = (FINISHED, DIVERGED)
 
 Value = float | int | str | None
 
@@ -36,8 +39,7 @@ class Panel:
         x_label: With its unit.
         y_label: With its unit.
         x_scale: ``"linear"``, ``"log"`` or ``"category"``.
-        y_scale: ``"linear"`` or ``"log"``.
-        has_lines: Whether the points of a series are joined.
+        y_scale: ``"linear"``, ``"log"`` or, where values may be negative, ``"symlog"``.
     """
 
     x: str
@@ -47,7 +49,6 @@ class Panel:
     y_label: str
     x_scale: str = "linear"
     y_scale: str = "linear"
-    has_lines: bool = True
 
 
 @dataclass
@@ -97,6 +98,13 @@ def mean_of(values: Sequence[float]) -> Mean:
     return Mean(statistics.fmean(values), deviation, min(values), max(values), len(values))
 
 
+def finite(value: Value) -> float | None:
+    """A value as a number; None where it is none, or not finite."""
+    if isinstance(value, (int, float)) and math.isfinite(value):
+        return float(value)
+    return None
+
+
 @dataclass
 class StudyResult:
     """Everything that is known about one study."""
@@ -130,6 +138,14 @@ class StudyResult:
         own = (series, setting)
         return sum(run.status == DIVERGED for run in self.runs if (run.series, run.setting) == own)
 
+    def finished_points(self, series: str, setting: str) -> list[list[dict[str, Value]]]:
+        """The points of each run that finished."""
+        return [
+            run.points
+            for run in self.runs
+            if (run.series, run.setting) == (series, setting) and run.status == FINISHED
+        ]
+
     def means(self, series: str, setting: str, key: str) -> list[Mean]:
         """The values of a key at each place, over the seeds; without those of diverged runs.
 
@@ -138,20 +154,11 @@ class StudyResult:
             setting: One of its settings.
             key: Of the points; places where no run has a finite value are left out.
         """
-        own = (series, setting)
-        runs = [
-            run.points
-            for run in self.runs
-            if (run.series, run.setting) == own and run.status == FINISHED
-        ]
+        runs = self.finished_points(series, setting)
         found = []
         for place in range(max(map(len, runs), default=0)):
             values = [points[place].get(key) for points in runs if place < len(points)]
-            numbers = [
-                float(value)
-                for value in values
-                if isinstance(value, (int, float)) and math.isfinite(value)
-            ]
+            numbers = [number for number in map(finite, values) if number is not None]
             if numbers:
                 found.append(mean_of(numbers))
         return found
@@ -181,7 +188,7 @@ def is_study_result(path: Path) -> bool:
 
 
 def load(path: Path) -> StudyResult:
-    """Read a saved study.
+    """Read a saved study; unknown keys are ignored.
 
     Args:
         path: ``study.json``, or the folder that holds it.
@@ -202,7 +209,11 @@ def load(path: Path) -> StudyResult:
         raise UsageError(f"{file}: must be a {SCHEMA} result of version {SCHEMA_VERSION}")
     try:
         head = {name: content[name] for name in _HEAD}
-        panels = [Panel(**panel) for panel in content["panels"]]
+        known = [f.name for f in fields(Panel)]
+        panels = [
+            Panel(**{name: panel[name] for name in known if name in panel})
+            for panel in content["panels"]
+        ]
         names = [f.name for f in fields(StudyRun)]
         runs = [StudyRun(**{name: run[name] for name in names}) for run in content["runs"]]
         result = StudyResult(**head, panels=panels, runs=runs)
@@ -216,13 +227,26 @@ def load(path: Path) -> StudyResult:
 def _check_content(file: Path, result: StudyResult) -> None:
     if not result.panels:
         raise UsageError(f"{file}: panels must not be empty")
+    _check_one_of(file, "status", result.status, _STATUSES)
     for number, panel in enumerate(result.panels):
-        for key, scale in (("x_scale", panel.x_scale), ("y_scale", panel.y_scale)):
-            if scale not in SCALES:
-                raise UsageError(
-                    f"{file}: panels[{number}].{key} must be one of {', '.join(SCALES)}, got {scale!r}"
-                )
+        _check_one_of(file, f"panels[{number}].x_scale", panel.x_scale, X_SCALES)
+        _check_one_of(file, f"panels[{number}].y_scale", panel.y_scale, Y_SCALES)
+    named = [panel for panel in result.panels if panel.x_scale == "category"]
+    keys = set()
     for number, run in enumerate(result.runs):
+        _check_one_of(file, f"runs[{number}].status", run.status, _RUN_STATUSES)
+        if run.key in keys:
+            raise UsageError(f"{file}: runs[{number}] is there twice: {run.key}")
+        keys.add(run.key)
         for place, point in enumerate(run.points):
+            where = f"runs[{number}].points[{place}]"
             for key, value in point.items():
-                check(file, value, Value, f"runs[{number}].points[{place}].{key}")
+                check(file, value, Value, f"{where}.{key}")
+            for panel in named:
+                if panel.y in point and point.get(panel.x) is None:
+                    raise UsageError(f"{file}: {where} must have {panel.x}, the name of a place")
+
+
+def _check_one_of(file: Path, place: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UsageError(f"{file}: {place} must be one of {', '.join(known)}, got {value!r}")
