@@ -163,8 +163,10 @@ def short() -> str:
         target = statistics.fmean(values(task, labels(task, _REFERENCE)["tuned"]))
         lines = [("ring", "defaults"), ("ring", "tuned"), (_REFERENCE, "tuned")]
         for name, kind in lines:
-            label = labels(task, name).get(kind)
-            if label is None:
+            known = labels(task, name)
+            label = known.get(kind)
+            # Where the search found nothing better, the defaults are what it found.
+            if label is None or (kind == "tuned" and label == known.get("defaults")):
                 continue
             cells = []
             for own in _short_of(task, label):
