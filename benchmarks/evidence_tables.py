@@ -198,18 +198,24 @@ def wall_clock() -> str:
             for name in ("ring", _REFERENCE)
         }
         ratio = step["ring"] / step[_REFERENCE]
-        percent = _reached(task, labels(task, "ring")["defaults"])
+        known = labels(task, "ring")
+        parts = [_reached(task, known[kind]) for kind in ("defaults", "tuned") if kind in known]
+        cells = [
+            "not reached" if percent is None else f"{ratio * percent / 100:.2f} ({percent} %)"
+            for percent in parts
+        ]
         rows.append(
             [
                 _HEADINGS[task],
                 *(f"{step[name]:.1f}" for name in (_REFERENCE, "ring")),
                 f"{ratio:.2f}",
-                "not reached" if percent is None else f"{percent} %",
-                "-" if percent is None else f"{ratio * percent / 100:.2f}",
+                cells[0],
+                cells[-1],
             ]
         )
-    head = ["task", "AdamW, ms a step", "RING, ms a step", "ratio", "steps needed", "time needed"]
-    return markdown(head, rows)
+    steps = "(of the steps)"
+    head = ["task", "AdamW, ms a step", "RING, ms a step", "ratio"]
+    return markdown([*head, f"time {steps}, defaults", f"time {steps}, RING"], rows)
 
 
 def search() -> str:
