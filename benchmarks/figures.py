@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import bench_step
@@ -25,6 +28,7 @@ from grng.__main__ import main as grng
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
+_NAMES = ("result.json", "tune.json", "study.json")
 # Measured by programs that draw nothing.
 _WITHOUT = ("kalman_memory.json", "kalman_step.json")
 
@@ -47,6 +51,25 @@ def _machine(folder: Path) -> None:
             draw(file, file.with_suffix(".png"))
 
 
+def _plot(files: list[Path]) -> None:
+    grng(["plot", *map(str, files)])
+
+
+def _results(folder: Path) -> None:
+    """The figures of ``python -m grng``, by as many processes as there are cores."""
+    files = sorted(file for name in _NAMES for file in folder.rglob(name))
+    if not files:
+        # Says what is missing.
+        _plot([folder])
+        return
+    workers = min(os.cpu_count() or 1, len(files))
+    parts = [files[start::workers] for start in range(workers)]
+    # A fresh process: torch's threads do not survive a fork.
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        # Taken from the pool, so that an error in it is one here.
+        list(pool.map(_plot, parts))
+
+
 def draw_all(folder: Path, images: Path) -> None:
     """Draw the figures of all results.
 
@@ -54,7 +77,7 @@ def draw_all(folder: Path, images: Path) -> None:
         folder: Of the results, as ``benchmarks/results``.
         images: For the figure that is not next to its result.
     """
-    grng(["plot", str(folder)])
+    _results(folder)
     for machine in sorted(folder.glob("*-threads")):
         _machine(machine)
     plot_searches.draw(folder, folder / plot_searches.IMAGE)
