@@ -174,7 +174,7 @@ def test_epochs_with_validation_test_only_at_the_end(
             ["--lora-rank", "4"],
             "--lora-rank does not apply to task 'digits', whose model has --hid",
         ),
-        (["--task", "plays", "--hidden", "4"], "--hidden does not apply to task 'plays', whose"),
+        (["--task", "plays", "--hidden", "4"], "--hidden does not apply to model 'minilm' of task"),
         (["--task", "plays", "--lora-rank", "0"], "--lora-rank must be at least 1, got 0"),
     ],
 )
