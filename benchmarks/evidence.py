@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every optimizer searched with the same budget on held-out samples, then run on other seeds and tested once.
 
-``python benchmarks/evidence.py TASK [--optimizers A,B] [--budget B] [--stage STAGE] [--quick] [--out DIR]``
+``python benchmarks/evidence.py TASK [--optimizers A,B] [--budget B] [--stage STAGE] [--percent P,Q] [--quick]
+[--out DIR]``
 with TASK one of ``STUDIES``. Stage ``tune`` runs ``python -m grng tune`` for each optimizer, into
 ``DIR/evidence-TASK/tune-OPTIMIZER``; ``test`` compares the best settings of each, and the defaults of
-ours, into ``DIR/evidence-TASK``; ``short`` does the same for RING and AdamW in 25, 40 and 65 % of the
-steps, each with the whole schedule, into ``DIR/evidence-TASK/short-PERCENT``; ``all`` is the three. All go on
-where they were interrupted, by the same command. ``time``, which is not among them, wants an idle machine: it
+ours, into ``DIR/evidence-TASK``; ``short`` does the same for RING and AdamW in 25, 40, 50 and 65 % of the
+steps (``--percent 50``: in these alone), each with the whole schedule, into
+``DIR/evidence-TASK/short-PERCENT``; ``all`` is the three. All go on where they were interrupted, by the same
+command. ``time``, which is not among them, wants an idle machine: it
 takes 80 steps with each, into ``DIR/evidence-TASK/time``.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from dataclasses import dataclass
@@ -27,14 +30,14 @@ from grng.tune.records import load
 
 RESULTS = Path(__file__).parent / "results"
 OPTIMIZERS = ("ring", "reng", "adamw", "muon", "soap", "sgd", "kfac", "sophiag")
-# Where a run takes a minute: the best rivals of the others.
-_FEW = ("ring", "adamw", "muon", "soap")
+# Where a run takes a minute: ours, and the best rivals of the others.
+_FEW = ("ring", "reng", "adamw", "muon", "soap")
 # Whose defaults are run beside what the search found.
 OURS = ("ring", "reng")
 SEEDS = "0,1,2"
 _REFERENCE = "adamw"
 # Percent of the steps: whether RING gets as far in these as AdamW does in all.
-SHORT = (25, 40, 65)
+SHORT = (25, 40, 50, 65)
 _QUICK = ("--steps", "3", "--checkpoints", "1", "--train-limit", "200", "--validation", "50")
 # A search looks at the end alone; curves are of the test.
 _LOOKS = ("--checkpoints", "2")
@@ -195,7 +198,15 @@ def test(task: str, optimizers: list[str], budget: int, out: Path, *, is_quick: 
     _compare(task, chosen, folder_of(task, out), _QUICK if is_quick else ())
 
 
-def short(task: str, optimizers: list[str], budget: int, out: Path, *, is_quick: bool) -> None:
+def short(
+    task: str,
+    optimizers: list[str],
+    budget: int,
+    out: Path,
+    *,
+    is_quick: bool,
+    parts: tuple[int, ...] = SHORT,
+) -> None:
     """Train RING and AdamW for parts of the steps, on the same seeds, and look at the test set.
 
     Raises:
@@ -206,7 +217,7 @@ def short(task: str, optimizers: list[str], budget: int, out: Path, *, is_quick:
         raise SystemExit(f"stage short is of {OURS[0]} and {_REFERENCE}: --optimizers has neither")
     chosen = specs(task, names, budget, out)
     options = dict(zip(STUDIES[task].options[::2], STUDIES[task].options[1::2], strict=True))
-    for percent in SHORT:
+    for percent in parts:
         steps = round(percent / 100 * int(options["--steps"]))
         length = ("--steps", str(steps), "--checkpoints", "1")
         folder = folder_of(task, out) / f"short-{percent}"
@@ -220,6 +231,19 @@ def time(task: str, optimizers: list[str], budget: int, out: Path, *, is_quick: 
     _compare(task, optimizers, folder_of(task, out) / "time", _QUICK if is_quick else length)
 
 
+def _parts(written: str) -> tuple[int, ...]:
+    """Percents, from "40,65".
+
+    Raises:
+        ArgumentTypeError: The tables know no such part.
+    """
+    known = {str(part): part for part in SHORT}
+    given = written.replace(" ", "").split(",")
+    if not known.keys() >= set(given):
+        raise argparse.ArgumentTypeError(f"must be of {', '.join(known)}, got {written!r}")
+    return tuple(known[part] for part in given)
+
+
 def main() -> int:
     """Run a study; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -227,6 +251,9 @@ def main() -> int:
     parser.add_argument("--optimizers", help="default: those of the task")
     parser.add_argument("--budget", type=int, help="trials of each (default: of the task, 7 or 10)")
     parser.add_argument("--stage", choices=("tune", "test", "short", "time", "all"), default="all")
+    parser.add_argument(
+        "--percent", type=_parts, default=SHORT, help="of stage short, as 40,65; default: all"
+    )
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results")
     arguments = parser.parse_args()
@@ -241,8 +268,10 @@ def main() -> int:
     budget = study.budget if arguments.budget is None else arguments.budget
     budget = 2 if arguments.quick else budget
     try:
-        for stage in (tune, test, short, time):
-            if arguments.stage == stage.__name__ or (arguments.stage == "all" and stage != time):
+        shorter = functools.partial(short, parts=arguments.percent)
+        stages = {"tune": tune, "test": test, "short": shorter, "time": time}
+        for name, stage in stages.items():
+            if arguments.stage == name or (arguments.stage == "all" and name != "time"):
                 stage(arguments.task, names, budget, out, is_quick=arguments.quick)
     except UsageError as error:
         print(f"evidence.py: {error}", file=sys.stderr)

@@ -147,17 +147,19 @@ def speed() -> str:
     return markdown(["task", *heads], rows)
 
 
-def _short_of(task: str, label: str) -> list[list[float]]:
-    """Values of a spec after each part of the steps, with the whole schedule, and after all of them."""
-    parts = [values(task, label, f"short-{percent}") for percent in SHORT]
-    return [*parts, values(task, label)]
+def _short_of(task: str, label: str) -> dict[int, list[float]]:
+    """Values of a spec by percent of the steps, each with the whole schedule; without what was not run."""
+    folder = RESULTS / f"evidence-{task}"
+    kept = [percent for percent in SHORT if (folder / f"short-{percent}" / "result.json").is_file()]
+    parts = {percent: values(task, label, f"short-{percent}") for percent in kept}
+    return {**parts, 100: values(task, label)}
 
 
 def short() -> str:
     """Test values of shorter runs, each with its whole schedule; bold what reaches AdamW's longest."""
     rows = []
     for task in tasks():
-        if not (RESULTS / f"evidence-{task}" / f"short-{SHORT[-1]}" / "result.json").is_file():
+        if not _short_of(task, labels(task, _REFERENCE)["tuned"]).keys() & set(SHORT):
             continue
         decimals = 3 if _by_loss(task) else 2
         target = statistics.fmean(values(task, labels(task, _REFERENCE)["tuned"]))
@@ -169,7 +171,12 @@ def short() -> str:
             if label is None or (kind == "tuned" and label == known.get("defaults")):
                 continue
             cells = []
-            for own in _short_of(task, label):
+            by_percent = _short_of(task, label)
+            for percent in (*SHORT, 100):
+                own = by_percent.get(percent)
+                if own is None:
+                    cells.append("-")
+                    continue
                 is_there = bool(own) and _score(task, statistics.fmean(own)) >= _score(task, target)
                 cells.append(text(own, decimals, is_bold=is_there) if own else "diverged")
             title = f"{_NAMES[name]}, defaults" if kind == "defaults" else _NAMES[name]
@@ -180,7 +187,7 @@ def short() -> str:
 def _reached(task: str, label: str) -> int | None:
     """The shortest length, in percent of the steps, whose mean reaches that of AdamW's longest runs."""
     target = _score(task, statistics.fmean(values(task, labels(task, _REFERENCE)["tuned"])))
-    for percent, own in zip((*SHORT, 100), _short_of(task, label), strict=True):
+    for percent, own in _short_of(task, label).items():
         if own and _score(task, statistics.fmean(own)) >= target:
             return percent
     return None

@@ -52,6 +52,19 @@ def test_steps_are_timed(tmp_path: Path) -> None:
     assert min(rows.values()) > 0
 
 
+def test_one_length_of_the_shorter_runs_can_be_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = (*ONE, "adamw", "--out", str(tmp_path), "--stage")
+    assert study(*given, "tune") == 0
+    assert study(*given, "short", "--percent", "50") == 0
+    folders = sorted(p.name for p in (tmp_path / "evidence-digits").glob("short-*"))
+    assert folders == ["short-50"]
+    with pytest.raises(SystemExit):
+        study(*given, "short", "--percent", "50,51")
+    assert "must be of 25, 40, 50, 65, got '50,51'" in capsys.readouterr().err
+
+
 def test_quick_runs_do_not_go_among_the_results(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         study("digits", "--quick")
