@@ -11,22 +11,14 @@ from grng.studies.records import Panel
 from studies import sweep
 from studies.definition import Definition, Options, Planned
 from studies.sweep import Variant, at
-from studies.training import about, settings
+from studies.training import about, fashion_mnist
 
 RHOS = ("1e-5", "1e-4", "1e-3", "1e-2", "1e-1", "1")
 _ADAMW = "adamw:lr=3e-3"
 
 
 def _config(options: Options) -> CompareConfig:
-    return settings(
-        is_quick=options.is_quick,
-        task="fashion-mnist",
-        model="mlp",
-        batch_size=256,
-        steps=645,
-        validation=5000,
-        checkpoints=1,
-    )
+    return fashion_mnist("mlp", 256, 645, is_quick=options.is_quick)
 
 
 def _variants(options: Options) -> list[Variant]:

@@ -17,7 +17,7 @@ from grng.compare.config import CompareConfig
 from grng.studies.records import Panel, Value
 from studies.definition import Definition, Measured, Options, Planned
 from studies.measures import gradient_norm, hessian, mean_loss
-from studies.training import about, data_of, settings, train
+from studies.training import about, data_of, fashion_mnist, train
 
 # Training samples that gradient and Hessian are of: the same for all.
 _SAMPLES, _CURVED = 2000, 500
@@ -37,15 +37,8 @@ MODELS = {
 
 
 def _config(model: str, options: Options) -> CompareConfig:
-    return settings(
-        is_quick=options.is_quick,
-        task="fashion-mnist",
-        model=model,
-        batch_size=MODELS[model]["batch_size"],
-        steps=MODELS[model]["steps"],
-        validation=5000,
-        checkpoints=1,
-    )
+    own = MODELS[model]
+    return fashion_mnist(model, own["batch_size"], own["steps"], is_quick=options.is_quick)
 
 
 def _run(name: str, model: str, options: Options, seed: int) -> Measured:

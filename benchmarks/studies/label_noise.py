@@ -19,7 +19,7 @@ from grng.compare.config import CompareConfig
 from grng.studies.records import Panel, Value
 from grng.tasks import ClassificationData
 from studies.definition import Definition, Measured, Options, Planned
-from studies.training import about, data_of, settings, train
+from studies.training import about, data_of, fashion_mnist, train
 
 # AdamW's rate is the better of 1e-3 and 3e-3 without wrong labels.
 OPTIMIZERS = {"adamw": "adamw:lr=3e-3", "ring": "ring", "reng": "reng"}
@@ -32,16 +32,7 @@ _SEED = 2000
 
 
 def _config(steps: int, options: Options) -> CompareConfig:
-    return settings(
-        is_quick=options.is_quick,
-        task="fashion-mnist",
-        model="mlp",
-        batch_size=128,
-        steps=steps,
-        train_limit=10_000,
-        validation=5000,
-        checkpoints=1,
-    )
+    return fashion_mnist("mlp", 128, steps, is_quick=options.is_quick, train_limit=10_000)
 
 
 def corrupted(labels: Tensor, percent: int, seed: int) -> Tensor:

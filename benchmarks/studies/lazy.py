@@ -12,7 +12,7 @@ from grng.studies.records import Panel
 from studies import sweep
 from studies.definition import Definition, Options, Planned
 from studies.sweep import Variant, at
-from studies.training import about, settings
+from studies.training import about, fashion_mnist
 
 PERIODS = (1, 2, 4, 8, 10, 50)
 # Shorter for the ViT, whose steps take longer.
@@ -23,15 +23,8 @@ MODELS = {
 
 
 def _config(model: str, options: Options) -> CompareConfig:
-    return settings(
-        is_quick=options.is_quick,
-        task="fashion-mnist",
-        model=model,
-        batch_size=MODELS[model]["batch_size"],
-        steps=MODELS[model]["steps"],
-        validation=5000,
-        checkpoints=1,
-    )
+    own = MODELS[model]
+    return fashion_mnist(model, own["batch_size"], own["steps"], is_quick=options.is_quick)
 
 
 def _variants(model: str, options: Options) -> list[Variant]:

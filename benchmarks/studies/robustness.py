@@ -19,7 +19,7 @@ from grng.compare.evaluation import evaluate
 from grng.studies.records import Panel, Value
 from studies.definition import Definition, Measured, Options, Planned
 from studies.perturbations import CORRUPTIONS, SHIFTS, STRENGTHS, attacked, perturbed
-from studies.training import about, data_of, settings, train
+from studies.training import about, data_of, fashion_mnist, train
 
 # AdamW with three rates, of which the best on held-out samples is chosen for each length; Muon as a search
 # of ten trials found it for the MLP (``evidence.py mlp``); ours with their defaults.
@@ -44,15 +44,7 @@ _SAMPLES, _ATTACKED = 2000, 1000
 
 
 def _config(model: str, steps: int, options: Options) -> CompareConfig:
-    return settings(
-        is_quick=options.is_quick,
-        task="fashion-mnist",
-        model=model,
-        batch_size=MODELS[model]["batch_size"],
-        steps=steps,
-        validation=5000,
-        checkpoints=1,
-    )
+    return fashion_mnist(model, MODELS[model]["batch_size"], steps, is_quick=options.is_quick)
 
 
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:

@@ -47,6 +47,33 @@ def settings(*, is_quick: bool = False, **options: Any) -> CompareConfig:
     return CompareConfig(**chosen)
 
 
+def fashion_mnist(
+    model: str, batch_size: int, steps: int, *, is_quick: bool, **options: Any
+) -> CompareConfig:
+    """The settings of a run on Fashion-MNIST that is looked at when it ends.
+
+    Args:
+        model: ``"mlp"``, ``"resnet"`` or ``"vit"``.
+        batch_size: Samples of a step.
+        steps: How many, with a whole schedule.
+        is_quick: As for :func:`settings`.
+        **options: Others of ``CompareConfig``.
+
+    Returns:
+        The settings, with 5,000 held-out samples.
+    """
+    return settings(
+        is_quick=is_quick,
+        task="fashion-mnist",
+        model=model,
+        batch_size=batch_size,
+        steps=steps,
+        validation=5000,
+        checkpoints=1,
+        **options,
+    )
+
+
 def about(config: CompareConfig) -> dict[str, Any]:
     """The settings that are kept beside a study."""
     return {

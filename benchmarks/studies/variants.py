@@ -12,7 +12,7 @@ from grng.studies.records import Panel
 from studies import sweep
 from studies.definition import Definition, Options, Planned
 from studies.sweep import Variant, at
-from studies.training import about, settings
+from studies.training import about, fashion_mnist
 
 # By the name on the axis.
 FISHERS = {
@@ -39,15 +39,8 @@ MODELS = {
 
 
 def _config(model: str, options: Options) -> CompareConfig:
-    return settings(
-        is_quick=options.is_quick,
-        task="fashion-mnist",
-        model=model,
-        batch_size=MODELS[model]["batch_size"],
-        steps=MODELS[model]["steps"],
-        validation=5000,
-        checkpoints=1,
-    )
+    own = MODELS[model]
+    return fashion_mnist(model, own["batch_size"], own["steps"], is_quick=options.is_quick)
 
 
 def _plan(kinds: dict[str, str], options: Options) -> Iterator[Planned]:

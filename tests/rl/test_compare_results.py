@@ -61,12 +61,16 @@ def test_files_that_are_no_such_result(change, message, made, tmp_path):
         load(path)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "3", "\x00"])
-def test_files_that_are_no_result_at_all(text, tmp_path):
+@pytest.mark.parametrize(
+    "text, message",
+    [(text, "not JSON: ") for text in ("", "{", "\x00")]
+    + [(text, "must be a grng-rl result of version 1") for text in ("[]", "3", "{}")],
+)
+def test_files_that_are_no_result_at_all(text, message, tmp_path):
     path = tmp_path / "result.json"
     path.write_text(text)
     assert not is_rl_result(path)
-    with pytest.raises(UsageError, match=r"result\.json: incomplete result"):
+    with pytest.raises(UsageError, match=rf"result\.json: {message}"):
         load(path)
 
 

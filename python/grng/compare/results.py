@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -13,12 +12,11 @@ from grng.compare.errors import UsageError
 from grng.compare.measures import ACCURACY, MEASURES, Measure
 from grng.compare.records import FINISHED, RUNNING, RunRecord
 from grng.compare.saved import check
+from grng.compare.schema import Schema
 from grng.compare.summary import DEFAULT_REFERENCE, Summary, summarise
-from grng.tasks.atomic import replacing
 
-SCHEMA = "grng-compare"
-SCHEMA_VERSION = 1
 FILE_NAME = "result.json"
+SCHEMA = Schema("grng-compare", 1, FILE_NAME)
 
 
 @dataclass
@@ -91,8 +89,6 @@ class ComparisonResult:
             The path of the file.
         """
         content = {
-            "schema": SCHEMA,
-            "schema_version": SCHEMA_VERSION,
             "created_utc": self.created_utc,
             "status": self.status,
             "command": self.command,
@@ -102,28 +98,7 @@ class ComparisonResult:
             "summary": asdict(self.summary()),
             "runs": [run.to_json() for run in self.runs],
         }
-        text = json.dumps(content, indent=1, allow_nan=False)
-        # A list of numbers reads better, and takes a quarter of the space, on one line.
-        text = join_number_lists(text)
-        with replacing(folder / FILE_NAME) as partial:
-            partial.write_text(text + "\n", encoding="utf-8")
-        return folder / FILE_NAME
-
-
-def join_number_lists(text: str) -> str:
-    """Return indented JSON with each list of numbers on one line."""
-    lines: list[str] = []
-    for line in text.split("\n"):
-        stripped = line.strip()
-        is_number = stripped[:1].isdigit() or (stripped[:1] == "-" and stripped[1:2].isdigit())
-        if is_number and lines:
-            separator = "" if lines[-1].endswith("[") else " "
-            lines[-1] += separator + stripped
-        elif stripped in ("]", "],") and lines and lines[-1][-1:].isdigit():
-            lines[-1] += stripped
-        else:
-            lines.append(line)
-    return "\n".join(lines)
+        return SCHEMA.write(folder, content)
 
 
 def utc_now() -> str:
@@ -170,23 +145,11 @@ def load(path: Path) -> ComparisonResult:
     Raises:
         UsageError: Not a result of this schema version.
     """
-    file = path / FILE_NAME if path.is_dir() else path
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{file}: {error.strerror}") from error
-    except ValueError as error:
-        raise UsageError(f"{file}: not JSON: {error}") from error
-    is_object = isinstance(content, dict)
-    found = (content.get("schema"), content.get("schema_version")) if is_object else None
-    if found != (SCHEMA, SCHEMA_VERSION):
-        raise UsageError(f"{file}: must be a {SCHEMA} result of version {SCHEMA_VERSION}")
+    file = SCHEMA.file(path)
     keys = ("command", "config", "environment", "data", "created_utc", "status")
-    try:
+    with SCHEMA.reading(file) as content:
         runs = [RunRecord.from_json(run) for run in content["runs"]]
         result = ComparisonResult(**{key: content[key] for key in keys}, runs=runs)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{file}: incomplete result: {error}") from error
     check(file, result, ComparisonResult)
     check_labels(file, result.config, "optimizers")
     for number, run in enumerate(runs):

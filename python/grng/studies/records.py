@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -13,13 +12,11 @@ from typing import Any
 
 from grng.compare.errors import UsageError
 from grng.compare.records import DIVERGED, FINISHED, INTERRUPTED, RUNNING
-from grng.compare.results import join_number_lists
 from grng.compare.saved import check
-from grng.tasks.atomic import replacing
+from grng.compare.schema import Schema
 
-SCHEMA = "grng-study"
-SCHEMA_VERSION = 1
 FILE_NAME = "study.json"
+SCHEMA = Schema("grng-study", 1, FILE_NAME)
 X_SCALES = ("linear", "log", "category")
 Y_SCALES = ("linear", "log", "symlog")
 _STATUSES = (RUNNING, FINISHED, INTERRUPTED)
@@ -166,16 +163,11 @@ class StudyResult:
     def save(self, folder: Path) -> Path:
         """Write ``study.json``; a reader sees the old file or the new one, never a part."""
         content = {
-            "schema": SCHEMA,
-            "schema_version": SCHEMA_VERSION,
             **{name: getattr(self, name) for name in _HEAD},
             "panels": [asdict(panel) for panel in self.panels],
             "runs": [asdict(run) for run in self.runs],
         }
-        text = join_number_lists(json.dumps(content, indent=1, allow_nan=False))
-        with replacing(folder / FILE_NAME) as partial:
-            partial.write_text(text + "\n", encoding="utf-8")
-        return folder / FILE_NAME
+        return SCHEMA.write(folder, content)
 
 
 _HEAD = ("name", "title", "subtitle", "created_utc", "status", "command", "config", "environment")
@@ -183,7 +175,7 @@ _HEAD = ("name", "title", "subtitle", "created_utc", "status", "command", "confi
 
 def is_study_result(path: Path) -> bool:
     """Whether a file, or the folder that should hold one, is the result of a study."""
-    file = path / FILE_NAME if path.is_dir() else path
+    file = SCHEMA.file(path)
     return file.name == FILE_NAME and file.is_file()
 
 
@@ -196,18 +188,8 @@ def load(path: Path) -> StudyResult:
     Raises:
         UsageError: No result of this schema version.
     """
-    file = path / FILE_NAME if path.is_dir() else path
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{file}: {error.strerror}") from error
-    except ValueError as error:
-        raise UsageError(f"{file}: not JSON: {error}") from error
-    is_object = isinstance(content, dict)
-    found = (content.get("schema"), content.get("schema_version")) if is_object else None
-    if found != (SCHEMA, SCHEMA_VERSION):
-        raise UsageError(f"{file}: must be a {SCHEMA} result of version {SCHEMA_VERSION}")
-    try:
+    file = SCHEMA.file(path)
+    with SCHEMA.reading(file) as content:
         head = {name: content[name] for name in _HEAD}
         known = [f.name for f in fields(Panel)]
         panels = [
@@ -217,8 +199,6 @@ def load(path: Path) -> StudyResult:
         names = [f.name for f in fields(StudyRun)]
         runs = [StudyRun(**{name: run[name] for name in names}) for run in content["runs"]]
         result = StudyResult(**head, panels=panels, runs=runs)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{file}: incomplete result: {error}") from error
     check(file, result, StudyResult)
     _check_content(file, result)
     return result

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,13 @@ from grng.compare.errors import UsageError
 from grng.compare.measures import MEASURES, Measure
 from grng.compare.optimizers import OptionValue
 from grng.compare.records import FINISHED, RUNNING, Divergence
-from grng.compare.results import check_labels, join_number_lists
+from grng.compare.results import check_labels
 from grng.compare.saved import check
-from grng.tasks.atomic import replacing
+from grng.compare.schema import Schema
 from grng.tune.space import as_option
 
-SCHEMA = "grng-tune"
-SCHEMA_VERSION = 1
 FILE_NAME = "tune.json"
+SCHEMA = Schema("grng-tune", 1, FILE_NAME)
 
 
 @dataclass
@@ -90,16 +88,11 @@ class TuningResult:
         """Write ``tune.json``; a reader sees the old file or the new one, never a part."""
         best = self.best
         content = {
-            "schema": SCHEMA,
-            "schema_version": SCHEMA_VERSION,
             **{name: getattr(self, name) for name in _HEAD},
             "best": None if best is None else {"optimizer": best.optimizer, "value": best.value},
             "trials": [asdict(trial) for trial in self.trials],
         }
-        text = join_number_lists(json.dumps(content, indent=1, allow_nan=False))
-        with replacing(folder / FILE_NAME) as partial:
-            partial.write_text(text + "\n", encoding="utf-8")
-        return folder / FILE_NAME
+        return SCHEMA.write(folder, content)
 
 
 _HEAD = ("created_utc", "status", "command", "config", "environment", "data")
@@ -107,7 +100,7 @@ _HEAD = ("created_utc", "status", "command", "config", "environment", "data")
 
 def is_tuning_result(path: Path) -> bool:
     """Whether a file, or the folder that should hold one, is the result of a search."""
-    file = path / FILE_NAME if path.is_dir() else path
+    file = SCHEMA.file(path)
     return file.name == FILE_NAME and file.is_file()
 
 
@@ -120,22 +113,10 @@ def load(path: Path) -> TuningResult:
     Raises:
         UsageError: No result of this schema version.
     """
-    file = path / FILE_NAME if path.is_dir() else path
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{file}: {error.strerror}") from error
-    except ValueError as error:
-        raise UsageError(f"{file}: not JSON: {error}") from error
-    is_object = isinstance(content, dict)
-    found = (content.get("schema"), content.get("schema_version")) if is_object else None
-    if found != (SCHEMA, SCHEMA_VERSION):
-        raise UsageError(f"{file}: must be a {SCHEMA} result of version {SCHEMA_VERSION}")
-    try:
+    file = SCHEMA.file(path)
+    with SCHEMA.reading(file) as content:
         trials = [_trial(one) for one in content["trials"]]
         result = TuningResult(**{key: content[key] for key in _HEAD}, trials=trials)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{file}: incomplete result: {error}") from error
     check(file, result, TuningResult)
     _check_config(file, result.config)
     for number, trial in enumerate(trials):

@@ -9,13 +9,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from grng.compare.errors import UsageError
-from grng.compare.results import FILE_NAME, check_labels, join_number_lists
+from grng.compare.results import FILE_NAME, check_labels
 from grng.compare.saved import check
+from grng.compare.schema import Schema
 from grng.rl.compare.records import FINISHED, RUNNING, RLRun
-from grng.tasks.atomic import replacing
 
-SCHEMA, SCHEMA_VERSION = "grng-rl", 1
+SCHEMA = Schema("grng-rl", 1, FILE_NAME)
 
 
 @dataclass(frozen=True)
@@ -85,8 +84,6 @@ class RLResult:
     def save(self, folder: Path) -> Path:
         """Write ``result.json`` into an existing folder, whole or not at all; return its path."""
         content = {
-            "schema": SCHEMA,
-            "schema_version": SCHEMA_VERSION,
             "created_utc": self.created_utc,
             "status": self.status,
             "command": self.command,
@@ -95,20 +92,17 @@ class RLResult:
             "summary": [asdict(row) for row in self.rows()],
             "runs": [run.to_json() for run in self.runs],
         }
-        text = join_number_lists(json.dumps(content, indent=1, allow_nan=False))
-        with replacing(folder / FILE_NAME) as partial:
-            partial.write_text(text + "\n", encoding="utf-8")
-        return folder / FILE_NAME
+        return SCHEMA.write(folder, content)
 
 
 def is_rl_result(path: Path) -> bool:
     """Return whether a file, or that in a folder, is a result of this kind."""
-    file = path / FILE_NAME if path.is_dir() else path
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(SCHEMA.file(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(content, dict) and content.get("schema") == SCHEMA
+    # Of another version it still is one, which load() refuses by name.
+    return isinstance(content, dict) and content.get("schema") == SCHEMA.name
 
 
 def load(path: Path) -> RLResult:
@@ -120,20 +114,11 @@ def load(path: Path) -> RLResult:
     Raises:
         UsageError: Not a result of this schema version.
     """
-    file = path / FILE_NAME if path.is_dir() else path
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if (content["schema"], content["schema_version"]) != (SCHEMA, SCHEMA_VERSION):
-            raise UsageError(f"{file}: must be a {SCHEMA} result of version {SCHEMA_VERSION}")
+    file = SCHEMA.file(path)
+    with SCHEMA.reading(file) as content:
         keys = ("command", "config", "environment", "created_utc", "status")
         runs = [RLRun(**run) for run in content["runs"]]
         result = RLResult(**{key: content[key] for key in keys}, runs=runs)
-    except UsageError:
-        raise
-    except OSError as error:
-        raise UsageError(f"{file}: {error.strerror}") from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"{file}: incomplete result: {error}") from error
     check(file, result, RLResult)
     check_labels(file, result.config, "methods")
     return result
