@@ -82,16 +82,28 @@ def test_other_settings_are_refused(
     assert (folder / "result.json").read_bytes() == before
 
 
-def test_other_code_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"versions": {"torch": "1.0"}}, "environment versions.torch was '1.0'"),
+        ({"gpu": "another"}, "environment gpu was 'another', is None"),
+    ],
+)
+def test_other_code_or_machine_is_refused(
+    change: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = interrupted(tmp_path, monkeypatch)
     file = folder / "result.json"
     found = json.loads(file.read_text())
-    found["environment"]["versions"]["torch"] = "1.0"
+    versions = {**found["environment"]["versions"], **change.get("versions", {})}
+    found["environment"] |= {**change, "versions": versions}
     file.write_text(json.dumps(found))
     assert compare("--into", str(folder)) == 2
-    assert "environment versions.torch was '1.0'" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -118,18 +130,6 @@ def test_damaged_key_is_named(
     file.write_text(json.dumps(whole))
     assert compare("--into", str(tmp_path)) == 2
     assert "result.json: runs[1].epochs of a finished run" in capsys.readouterr().err
-
-
-def test_other_processor_of_graphics_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = interrupted(tmp_path, monkeypatch)
-    file = folder / "result.json"
-    found = json.loads(file.read_text())
-    found["environment"]["gpu"] = "another"
-    file.write_text(json.dumps(found))
-    assert compare("--into", str(folder)) == 2
-    assert "environment gpu was 'another', is None" in capsys.readouterr().err
 
 
 def test_data_that_was_fetched_is_the_same_in_the_cache(
