@@ -9,6 +9,7 @@ from studies import (
     gradient_norm,
     label_noise,
     lazy,
+    lora_parts,
     memory,
     robustness,
     two_layer,
@@ -30,6 +31,7 @@ STUDIES: dict[str, Definition] = {
         robustness.RESNET,
         label_noise.STUDY,
         fine_tuning.STUDY,
+        lora_parts.STUDY,
         memory.STUDY,
         two_layer.STUDY,
     )

