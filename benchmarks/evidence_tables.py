@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of ``evidence.py`` and of the studies, from the results that are kept."""
+"""Tables of ``evidence.py``, from the results that are kept."""
 
 from __future__ import annotations
 
 import functools
-import itertools
-import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from evidence import OURS, SHORT, STUDIES
@@ -15,12 +13,10 @@ from table_text import markdown, text
 
 from grng.compare.records import FINISHED, RunRecord
 from grng.compare.results import ComparisonResult, load
-from grng.studies.records import StudyResult, StudyRun
-from grng.studies.records import load as load_study
 from grng.tune.records import load as load_search
 
 RESULTS = Path(__file__).parent / "results"
-_NAMES = {
+NAMES = {
     "ring": "RING",
     "reng": "RENG",
     "adamw": "AdamW",
@@ -83,7 +79,7 @@ def labels(task: str, name: str) -> dict[str, str]:
 
 
 def _rows() -> list[tuple[str, str]]:
-    names = [name for name in _NAMES if any(labels(task, name) for task in tasks())]
+    names = [name for name in NAMES if any(labels(task, name) for task in tasks())]
     return [
         (name, kind)
         for name in names
@@ -118,7 +114,7 @@ def accuracy() -> str:
     rows = []
     for row in _rows():
         name, kind = row
-        title = f"{_NAMES[name]}, defaults" if kind == "defaults" else _NAMES[name]
+        title = f"{NAMES[name]}, defaults" if kind == "defaults" else NAMES[name]
         rows.append([title, *(column.get(row, "-") for column in columns)])
     links = [
         f"[{_HEADINGS[task]}](benchmarks/results/evidence-{task}/result.json)" for task in tasks()
@@ -138,7 +134,7 @@ def speed() -> str:
     names = [row for row in _rows() if row[0] != _REFERENCE]
     names = [row for row in names if row[0] in (*OURS, "muon", "soap")]
     heads = [
-        f"{_NAMES[name]}, defaults" if kind == "defaults" else _NAMES[name] for name, kind in names
+        f"{NAMES[name]}, defaults" if kind == "defaults" else NAMES[name] for name, kind in names
     ]
     rows = []
     for task in tasks():
@@ -179,7 +175,7 @@ def short() -> str:
                     continue
                 is_there = bool(own) and _score(task, statistics.fmean(own)) >= _score(task, target)
                 cells.append(text(own, decimals, is_bold=is_there) if own else "diverged")
-            title = f"{_NAMES[name]}, defaults" if kind == "defaults" else _NAMES[name]
+            title = f"{NAMES[name]}, defaults" if kind == "defaults" else NAMES[name]
             rows.append([_HEADINGS[task], title, *cells])
     return markdown(["task", "optimizer", *(f"{p} % of the steps" for p in SHORT), "all"], rows)
 
@@ -231,7 +227,7 @@ def search() -> str:
     for task in tasks():
         scale, decimals = (1, 2) if _by_loss(task) else (100, 1)
         column = {}
-        for name in _NAMES:
+        for name in NAMES:
             folder = RESULTS / f"evidence-{task}" / f"tune-{name}"
             if not (folder / "tune.json").is_file():
                 continue
@@ -245,131 +241,9 @@ def search() -> str:
             written = " / ".join(f"{scale * abs(score):.{decimals}f}" for score in three)
             column[name] = f"{written} ({lost} diverged)" if lost else written
         columns.append(column)
-    names = [name for name in _NAMES if any(name in column for column in columns)]
-    rows = [[_NAMES[name], *(column.get(name, "-") for column in columns)] for name in names]
+    names = [name for name in NAMES if any(name in column for column in columns)]
+    rows = [[NAMES[name], *(column.get(name, "-") for column in columns)] for name in names]
     return markdown(["optimizer", *(_HEADINGS[task] for task in tasks())], rows)
-
-
-# ---- studies ----
-
-
-@functools.cache
-def study(name: str) -> StudyResult:
-    """A kept study."""
-    return load_study(RESULTS / f"study-{name}")
-
-
-Pairs = list[tuple[float, float]]
-
-
-def _interpolated(points: Pairs, at: float) -> float | None:
-    """The second value where the first one first has a value, between neighbours; None if it never has."""
-    for (x0, y0), (x1, y1) in itertools.pairwise(points):
-        if x0 <= at <= x1:
-            return y0 if x1 == x0 else y0 + (y1 - y0) * (at - x0) / (x1 - x0)
-    return None
-
-
-def _mean(runs: Sequence[StudyRun], key: str) -> float:
-    """Mean over the seeds of what was measured at the end; minus infinity where a run diverged."""
-    if not runs or any(run.status != FINISHED for run in runs):
-        return -math.inf
-    return statistics.fmean(_number(run, key) for run in runs)
-
-
-def _number(run: StudyRun, key: str) -> float:
-    value = run.points[-1][key]
-    assert isinstance(value, (int, float)), f"{key} is a number"
-    return float(value)
-
-
-def _of(found: StudyResult, series: str, setting: str) -> list[StudyRun]:
-    return [run for run in found.runs if (run.series, run.setting) == (series, setting)]
-
-
-def _with_best_rates(found: StudyResult) -> dict[str, list[list[StudyRun]]]:
-    """By optimizer, the runs of each length, in rising order; of several rates the best on validation."""
-    families: dict[str, list[str]] = {}
-    for series in found.series:
-        families.setdefault(series.split(":")[0], []).append(series)
-    lengths = [f"steps={steps}" for steps in found.config["steps"]]
-    return {
-        name: [
-            max(
-                (_of(found, one, length) for one in own), key=lambda runs: _mean(runs, "validation")
-            )
-            for length in lengths
-        ]
-        for name, own in families.items()
-    }
-
-
-_KINDS = {
-    "corrupted": "corrupted",
-    "moved or rotated": "shifted",
-    "FGSM": "fgsm",
-    "PGD": "pgd",
-}
-
-
-def _values_at(lengths: list[list[StudyRun]], key: str, at: float) -> list[float]:
-    """The values of all seeds at a clean accuracy; empty unless all come there."""
-    found = []
-    for same_seed in zip(*lengths, strict=True):
-        if any(run.status != FINISHED for run in same_seed):
-            return []
-        pairs = [(_number(run, "clean"), _number(run, key)) for run in same_seed]
-        value = _interpolated(pairs, at)
-        if value is None:
-            return []
-        found.append(value)
-    return found
-
-
-def robustness(model: str, levels: tuple[float, ...]) -> str:
-    """Accuracy on harder images at equal clean accuracy, between the lengths of training.
-
-    Args:
-        model: Of the study.
-        levels: Clean accuracies, in %.
-    """
-    by_name = _with_best_rates(study(f"robustness-{model}"))
-    rows = []
-    for level in levels:
-        cells = {
-            name: [_values_at(lengths, key, level) for key in _KINDS.values()]
-            for name, lengths in by_name.items()
-        }
-        best = [
-            max((statistics.fmean(own[n]) for own in cells.values() if own[n]), default=math.nan)
-            for n in range(len(_KINDS))
-        ]
-        for name, columns in cells.items():
-            written = [
-                text(own, 2, is_bold=statistics.fmean(own) == top) if own else "-"
-                for own, top in zip(columns, best, strict=True)
-            ]
-            rows.append([f"{level:.1f} %", _NAMES[name], *written])
-    return markdown(["clean accuracy", "optimizer", *_KINDS], rows)
-
-
-def label_noise() -> str:
-    """Test accuracy after wrong labels: at the length that is best on held-out ones, and at the longest."""
-    found = study("label-noise")
-    counts, parts = found.config["steps"], found.config["wrong_percent"]
-    rows = []
-    for name in found.series:
-        for kind in ("chosen", "longest"):
-            cells = []
-            for percent in parts:
-                lengths = {n: _of(found, name, f"wrong={percent} steps={n}") for n in counts}
-                chosen = max(counts, key=lambda n: _mean(lengths[n], "validation_accuracy"))
-                steps = chosen if kind == "chosen" else counts[-1]
-                own = [_number(run, f"accuracy_{percent}") for run in lengths[steps]]
-                cells.append(f"{text(own, 2)} ({steps})" if kind == "chosen" else text(own, 2))
-            title = _NAMES[name] if kind == "chosen" else f"{_NAMES[name]}, {counts[-1]} steps"
-            rows.append([title, *cells])
-    return markdown(["optimizer", *(f"{percent} % wrong" for percent in parts)], rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -378,6 +252,4 @@ TABLES: dict[str, Callable[[], str]] = {
     "evidence-search": search,
     "evidence-short": short,
     "evidence-time": wall_clock,
-    "label-noise": label_noise,
-    "robustness-mlp": functools.partial(robustness, "mlp", (88.0, 88.4, 88.7)),
 }

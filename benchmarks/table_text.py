@@ -18,3 +18,9 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table, with a line break at its end."""
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def cells_of(table: str) -> list[list[str]]:
+    """The rows below the head of a table that :func:`markdown` wrote."""
+    lines = table.strip().split("\n")[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import evidence_tables
 import rl_tables
+import study_tables
 from table_text import markdown, text
 
 from grng.compare.records import FINISHED, EpochRecord
@@ -380,6 +381,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "rank-one-step": rank_one_step,
     "cartpole-time": cartpole_time,
     **evidence_tables.TABLES,
+    **study_tables.TABLES,
     **{folder.name: functools.partial(_rl, folder) for folder in rl_tables.folders()},
 }
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
-import evidence_tables  # noqa: E402
+import study_tables  # noqa: E402
 from studies import gradient_norm, label_noise, measures, perturbations  # noqa: E402
 
 from grng.tasks.fashion_mnist import PIXEL_MEAN, PIXEL_STD  # noqa: E402
@@ -154,6 +154,6 @@ def test_part_of_the_labels_is_wrong(percent: int) -> None:
 
 def test_value_at_equal_accuracy_is_between_its_neighbours() -> None:
     points = [(80.0, 70.0), (90.0, 60.0), (88.0, 50.0)]
-    assert evidence_tables._interpolated(points, 85.0) == pytest.approx(65.0)
-    assert evidence_tables._interpolated(points, 95.0) is None
-    assert evidence_tables._interpolated(points, 79.0) is None
+    assert study_tables._interpolated(points, 85.0) == pytest.approx(65.0)
+    assert study_tables._interpolated(points, 95.0) is None
+    assert study_tables._interpolated(points, 79.0) is None

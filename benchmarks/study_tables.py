@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables of the studies, from the results that are kept."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from evidence_tables import NAMES
+from table_text import markdown, text
+
+from grng.compare.records import FINISHED
+from grng.studies.records import StudyResult, StudyRun, load
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@functools.cache
+def study(name: str) -> StudyResult:
+    """A kept study."""
+    return load(RESULTS / f"study-{name}")
+
+
+Pairs = list[tuple[float, float]]
+
+
+def _interpolated(points: Pairs, at: float) -> float | None:
+    """The second value where the first one first has a value, between neighbours; None if it never has."""
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
+        if x0 <= at <= x1:
+            return y0 if x1 == x0 else y0 + (y1 - y0) * (at - x0) / (x1 - x0)
+    return None
+
+
+def _mean(runs: Sequence[StudyRun], key: str) -> float:
+    """Mean over the seeds of what was measured at the end; minus infinity where a run diverged."""
+    if not runs or any(run.status != FINISHED for run in runs):
+        return -math.inf
+    return statistics.fmean(_number(run, key) for run in runs)
+
+
+def _number(run: StudyRun, key: str) -> float:
+    value = run.points[-1][key]
+    assert isinstance(value, (int, float)), f"{key} is a number"
+    return float(value)
+
+
+def _of(found: StudyResult, series: str, setting: str) -> list[StudyRun]:
+    return [run for run in found.runs if (run.series, run.setting) == (series, setting)]
+
+
+def _with_best_rates(found: StudyResult) -> dict[str, list[list[StudyRun]]]:
+    """By optimizer, the runs of each length, in rising order; of several rates the best on validation."""
+    families: dict[str, list[str]] = {}
+    for series in found.series:
+        families.setdefault(series.split(":")[0], []).append(series)
+    lengths = [f"steps={steps}" for steps in found.config["steps"]]
+    return {
+        name: [
+            max(
+                (_of(found, one, length) for one in own), key=lambda runs: _mean(runs, "validation")
+            )
+            for length in lengths
+        ]
+        for name, own in families.items()
+    }
+
+
+@dataclass(frozen=True)
+class Column:
+    """A value at the end of a run; ``scale`` turns what is kept into the unit of the title."""
+
+    key: str
+    title: str
+    decimals: int = 2
+    scale: float = 1.0
+
+
+def _cell(runs: Sequence[StudyRun], column: Column) -> str:
+    """Mean and standard deviation over the seeds."""
+    lost = sum(run.status != FINISHED for run in runs)
+    if lost:
+        return f"{lost} of {len(runs)} diverged"
+    return text([column.scale * _number(run, column.key) for run in runs], column.decimals)
+
+
+def ends(name: str, columns: Sequence[Column], head: Sequence[str] = ("optimizer",)) -> str:
+    """What was measured at the end of the runs, a row for each setting.
+
+    Args:
+        name: Of the study.
+        columns: The values.
+        head: Titles of what tells the rows apart: of the series, of the setting, or of both.
+    """
+    found = study(name)
+    rows = []
+    for series in found.series:
+        for setting in found.settings(series):
+            both = (NAMES.get(series, series), setting)
+            own = both if len(head) == 2 else (setting or both[0],)
+            cells = [_cell(_of(found, series, setting), column) for column in columns]
+            rows.append([*own, *cells])
+    return markdown([*head, *(column.title for column in columns)], rows)
+
+
+_KINDS = {
+    "corrupted": "corrupted",
+    "moved or rotated": "shifted",
+    "FGSM": "fgsm",
+    "PGD": "pgd",
+}
+
+
+def _values_at(lengths: list[list[StudyRun]], key: str, at: float) -> list[float]:
+    """The values of all seeds at a clean accuracy; empty unless all come there."""
+    found = []
+    for same_seed in zip(*lengths, strict=True):
+        if any(run.status != FINISHED for run in same_seed):
+            return []
+        pairs = [(_number(run, "clean"), _number(run, key)) for run in same_seed]
+        value = _interpolated(pairs, at)
+        if value is None:
+            return []
+        found.append(value)
+    return found
+
+
+def robustness(model: str, levels: tuple[float, ...]) -> str:
+    """Accuracy on harder images at equal clean accuracy, between the lengths of training.
+
+    Args:
+        model: Of the study.
+        levels: Clean accuracies, in %.
+    """
+    by_name = _with_best_rates(study(f"robustness-{model}"))
+    rows = []
+    for level in levels:
+        cells = {
+            name: [_values_at(lengths, key, level) for key in _KINDS.values()]
+            for name, lengths in by_name.items()
+        }
+        best = [
+            max((statistics.fmean(own[n]) for own in cells.values() if own[n]), default=math.nan)
+            for n in range(len(_KINDS))
+        ]
+        for name, columns in cells.items():
+            written = [
+                text(own, 2, is_bold=statistics.fmean(own) == top) if own else "-"
+                for own, top in zip(columns, best, strict=True)
+            ]
+            rows.append([f"{level:.1f} %", NAMES[name], *written])
+    return markdown(["clean accuracy", "optimizer", *_KINDS], rows)
+
+
+def label_noise() -> str:
+    """Test accuracy after wrong labels: at the length that is best on held-out ones, and at the longest."""
+    found = study("label-noise")
+    counts, parts = found.config["steps"], found.config["wrong_percent"]
+    rows = []
+    for name in found.series:
+        for kind in ("chosen", "longest"):
+            cells = []
+            for percent in parts:
+                lengths = {n: _of(found, name, f"wrong={percent} steps={n}") for n in counts}
+                chosen = max(counts, key=lambda n: _mean(lengths[n], "validation_accuracy"))
+                steps = chosen if kind == "chosen" else counts[-1]
+                own = [_number(run, f"accuracy_{percent}") for run in lengths[steps]]
+                cells.append(f"{text(own, 2)} ({steps})" if kind == "chosen" else text(own, 2))
+            title = NAMES[name] if kind == "chosen" else f"{NAMES[name]}, {counts[-1]} steps"
+            rows.append([title, *cells])
+    return markdown(["optimizer", *(f"{percent} % wrong" for percent in parts)], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "label-noise": label_noise,
+    "robustness-mlp": functools.partial(robustness, "mlp", (88.0, 88.4, 88.7)),
+}
