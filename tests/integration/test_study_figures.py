@@ -81,6 +81,8 @@ def test_only_places_with_both_values_are_averaged() -> None:
         ("log", (None, None), "linear"),
         ("symlog", (-3.0, 200.0), "symlog"),
         ("symlog", (0.0, 0.0), "linear"),
+        ("symlog", (0.0, 200.0), "symlog"),
+        ("symlog", (3.0, 200.0), "log"),
     ],
 )
 def test_scale_has_a_place_for_the_values(
@@ -93,6 +95,20 @@ def test_scale_has_a_place_for_the_values(
     panel = Panel("step", "loss", "Loss", "step", "", y_scale=scale)
     figure = drawn(monkeypatch, tmp_path, panel, losses(*values))
     assert figure.axes[0].get_yscale() == expected
+
+
+@pytest.mark.parametrize(
+    ("names", "is_slanted"),
+    [(("a", "b"), False), (("no trust\nregion",) * 4, False), (("empirical",) * 6, True)],
+)
+def test_names_without_room_are_slanted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, names: tuple[str, ...], is_slanted: bool
+) -> None:
+    points: Points = [{"kind": f"{name}{n}", "loss": 1.0} for n, name in enumerate(names)]
+    figure = drawn(monkeypatch, tmp_path, KIND, points)
+    assert [bool(label.get_rotation()) for label in figure.axes[0].get_xticklabels()] == [
+        is_slanted
+    ] * len(names)
 
 
 def test_places_at_zero_are_drawn_on_a_linear_axis(

@@ -19,6 +19,8 @@ _DOTS_PER_INCH = 150
 _PANEL_WIDTH = 4.6
 _PER_ROW = 3
 _SYMLOG_PART = 1e-4
+# That the names below a panel have room for, side by side.
+_CHARACTERS = 48
 
 
 def _names(result: StudyResult, panel: Panel) -> list[str]:
@@ -61,7 +63,11 @@ def _label(result: StudyResult, series: str) -> str:
 def _set_scale(axes: Axes, panel: Panel, pairs: list[tuple[float, Mean]]) -> None:
     """The scales of a panel; linear where what is drawn has no place on that of its choice."""
     sizes = [abs(end) for _, value in pairs for end in (value.low, value.high) if end != 0]
+    is_positive = bool(pairs) and all(value.low > 0 for _, value in pairs)
     if panel.y_scale == "log" and any(value.high > 0 for _, value in pairs):
+        axes.set_yscale("log")
+    elif panel.y_scale == "symlog" and is_positive:
+        # The same picture, with more than one number at its axis.
         axes.set_yscale("log")
     elif panel.y_scale == "symlog" and sizes:
         # Linear around 0, up to the smallest value or where four powers of ten are drawn.
@@ -93,7 +99,8 @@ def _draw(
 def _finish(axes: Axes, result: StudyResult, panel: Panel, pairs: list[tuple[float, Mean]]) -> None:
     if panel.x_scale == "category":
         names = _names(result, panel)
-        slant = 30 if max(map(len, names), default=0) > 8 else 0
+        longest = max((len(line) for name in names for line in name.split("\n")), default=0)
+        slant = 30 if longest * len(names) > _CHARACTERS else 0
         axes.set_xticks(range(len(names)), names, rotation=slant, ha="right" if slant else "center")
         axes.margins(x=0.08)
     _set_scale(axes, panel, pairs)

@@ -36,7 +36,8 @@ class Panel:
         x_label: With its unit.
         y_label: With its unit.
         x_scale: ``"linear"``, ``"log"`` or ``"category"``.
-        y_scale: ``"linear"``, ``"log"`` or, where values may be negative, ``"symlog"``.
+        y_scale: ``"linear"``, ``"log"`` or ``"symlog"``, for values that may be negative; if none is, it is a
+            logarithmic one.
     """
 
     x: str
