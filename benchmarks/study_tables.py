@@ -89,6 +89,13 @@ def _cell(runs: Sequence[StudyRun], column: Column) -> str:
     return text([column.scale * _number(run, column.key) for run in runs], column.decimals)
 
 
+def _title(series: str) -> str:
+    """RENG, `rho_gr=0.1` of reng:rho_gr=0.1."""
+    name, _, options = series.partition(":")
+    known = NAMES.get(name, name)
+    return f"{known}, `{options.replace(':', ', ')}`" if options else known
+
+
 def ends(name: str, columns: Sequence[Column], head: Sequence[str] = ("optimizer",)) -> str:
     """What was measured at the end of the runs, a row for each setting.
 
@@ -101,7 +108,7 @@ def ends(name: str, columns: Sequence[Column], head: Sequence[str] = ("optimizer
     rows = []
     for series in found.series:
         for setting in found.settings(series):
-            both = (NAMES.get(series, series), setting)
+            both = (_title(series), setting)
             own = both if len(head) == 2 else (setting or both[0],)
             cells = [_cell(_of(found, series, setting), column) for column in columns]
             rows.append([*own, *cells])
@@ -176,7 +183,20 @@ def label_noise() -> str:
     return markdown(["optimizer", *(f"{percent} % wrong" for percent in parts)], rows)
 
 
+def _gradient_norm(model: str) -> str:
+    columns = (
+        Column("test_accuracy", "test accuracy, %"),
+        Column("loss", "training loss", 3),
+        Column("mean_gradient_norm", "norm of the gradient, mean along the way", 2),
+        Column("gradient_norm", "at the end", 3),
+        Column("eigenvalue", "largest eigenvalue", 1),
+        Column("trace", "trace of the Hessian", 0),
+    )
+    return ends(f"gradient-norm-{model}", columns)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "gradient-norm-mlp": functools.partial(_gradient_norm, "mlp"),
     "label-noise": label_noise,
     "robustness-mlp": functools.partial(robustness, "mlp", (88.0, 88.4, 88.7)),
 }
