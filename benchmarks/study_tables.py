@@ -37,9 +37,13 @@ def _interpolated(points: Pairs, at: float) -> float | None:
     return None
 
 
+def _has_finished(runs: Sequence[StudyRun]) -> bool:
+    return bool(runs) and all(run.status == FINISHED for run in runs)
+
+
 def _mean(runs: Sequence[StudyRun], key: str) -> float:
     """Mean over the seeds of what was measured at the end; minus infinity where a run diverged."""
-    if not runs or any(run.status != FINISHED for run in runs):
+    if not _has_finished(runs):
         return -math.inf
     return statistics.fmean(_number(run, key) for run in runs)
 
@@ -194,6 +198,28 @@ def _gradient_norm(model: str) -> str:
     )
     return ends(f"gradient-norm-{model}", columns)
 
+
+def lazy(model: str) -> str:
+    """Quality and time of a step against the refresh period, AdamW's step being 1."""
+    found = study(f"lazy-{model}")
+
+    def time_of(runs: Sequence[StudyRun]) -> float:
+        return statistics.median(_number(run, "ms_per_step") for run in runs)
+
+    adamw = time_of(_of(found, "adamw", ""))
+    columns = (Column("test_accuracy", ""), Column("train_loss", "", 3))
+    rows = []
+    for series in found.series:
+        for setting in found.settings(series):
+            runs = _of(found, series, setting)
+            period = setting.removeprefix("refresh_every=")
+            title = f"{_title(series)}, S = {period}" if period else _title(series)
+            time = f"{time_of(runs) / adamw:.2f}" if _has_finished(runs) else "-"
+            rows.append([title, *(_cell(runs, column) for column in columns), time])
+    return markdown(["", "test accuracy, %", "training loss", "time of a step"], rows)
+
+
+_END = (Column("test_accuracy", "test accuracy, %"), Column("train_loss", "training loss", 3))
 
 TABLES: dict[str, Callable[[], str]] = {
     "gradient-norm-mlp": functools.partial(_gradient_norm, "mlp"),
