@@ -16,3 +16,21 @@ def are_finite(tensors: list[Tensor], *, exact: bool = False) -> Tensor:
     if exact:
         return stacked([torch.isfinite(t).all() for t in tensors])
     return torch.isfinite(stacked(torch._foreach_norm(tensors)))
+
+
+def all_finite(*lists: list[Tensor]) -> list[bool]:
+    """Return for each list whether all of it is finite, after one wait as long as all is well."""
+    flags = []
+    for tensors in lists:
+        if tensors:
+            norms = torch._foreach_norm(tensors)
+            flags.append(torch.stack([torch.isfinite(n).to(norms[0].device) for n in norms]).all())
+        else:
+            flags.append(torch.ones((), dtype=torch.bool))
+    device = next((f.device for f in flags if f.device.type != "cpu"), torch.device("cpu"))
+    results = torch.stack([f.to(device) for f in flags]).tolist()
+    # A norm can leave the range of its dtype where no element does.
+    return [
+        ok or all(bool(torch.isfinite(t).all()) for t in tensors)
+        for ok, tensors in zip(results, lists, strict=True)
+    ]

@@ -7,32 +7,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import grng_kernels as kernels
 from grng.curvature import rows as of_rows
-from grng.curvature.full_covariance import MAX_PARAMETERS, FullCovariance, full_kalman_update_
-from grng.curvature.jacobian import JACOBIANS, Jacobian
-from grng.curvature.observation import BATCHES, LIKELIHOODS, Observation
-from grng.curvature.prior import (
-    PRIORS,
-    coherence,
-    count_more_often,
-    initial_variances,
-    update_coherence,
-)
+from grng.curvature.full_covariance import MAX_PARAMETERS, FullCovariance
+from grng.curvature.observation import Observation
+from grng.curvature.prior import count_more_often, initial_variances
 from grng.curvature.rows import Rows
 from grng.optim import evidence
-from grng.optim.checks import PreconditionerError, check_hyperparameter
+from grng.optim.checks import PreconditionerError
 from grng.optim.devices import refuse_graph_capture
+from grng.optim.kalman_checks import check_settings, checked, shared_settings
+from grng.optim.kalman_reports import KalmanReports
+from grng.optim.kalman_step import (
+    coherences,
+    mean_squares,
+    part_within,
+    predict,
+    update_diagonal,
+    update_full,
+    weights_of,
+    write_weights,
+)
 from grng.optim.loading import parameters_of
 from grng.optim.output_noise import OutputNoise
-from grng.optim.rehearsal import Rehearsing
+from grng.optim.parameters import check_place, trainable, wide
 from grng.optim.undo import undone_on_error
-from grng.reports.diagonal import explain, read
-from grng.reports.memory import MemoryEstimate, estimate, planned
-from grng.reports.text import Report
 
-# One filter has one observation: these cannot differ between the groups.
-_SHARED = ("rho", "forgetting", "process_noise")
 # What the state of a parameter can have, and what that of the first can have besides.
 _KEYS = (
     *("variance", "prior", "weights", "trace", "overlap", "observations"),
@@ -41,7 +40,7 @@ _KEYS = (
 _FIRST_KEYS = ("noise", "prior_scale", "evidence", "skipped", "skipped_in_a_row")
 
 
-class KalmanOptimizer(Rehearsing):
+class KalmanOptimizer(KalmanReports):
     """Diagonal extended Kalman filter over the trainable parameters; see :class:`grng.RKalman`.
 
     State per parameter, tensors or numbers: ``variance`` and the ``prior`` it began with; for the coherence
@@ -79,41 +78,26 @@ class KalmanOptimizer(Rehearsing):
         jacobian: str,
     ) -> None:
         owner = type(self).__name__
-        for name in ("lr", "rho", "process_noise"):
-            check_hyperparameter(owner, name, defaults[name])
-        check_hyperparameter(owner, "forgetting", defaults["forgetting"], low=1e-3, high=1.0)
-        check_hyperparameter(owner, "sigma0", sigma0, low=1e-15, high=1e15)
-        check_hyperparameter(owner, "beta", beta, high=1.0)
-        if max_kl is not None and max_kl != "auto":
-            if isinstance(max_kl, str):
-                raise ValueError(
-                    f'{owner}: max_kl must be a number, "auto" or None, got {max_kl!r}'
-                )
-            check_hyperparameter(owner, "max_kl", max_kl, low=1e-12)
-        check_hyperparameter(owner, "max_rows", max_rows, low=1)
-        check_hyperparameter(owner, "max_failures", max_failures)
-        check_hyperparameter(owner, "jacobian_budget_mb", budget_mb, low=1e-3)
-        for name, value, choices in (
-            ("prior", prior, PRIORS),
-            ("likelihood", likelihood, LIKELIHOODS),
-            ("form", form, ("vdekf", "fdekf")),
-            ("covariance", covariance, ("diagonal", "full")),
-            ("regularization", regularization, ("gradient", "noise")),
-            ("batch", batch, BATCHES),
-            ("jacobian", jacobian, JACOBIANS),
-        ):
-            if value not in choices:
-                raise ValueError(
-                    f"{owner}: {name} must be one of {', '.join(choices)}, got {value!r}"
-                )
-        self._names = (
-            {p: n for n, p in model.named_parameters()} if isinstance(model, nn.Module) else {}
+        check_settings(
+            owner,
+            dict(
+                **defaults,
+                sigma0=sigma0,
+                prior=prior,
+                likelihood=likelihood,
+                beta=beta,
+                form=form,
+                covariance=covariance,
+                regularization=regularization,
+                max_kl=max_kl,
+                batch=batch,
+                max_rows=max_rows,
+                max_failures=max_failures,
+                jacobian_budget_mb=budget_mb,
+                jacobian=jacobian,
+            ),
         )
-        params: Any = model
-        if isinstance(model, nn.Module):
-            params = [p for p in model.parameters() if p.requires_grad]
-            if not params:
-                raise ValueError(f"{owner}: the model has no trainable parameters")
+        params, self._names = trainable(owner, model)
         self._sigma0, self._prior, self._form = sigma0, prior, form
         self._likelihood, self._regularization = likelihood, regularization
         self._correct_coherence, self._batch, self._max_rows = correct_coherence, batch, max_rows
@@ -130,7 +114,7 @@ class KalmanOptimizer(Rehearsing):
         self._stopped = False  # whether a step with it has begun and not ended
         # Squared norms of the rows of the outputs' Jacobian by each parameter, while a prior needs them.
         self._squares: Tensor | None = None
-        self._engine: Jacobian | None = None
+        self._engine = None
         self._rows = "none yet"
         self._is_full = covariance == "full"
         super().__init__(params, {"step": 0, **defaults})
@@ -171,63 +155,20 @@ class KalmanOptimizer(Rehearsing):
             TypeError: Targets of the wrong kind.
             ValueError: Wrong shape, a class out of range, or outputs without a graph.
         """
-        owner = type(self).__name__
-        self._drop_rehearsal()
-        if self._pending is not None and not self._stopped:
-            raise RuntimeError(f"{owner}: observe() was called twice; call step() between")
-        outputs, targets = self._checked(outputs, targets)
+        self._begin_observation()
+        outputs, targets = checked(type(self).__name__, self._likelihood, outputs, targets)
         parameters = [p for g in self.param_groups for p in g["params"] if p.requires_grad]
-        if self._engine is None or not _same(self._engine.parameters, parameters):
-            self._engine = Jacobian(parameters, budget_mb=self._budget_mb, jacobian=self._jacobian)
+        engine = self._jacobian_by(parameters, budget_mb=self._budget_mb, jacobian=self._jacobian)
         seen = self._observation(outputs, targets)
         self._squares = None
         if not all("variance" in self.state[p] for p in parameters):
             probes, unit = self._noise.probes(outputs, targets)
             # In units of the prior: where the outputs' unit is large, so are their variances.
-            self._squares = _mean_squares(self._engine.rows(outputs, probes)) / unit.double() ** 2
-        rows = self._engine.rows(outputs, seen.directions)
+            self._squares = mean_squares(engine.rows(outputs, probes)) / unit.double() ** 2
+        rows = engine.rows(outputs, seen.directions)
         if self._follows_evidence:
             self._gained, self._samples = evidence.of_predictions(outputs, targets), len(targets)
         self._pending, self._stopped = (seen, rows, parameters), False
-
-    def _checked(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return outputs ``[N, C]`` and targets ``[N]`` or ``[N, C]``.
-
-        Raises:
-            TypeError: No tensor, or targets of the wrong kind.
-            ValueError: A wrong shape, a class out of range, or outputs without a graph.
-        """
-        where, likelihood = f"{type(self).__name__}.observe", self._likelihood
-        for name, value in (("outputs", outputs), ("targets", targets)):
-            if not isinstance(value, Tensor):
-                raise TypeError(f"{where}: {name} must be a tensor, got {type(value).__name__}")
-        if not outputs.requires_grad:
-            raise ValueError(
-                f"{where}: outputs must be attached to the graph of the forward pass; they have none "
-                "(no_grad, inference_mode or detach)"
-            )
-        if likelihood == "gaussian" and outputs.dim() == 1:
-            outputs, targets = outputs.unsqueeze(-1), targets.unsqueeze(-1)
-        least = 2 if likelihood == "categorical" else 1
-        if outputs.dim() < 2 or outputs.numel() == 0 or outputs.shape[-1] < least:
-            raise ValueError(
-                f"{where}: outputs must have shape [..., C] with samples and C >= {least}; "
-                f"got {list(outputs.shape)}"
-            )
-        flat = outputs.reshape(-1, outputs.shape[-1])
-        wanted = outputs.shape[:-1] if likelihood == "categorical" else outputs.shape
-        if targets.shape != wanted:
-            raise ValueError(
-                f"{where}: targets must have shape {list(wanted)} with likelihood={likelihood!r}, "
-                f"got {list(targets.shape)}"
-            )
-        if likelihood == "categorical":
-            return flat, _checked_classes(where, targets, outputs.shape[-1]).reshape(-1)
-        if not targets.is_floating_point():
-            raise TypeError(
-                f"{where}: targets must be of a floating-point dtype, got {targets.dtype}"
-            )
-        return flat, targets.reshape(flat.shape)
 
     def _observation(self, outputs: Tensor, targets: Tensor) -> Observation:
         n, c = outputs.shape
@@ -257,19 +198,19 @@ class KalmanOptimizer(Rehearsing):
             PreconditionerError: More than ``max_failures`` observations in a row could not be used.
             ValueError: The groups disagree on what a filter has once.
         """
-        refuse_graph_capture(type(self).__name__)
+        owner = type(self).__name__
+        refuse_graph_capture(owner)
         result = None
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
-        if self._pending is None:
-            if closure is None and self._rehearse_if_asked():
-                return None
-            raise RuntimeError(
-                f"{type(self).__name__}: step() needs an observation; call observe(outputs, targets) first"
-            )
-        seen, rows, parameters = self._pending
-        shared = self._shared_settings()
+        waiting: tuple[Observation, list[Rows], list[nn.Parameter]] | None = self._waiting(
+            closure, "observe(outputs, targets) first"
+        )
+        if waiting is None:
+            return None
+        seen, rows, parameters = waiting
+        shared = shared_settings(owner, self.param_groups)
         # Until the end: a step that runs out of memory can be made again, or with another observation.
         self._stopped = True
         problem: str | None = "a NaN or infinity in the outputs, the targets or the Jacobian"
@@ -314,24 +255,7 @@ class KalmanOptimizer(Rehearsing):
         """
         for p in parameters:
             variance = self.state.get(p, {}).get("variance")
-            wide = torch.promote_types(p.dtype, torch.float32)
-            if variance is not None and (variance.device != p.device or variance.dtype != wide):
-                raise RuntimeError(
-                    f"{type(self).__name__}: {self._name_of(p)} ({p.dtype}, {p.device}) was moved or cast "
-                    f"after the optimizer got its state ({variance.dtype}, {variance.device}); make the "
-                    "optimizer after that, or load its state_dict into a new one"
-                )
-
-    def _shared_settings(self) -> dict[str, float]:
-        first = self.param_groups[0]
-        for group in self.param_groups[1:]:
-            for name in _SHARED:
-                if group[name] != first[name]:
-                    raise ValueError(
-                        f"{type(self).__name__}: {name} must be the same in all parameter groups (they are "
-                        f"one filter), got {first[name]} and {group[name]}"
-                    )
-        return {name: float(first[name]) for name in _SHARED}
+            check_place(type(self).__name__, self._name_of, p, variance, wide(p))
 
     def _usable(self, seen: Observation, rows: list[Rows]) -> bool:
         values = [part for h in rows for part in of_rows.parts(h)] + [seen.score, seen.root]
@@ -386,7 +310,7 @@ class KalmanOptimizer(Rehearsing):
         """Update all parameters and their state, or nothing; return why nothing."""
         states = [self.state[p] for p in parameters]
         variances = [s["variance"].view(-1) for s in states]
-        means = [self._weights(p).view(-1) for p in parameters]
+        means = [weights_of(p, s).view(-1) for p, s in zip(parameters, states, strict=True)]
         before = [m.clone() for m in means], [v.clone() for v in variances]
         try:
             return self._update_from(before, seen, jacobians, parameters, means, variances, shared)
@@ -409,17 +333,27 @@ class KalmanOptimizer(Rehearsing):
         states = [self.state[p] for p in parameters]
         first = self._first_state()
         full_before = {k: first[k] for k in FullCovariance.KEYS if k in first}
+        regularization, rho = self._regularization, shared["rho"]
+        given = (self._noise, seen, jacobians, means, variances)
         if self._is_full:
-            info = self._update_full(seen, jacobians, parameters, means, variances, shared["rho"])
+            numbers = {p: i for i, p in enumerate(parameters_of(self))}
+            info = update_full(
+                *given,
+                state=first,
+                places=[numbers[p] for p in parameters],
+                regularization=regularization,
+                rho=rho,
+            )
         else:
-            info = self._update_diagonal(seen, jacobians, means, variances, shared["rho"])
+            info = update_diagonal(*given, form=self._form, regularization=regularization, rho=rho)
         if int(info) != 0:
             FullCovariance(first).restore(full_before)
             return f"info {int(info)} of the Kalman update"
         groups = [(float(g["lr"]), g["params"]) for g in self.param_groups]
         lr_of = {p: lr for lr, members in groups for p in members}
         rates = [lr_of[p] for p in parameters]
-        trust = self._trust(seen, jacobians, means, before[0], rates)
+        largest = self._largest_divergence()
+        trust = part_within(largest, self._noise, seen, jacobians, means, before[0], rates)
         if not bool(torch.isfinite(trust)):
             for targets, copies in zip((means, variances), before, strict=True):
                 torch._foreach_copy_(targets, copies)
@@ -432,97 +366,15 @@ class KalmanOptimizer(Rehearsing):
             known = self._evidence()
             first["evidence"] = evidence.grown(known, self._gained.to(known.device))
         if self._correct_coherence and not self._is_full:
-            count_more_often(variances, before[1], self._coherences(seen, jacobians, parameters))
+            sizes, seed = [p.numel() for p in parameters], self.param_groups[0]["step"] + 1
+            found = coherences(states, sizes, seen, jacobians, seed)
+            count_more_often(variances, before[1], found)
         for state, variance in zip(states, variances, strict=True):
-            _predict(variance, state["prior"], shared["forgetting"], shared["process_noise"])
+            predict(variance, state["prior"], shared["forgetting"], shared["process_noise"])
         if self._is_full and (shared["forgetting"] != 1 or shared["process_noise"] != 0):
             FullCovariance(first).rescale_(variances)
-        _write(parameters, means, before[0], [rate * trust for rate in rates])
+        write_weights(parameters, means, before[0], [rate * trust for rate in rates])
         return None
-
-    def _update_diagonal(
-        self,
-        seen: Observation,
-        jacobians: list[Rows],
-        means: list[Tensor],
-        variances: list[Tensor],
-        rho: float,
-    ) -> Tensor:
-        def gram() -> Tensor:
-            zero = torch.zeros_like(seen.root)
-            return sum(map(of_rows.gram, jacobians, variances), zero)
-
-        innovation, noise, likelihood = self._noise.arguments(seen, gram)
-        return kernels.kalman_update_(
-            means,
-            variances,
-            jacobians,
-            innovation.to(means[0].dtype),
-            noise.to(means[0].dtype),
-            form=self._form,
-            likelihood=likelihood,
-            regularization=self._regularization,
-            rho=rho,
-        )
-
-    def _update_full(
-        self,
-        seen: Observation,
-        jacobians: list[Rows],
-        parameters: list[nn.Parameter],
-        means: list[Tensor],
-        variances: list[Tensor],
-        rho: float,
-    ) -> Tensor:
-        numbers = {p: i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
-        first = self._first_state()
-        # A copy: where the update comes to nothing, the old one is put back.
-        covariance = FullCovariance(first).of([numbers[p] for p in parameters], variances).clone()
-        h = torch.cat([of_rows.dense(part) for part in jacobians], dim=1).double()
-        innovation, noise, likelihood = self._noise.arguments(seen, lambda: h @ covariance @ h.mT)
-        mean = torch.cat(means)
-        info = full_kalman_update_(
-            mean,
-            covariance,
-            h,
-            innovation,
-            noise,
-            likelihood=likelihood,
-            rho=rho,
-            regularization=self._regularization,
-        )
-        if int(info) != 0:
-            return info
-        begin = 0
-        for m, v in zip(means, variances, strict=True):
-            part = slice(begin, begin + m.numel())
-            m.copy_(mean[part])
-            v.copy_(covariance.diagonal()[part])
-            begin += m.numel()
-        first["covariance"] = covariance
-        return info
-
-    def _trust(
-        self,
-        seen: Observation,
-        jacobians: list[Rows],
-        means: list[Tensor],
-        before: list[Tensor],
-        rates: list[float],
-    ) -> Tensor:
-        """The part of the step, 0-d in (0, 1], that is predicted to change the outputs by ``max_kl``."""
-        largest = self._largest_divergence()
-        if largest is None:
-            return torch.ones_like(seen.score[0])
-        if isinstance(largest, Tensor):
-            largest = largest.to(seen.score.device)
-        change = torch.zeros_like(seen.score)
-        for h, new, old, rate in zip(jacobians, means, before, rates, strict=True):
-            change += rate * of_rows.product(h, new - old).to(change.dtype)
-        divergence = 0.5 * (self._noise.whiten(seen, change)).square().sum()
-        smallest = torch.finfo(change.dtype).tiny
-        part = (largest / divergence.clamp(min=smallest)).sqrt().clamp(max=1.0)
-        return torch.where(torch.isfinite(divergence), part, torch.nan).to(change.dtype)
 
     def _largest_divergence(self) -> Tensor | float | None:
         if not self._follows_evidence:
@@ -534,37 +386,6 @@ class KalmanOptimizer(Rehearsing):
         if known is None:
             return evidence.none_yet(self.param_groups[0]["params"][0].device)
         return known
-
-    def _coherences(
-        self, seen: Observation, jacobians: list[Rows], parameters: list[nn.Parameter]
-    ) -> Tensor:
-        generator = torch.Generator(device=seen.root.device)
-        generator.manual_seed(self.param_groups[0]["step"] + 1)
-        # A score drawn from the model has the information as its covariance: T times white noise.
-        noise = torch.randn(
-            seen.root.shape[1], generator=generator, device=seen.root.device, dtype=seen.root.dtype
-        )
-        drawn = seen.root @ noise
-        values = []
-        for h, p in zip(jacobians, parameters, strict=True):
-            state = self.state[p]
-            whitened, score = of_rows.mixed(seen.root, h), of_rows.combination(h, drawn)
-            update_coherence(state, whitened, score)
-            values.append(coherence(state, p.numel()))
-        return torch.stack(values).float()
-
-    def _weights(self, parameter: nn.Parameter) -> Tensor:
-        """The tensor that the kernel updates: the parameter, or its contiguous copy in fp32."""
-        if parameter.dtype in (torch.float32, torch.float64):
-            return parameter.data if parameter.is_contiguous() else parameter.data.contiguous()
-        state = self.state[parameter]
-        if "weights" not in state:
-            state["weights"] = parameter.detach().float().contiguous()
-        # Somebody else may have written the parameter since.
-        same = state["weights"].to(parameter.dtype) == parameter
-        state["weights"] = torch.where(same, state["weights"], parameter.float())
-        weights: Tensor = state["weights"]
-        return weights
 
     # ---- state and reports ----
 
@@ -587,17 +408,12 @@ class KalmanOptimizer(Rehearsing):
             "overlap": (),
             "evidence": (),
         }
-        wide = torch.promote_types(parameter.dtype, torch.float32)
         for key in (k for k in shapes if k in saved):
             self._check_shape(key, parameter, saved[key], shapes[key])
             if key.startswith(("variance", "score")):
                 # Another dtype only where the weights have changed between fp64 and a narrower one.
-                saved[key] = saved[key].to(wide)
+                saved[key] = saved[key].to(wide(parameter))
         return saved
-
-    def _after_loading(self) -> None:
-        super()._after_loading()
-        self._pending = None
 
     def _is_only_a_form(
         self, groups: list[dict[str, Any]], saved: dict[nn.Parameter, dict[str, Any]]
@@ -614,143 +430,4 @@ class KalmanOptimizer(Rehearsing):
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the observation that waits: a copy is whole, for the copied parameters."""
-        # A scheduler puts a step on the instance that is bound to it: the copy's would step the original.
-        kept = {name: value for name, value in self.__dict__.items() if name != "step"}
-        return {**kept, "_pending": None, "_gained": None, "_engine": None}
-
-    def explain(self) -> Report:
-        """Return a table to print: variance, coherence, Jacobian of each parameter; how outputs are observed.
-
-        ``state`` is what a parameter holds in bytes. Waits for the device.
-        """
-        kinds: dict[nn.Parameter, str] = {}
-        if self._engine is not None:
-            names = {True: "factored", False: "dense"}
-            flags = zip(self._engine.parameters, self._engine.factored, strict=True)
-            kinds = {p: names[factored] for p, factored in flags}
-        route = self._engine.route if self._engine is not None else "none yet"
-        return explain(
-            self._names,
-            self._states(),
-            ("variance", "coherence"),
-            self._numbers(),
-            {"variance": "not yet", "coherence": "1"},
-            [
-                f"Observation: {self._likelihood}, {self._rows}",
-                f"Jacobian: {route}",
-                f"Noise: {self._noise.describe()}",
-                f"Covariance: {'full' if self._is_full else 'diagonal'}",
-                f"Step: {self._describe_limit()}",
-                f"State: {self.memory_estimate()}",
-            ],
-            last=("jacobian", kinds, "none yet"),
-        )
-
-    def _describe_limit(self) -> str:
-        largest = self._largest_divergence()
-        if largest is None:
-            return "as long as the filter makes it"
-        why = "; more with evidence" if self._follows_evidence else ""
-        return f"at most {float(largest):.3g} nats of KL divergence{why}"
-
-    def diagnostics(self) -> dict[str, float]:
-        """Return plain numbers for a logger, after waiting for the device.
-
-        ``step``, ``skipped`` and ``skipped_in_a_row`` observations, ``state_bytes``; ``max_kl`` of the next
-        step, where there is a limit, from as many samples as the last; behind the name of a parameter and
-        ``/`` its mean ``variance`` and its ``coherence``.
-        """
-        first = self._first_state()
-        report = {
-            "step": float(self.param_groups[0]["step"]),
-            "skipped": float(first.get("skipped", 0)),
-            "skipped_in_a_row": float(first.get("skipped_in_a_row", 0)),
-            "state_bytes": float(self.memory_estimate().total),
-        }
-        largest = self._largest_divergence()
-        if largest is not None:
-            report["max_kl"] = float(largest)
-        for p, numbers in read(self._numbers()).items():
-            report.update({f"{self._name_of(p)}/{key}": value for key, value in numbers.items()})
-        return report
-
-    def memory_estimate(self) -> MemoryEstimate:
-        """Return the bytes that the state holds once there was an observation; see the class.
-
-        Before the first one at most: of a layer that is fed single samples the last score takes less. The
-        estimated noise, a number for each pair of outputs, is not counted before.
-        """
-        states = self._states()
-        return estimate(list(states), states)
-
-    def _numbers(self) -> dict[nn.Parameter, dict[str, Tensor]]:
-        numbers: dict[nn.Parameter, dict[str, Tensor]] = {}
-        for p in (p for g in self.param_groups for p in g["params"]):
-            state = self.state.get(p, {})
-            numbers[p] = {}
-            if "variance" in state:
-                numbers[p]["variance"] = state["variance"].mean()
-            if "trace" in state:
-                numbers[p]["coherence"] = coherence(state, p.numel())
-        return numbers
-
-    def _states(self) -> dict[nn.Parameter, dict[str, Any]]:
-        """What the state holds, or will hold: tensors without memory."""
-        parameters = [p for g in self.param_groups for p in g["params"]]
-        states: dict[nn.Parameter, dict[str, Any]] = {}
-        for p in parameters:
-            dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-            keys = ["variance"] + (["weights"] if p.dtype.itemsize < dtype.itemsize else [])
-            state = dict(planned(p, *keys, dtype=dtype))
-            known = self.state.get(p, {})
-            if self._correct_coherence and not self._is_full and "trace" not in known:
-                state.update(planned(p, "score", dtype=dtype))
-                for key in ("trace", "overlap"):
-                    state[key] = torch.empty((), dtype=torch.float64, device="meta")
-            states[p] = {**state, **known}
-        if self._is_full:
-            size = sum(p.numel() for p in parameters)
-            full = torch.empty(size, size, dtype=torch.float64, device="meta")
-            states[parameters[0]].setdefault("covariance", full)
-        return states
-
-
-def _checked_classes(where: str, targets: Tensor, classes: int) -> Tensor:
-    if targets.is_floating_point() or targets.dtype == torch.bool:
-        raise TypeError(
-            f"{where}: targets must be classes of an integer dtype, got {targets.dtype}"
-        )
-    if bool(((targets < 0) | (targets >= classes)).any()):
-        raise ValueError(
-            f"{where}: targets must be classes in [0, {classes}), got "
-            f"{int(targets.min())} to {int(targets.max())}"
-        )
-    return targets.long()
-
-
-def _same(a: list[nn.Parameter], b: list[nn.Parameter]) -> bool:
-    return len(a) == len(b) and all(p is q for p, q in zip(a, b, strict=True))
-
-
-def _mean_squares(rows: list[Rows]) -> Tensor:
-    return torch.stack([of_rows.squares(h).mean().double() for h in rows])
-
-
-def _predict(variance: Tensor, prior: float, forgetting: float, process_noise: float) -> None:
-    """The variance before the next observation, in place; what was never learned cannot be forgotten."""
-    if forgetting != 1:
-        variance.copy_(torch.minimum(variance / forgetting, variance.clamp(min=prior)))
-    if process_noise:
-        variance.add_(process_noise).clamp_(max=torch.finfo(variance.dtype).max)
-
-
-def _write(
-    parameters: list[nn.Parameter], means: list[Tensor], before: list[Tensor], parts: list[Tensor]
-) -> None:
-    """Take a part of each step, and give the parameters that are no means themselves their values."""
-    for p, mean, old, part in zip(parameters, means, before, parts, strict=True):
-        mean.copy_(torch.lerp(old, mean, part.to(mean.dtype)))
-        if mean.data_ptr() != p.data_ptr():
-            p.copy_(mean.view(p.shape))
-        else:
-            torch.autograd.graph.increment_version(p)
+        return {**super().__getstate__(), "_gained": None}
