@@ -463,6 +463,27 @@ def test_too_many_bad_samples_in_a_row_are_an_error():
         optimizer.step()
 
 
+@pytest.mark.parametrize("options", [{"noise": "ema"}, {"likelihood": "gaussian"}], ids=str)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_sampled_batch_with_a_bad_sample_is_skipped(options, value):
+    x, labels, numbers = data(20)
+    y = numbers if "likelihood" in options else labels
+    model = mlp()
+    optimizer = RKalman(model, batch="sampled", **options)
+    optimizer.observe(model(x), y)
+    optimizer.step()
+    before = snapshot(optimizer, model)
+    bad = x.clone()
+    bad[15:, 0] = value
+    optimizer.observe(model(bad), y)
+    optimizer.step()
+    assert_same(before, snapshot(optimizer, model))
+    assert optimizer.diagnostics()["skipped"] == 1
+    optimizer.observe(model(x), y)
+    optimizer.step()
+    assert optimizer.diagnostics()["skipped_in_a_row"] == 0
+
+
 def test_nan_target_is_skipped():
     x, _, y = data(4)
     model = mlp()

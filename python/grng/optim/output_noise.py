@@ -85,7 +85,9 @@ class OutputNoise:
         self._samples = 1
         if batch == "sampled":
             self._estimate(_second_moment(error))
-            lower = torch.linalg.cholesky(self._current(error))
+            lower, failed = torch.linalg.cholesky_ex(self._current(error))
+            # Of errors that are not finite there is none; the step then skips what is not finite either.
+            lower = lower.where(failed == 0, math.nan)
             white = torch.randn(
                 (samples, *error.shape), generator=generator, device=error.device, dtype=error.dtype
             )
