@@ -17,7 +17,7 @@ from grng.compare.config import CompareConfig
 from grng.studies.records import Panel, Value
 from studies.definition import Definition, Measured, Options, Planned
 from studies.measures import gradient_norm, hessian, mean_loss
-from studies.training import about, data_of, fashion_mnist, train
+from studies.training import about, copied, data_of, fashion_mnist, train
 
 # Training samples that gradient and Hessian are of: the same for all.
 _SAMPLES, _CURVED = 2000, 500
@@ -51,16 +51,16 @@ def _run(name: str, model: str, options: Options, seed: int) -> Measured:
 
     def watch(step: int, module: nn.Module) -> None:
         if step in looks:
-            module.eval()
-            norm = gradient_norm(module, inputs, labels)
-            loss = float(mean_loss(module, inputs, labels).detach())
+            twin = copied(module, config)
+            norm = gradient_norm(twin, inputs, labels)
+            loss = float(mean_loss(twin, inputs, labels).detach())
             points.append({"step": step, "gradient_norm": norm, "loss": loss})
-            module.train()
 
     found = train(OPTIMIZERS[name], config, seed, data, watch=watch)
-    found.model.eval()
     few, effort = (50, dict(iterations=3, probes=2)) if options.is_quick else (_CURVED, {})
-    eigenvalue, trace = hessian(found.model, inputs[:few], labels[:few], seed, **effort)
+    eigenvalue, trace = hessian(
+        copied(found.model, config), inputs[:few], labels[:few], seed, **effort
+    )
     accuracy = found.record.epochs[-1].test_accuracy
     points[-1] |= {
         "optimizer": name,

@@ -123,6 +123,18 @@ def data_of(
     return replace(data, test_inputs=data.test_inputs[few], test_labels=data.test_labels[few])
 
 
+def copied(model: nn.Module, config: CompareConfig) -> nn.Module:
+    """A model of the same weights and buffers, for evaluation, that no optimizer knows.
+
+    What is differentiated on the model itself between two steps, an optimizer with hooks would take for a
+    part of the next one.
+    """
+    device = next(model.parameters()).device
+    twin = build_model(config, config.seeds[0], device)
+    twin.load_state_dict(model.state_dict())
+    return twin.eval()
+
+
 @dataclass
 class Trained:
     """A model after its last step, and the record of the run."""
@@ -152,7 +164,8 @@ def train(
         config: Task, model and length.
         seed: Of weights and batches.
         data: The samples.
-        watch: Called after each step with the number of steps taken and the model.
+        watch: Called after each step with the number of steps taken and the model, which must not be
+            differentiated there: :func:`copied` may be.
 
     Returns:
         The model and what was recorded.

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from torch.nn import functional as F
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import study_tables  # noqa: E402
-from studies import gradient_norm, label_noise, measures, perturbations  # noqa: E402
+from studies import gradient_norm, label_noise, measures, perturbations, training  # noqa: E402
+from studies.definition import Options  # noqa: E402
 
 from grng.tasks.fashion_mnist import PIXEL_MEAN, PIXEL_STD  # noqa: E402
 
@@ -157,3 +159,28 @@ def test_value_at_equal_accuracy_is_between_its_neighbours() -> None:
     assert study_tables._interpolated(points, 85.0) == pytest.approx(65.0)
     assert study_tables._interpolated(points, 95.0) is None
     assert study_tables._interpolated(points, 79.0) is None
+
+
+@pytest.mark.parametrize("model", ["mlp", "resnet"])
+def test_looking_at_the_gradient_does_not_change_what_is_learned(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The optimizer must not take the passes of the study for its own."""
+    ends, rates = [], []
+    original = training.train
+
+    def kept(*arguments: Any, **options: Any) -> training.Trained:
+        found = original(*arguments, **options)
+        ends.append([p.detach().clone() for p in found.model.parameters()])
+        rates.append(found.record.step_loss)
+        return found
+
+    monkeypatch.setattr(gradient_norm, "train", kept)
+    options = Options(is_quick=True)
+    config = gradient_norm._config(model, options)
+    gradient_norm._run("ring", model, options, 0)
+    data = training.data_of(config, None, is_quick=True)
+    kept("ring", config, 0, data)
+    assert rates[0] == rates[1]
+    for a, b in zip(*ends, strict=True):
+        assert torch.equal(a, b)
