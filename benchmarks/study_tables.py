@@ -219,9 +219,16 @@ def lazy(model: str) -> str:
     return markdown(["", "test accuracy, %", "training loss", "time of a step"], rows)
 
 
+_VALIDATED = Column("validation_accuracy", "held-out accuracy, %")
 _END = (Column("test_accuracy", "test accuracy, %"), Column("train_loss", "training loss", 3))
 
 TABLES: dict[str, Callable[[], str]] = {
+    "fine-tuning": functools.partial(
+        ends,
+        "fine-tuning",
+        (_END[0], _VALIDATED, _END[1], Column("state_bytes", "state, MB", 1, 1e-6)),
+        ("optimizer", "trained"),
+    ),
     "gradient-norm-mlp": functools.partial(_gradient_norm, "mlp"),
     "label-noise": label_noise,
     "robustness-mlp": functools.partial(robustness, "mlp", (88.0, 88.4, 88.7)),

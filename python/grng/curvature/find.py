@@ -60,6 +60,13 @@ def find_layers(
     return layers, {p: why for p, why in reasons.items() if p not in taken}
 
 
+def embedding_weights(model: nn.Module) -> set[nn.Parameter]:
+    """Return the tables that are looked up in: the weights of the embeddings of a model."""
+    found = [x.weight for x in model.modules() if isinstance(x, (nn.Embedding, nn.EmbeddingBag))]
+    # One that is parametrised is no parameter.
+    return {weight for weight in found if isinstance(weight, nn.Parameter)}
+
+
 def _is_own(layer: KroneckerLayer, owners: dict[nn.Parameter, list[str]]) -> bool:
     return all(len(owners[p]) == 1 for p in layer.parameters)
 

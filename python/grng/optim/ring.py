@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grng.curvature.find import embedding_weights
 from grng.curvature.fisher import FISHERS
 from grng.curvature.layers import SHARINGS, KroneckerLayer, Record
 from grng.curvature.quadratic import fisher_along, out_of_order
@@ -14,7 +15,7 @@ from grng.optim.base import KroneckerOptimizer
 from grng.optim.checks import check_betas, check_hyperparameter
 from grng.optim.devices import beside, stacked
 from grng.optim.factors import State, new_factors, preconditioned, refresh_inverses, update_factors
-from grng.optim.fallback import ADAMW_EPS
+from grng.optim.fallback import ADAMW_EPS, embedding_step
 from grng.optim.grafting import as_steps, graft, new_moments, take_steps, update_moments
 from grng.optim.kl_clip import clipped_directions
 from grng.optim.shared_inputs import SharedInputs, copy_input_factor
@@ -80,6 +81,8 @@ class RING(KroneckerOptimizer):
         stagger: Spread the inversions of a refresh over the ``refresh_every`` steps after it, for a flat
             step time. The statistics are still taken together.
         adamw_lr: Learning rate of the parameters trained by AdamW; None: ``lr`` for ``"graft"``, else 1e-3.
+            With None and ``"graft"`` the step of an embedding is shortened by ``min(1, RMS(W) / 0.1)``, and
+            to a tenth at most: at BERT's 0.02 the default is 1e-3, and at 0.1 and more it is ``lr``.
         max_factor_dim: Largest order of a dense factor of a linear layer; of a longer side, as of the long
             side of LoRA's weights, only the diagonal is kept. Larger convolutions are trained by AdamW.
         max_failures: Steps in a row with non-finite gradients, which change nothing, before
@@ -163,7 +166,9 @@ class RING(KroneckerOptimizer):
             kl_clip=kl_clip,
             max_kl=max_kl,
         )
-        if adamw_lr is None and step_length == "graft":
+        # A rate that was chosen for AdamW is AdamW's.
+        is_shared = adamw_lr is None and step_length == "graft"
+        if is_shared:
             # A scheduler writes into a tensor: each group has its own.
             adamw_lr = lr.clone() if isinstance(lr, Tensor) else lr
         super().__init__(
@@ -177,6 +182,9 @@ class RING(KroneckerOptimizer):
             strict=strict,
             fisher=fisher,
         )
+        self._embeddings: set[nn.Parameter] = set()
+        if is_shared and isinstance(model, nn.Module):
+            self._embeddings = embedding_weights(model) & self._reasons.keys()
 
     def _after_loading(self) -> None:
         super()._after_loading()
@@ -217,6 +225,10 @@ class RING(KroneckerOptimizer):
             self._grafted_step(group, layers)
         else:
             self._clipped_step(group, layers)
+
+    def _adamw_step(self, group: dict[str, Any], candidates: list[nn.Parameter]) -> None:
+        super()._adamw_step(group, [p for p in candidates if p not in self._embeddings])
+        embedding_step(self.state, group, [p for p in candidates if p in self._embeddings])
 
     def _planned_factors(self, layer: KroneckerLayer) -> dict[str, Any]:
         shared = {"fisher_ratio": torch.empty((), dtype=torch.float64, device="meta")}
