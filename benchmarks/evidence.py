@@ -241,7 +241,7 @@ def _parts(written: str) -> tuple[int, ...]:
     given = written.replace(" ", "").split(",")
     if not known.keys() >= set(given):
         raise argparse.ArgumentTypeError(f"must be of {', '.join(known)}, got {written!r}")
-    return tuple(known[part] for part in given)
+    return tuple(known[part] for part in dict.fromkeys(given))
 
 
 def main() -> int:
@@ -252,13 +252,15 @@ def main() -> int:
     parser.add_argument("--budget", type=int, help="trials of each (default: of the task, 7 or 10)")
     parser.add_argument("--stage", choices=("tune", "test", "short", "time", "all"), default="all")
     parser.add_argument(
-        "--percent", type=_parts, default=SHORT, help="of stage short, as 40,65; default: all"
+        "--percent", type=_parts, help="of stage short, as 40,65; default: all of them"
     )
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results")
     arguments = parser.parse_args()
     if arguments.quick and arguments.out is None:
         parser.error("--quick needs --out: it would go on with the results that are kept")
+    if arguments.percent is not None and arguments.stage not in ("short", "all"):
+        parser.error(f"--percent is of stage short, got --stage {arguments.stage}")
     study, out = STUDIES[arguments.task], arguments.out or RESULTS
     given = arguments.optimizers
     names = list(study.optimizers) if given is None else given.replace(" ", "").split(",")
@@ -268,7 +270,7 @@ def main() -> int:
     budget = study.budget if arguments.budget is None else arguments.budget
     budget = 2 if arguments.quick else budget
     try:
-        shorter = functools.partial(short, parts=arguments.percent)
+        shorter = functools.partial(short, parts=arguments.percent or SHORT)
         stages = {"tune": tune, "test": test, "short": shorter, "time": time}
         for name, stage in stages.items():
             if arguments.stage == name or (arguments.stage == "all" and name != "time"):

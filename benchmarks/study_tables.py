@@ -219,6 +219,25 @@ def lazy(model: str) -> str:
     return markdown(["", "test accuracy, %", "training loss", "time of a step"], rows)
 
 
+def by_model(name: str, models: dict[str, str]) -> str:
+    """Accuracy and training loss of each setting, the models side by side.
+
+    Args:
+        name: Of the study.
+        models: Series and what they are called.
+    """
+    found = study(name)
+    rows = [
+        [
+            setting,
+            *(_cell(_of(found, series, setting), column) for series in models for column in _END),
+        ]
+        for setting in found.settings(next(iter(models)))
+    ]
+    titles = [f"{model}: {column.title}" for model in models.values() for column in _END]
+    return markdown(["RING", *titles], rows)
+
+
 _VALIDATED = Column("validation_accuracy", "held-out accuracy, %")
 _END = (Column("test_accuracy", "test accuracy, %"), Column("train_loss", "training loss", 3))
 

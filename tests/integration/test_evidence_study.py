@@ -63,6 +63,9 @@ def test_one_length_of_the_shorter_runs_can_be_asked_for(
     with pytest.raises(SystemExit):
         study(*given, "short", "--percent", "50,51")
     assert "must be of 25, 40, 50, 65, got '50,51'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        study(*given, "test", "--percent", "50")
+    assert "--percent is of stage short, got --stage test" in capsys.readouterr().err
 
 
 def test_quick_runs_do_not_go_among_the_results(capsys: pytest.CaptureFixture[str]) -> None:

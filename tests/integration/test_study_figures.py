@@ -83,6 +83,7 @@ def test_only_places_with_both_values_are_averaged() -> None:
         ("symlog", (0.0, 0.0), "linear"),
         ("symlog", (0.0, 200.0), "symlog"),
         ("symlog", (3.0, 200.0), "log"),
+        ("symlog", (1e-3, 200.0), "symlog"),
     ],
 )
 def test_scale_has_a_place_for_the_values(

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grng import RENG, RING
+from grng.optim import fallback
 
 ROWS, WIDTH, CLASSES = 11, 6, 3
 LR = 0.01
@@ -135,6 +136,70 @@ def test_copy_goes_on_as_the_original(copied) -> None:  # type: ignore[no-untype
         one_step(twin, other, seed)
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_checkpoint_says_whether_steps_are_short() -> None:
+    model = Model(0.02)
+    optimizer = RING(model, lr=LR, adamw_lr=LR, weight_decay=0.0)
+    second = copy.deepcopy(model)
+    resumed = RING(second, lr=LR, weight_decay=0.0)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for net, opt in ((model, optimizer), (second, resumed)):
+        one_step(net, opt)
+    for a, b in zip(model.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_step_that_fails_leaves_the_embedding_or_moves_it_a_little(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = Model(0.02)
+    optimizer = RING(model, lr=LR, weight_decay=0.0)
+    before = copy.deepcopy(model)
+    calls = []
+    original = fallback.adamw
+
+    def failing(*arguments: object, **options: object) -> None:
+        calls.append(len(arguments))
+        if len(calls) == 3:
+            raise MemoryError
+        original(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(fallback, "adamw", failing)
+    with pytest.raises(MemoryError):
+        one_step(model, optimizer)
+    changes = [largest_change(model, before, f"{name}.weight") for name in ("table", "bags")]
+    assert sorted(changes) == pytest.approx([0.0, 0.2], rel=2e-3)
+
+
+def test_explained() -> None:
+    text = str(RING(Model(0.02)).explain())
+    assert "Embedding has no Kronecker factors here; steps times min(1, RMS / 0.1)" in text
+    assert "steps times" not in str(RING(Model(0.02), adamw_lr=1e-3).explain())
+
+
+def test_embedding_that_is_tied_or_added_later() -> None:
+    model = Model(0.02)
+    model.out = nn.Linear(WIDTH, ROWS, bias=False)
+    model.out.weight = model.table.weight
+    before = copy.deepcopy(model)
+    optimizer = RING(model, lr=LR, weight_decay=0.0)
+    late = nn.Embedding(ROWS, WIDTH)
+    optimizer.add_param_group({"params": late.parameters()})
+    one_step(model, optimizer)
+    assert largest_change(model, before, "table.weight") == pytest.approx(0.2, rel=2e-3)
+
+
+def test_old_pickle_trains_embeddings_as_it_did() -> None:
+    model = Model(0.02)
+    optimizer = RING(model, lr=LR, weight_decay=0.0)
+    state = optimizer.__getstate__()
+    del state["_embeddings"]
+    old = RING.__new__(RING)
+    old.__setstate__(state)
+    before = copy.deepcopy(model)
+    one_step(model, old)
+    assert largest_change(model, before, "table.weight") == pytest.approx(1.0, rel=1e-3)
 
 
 def test_resumed_run_equals_the_uninterrupted_one() -> None:

@@ -63,7 +63,7 @@ def test_files_that_are_no_such_result(change, message, made, tmp_path):
 
 @pytest.mark.parametrize(
     "text, message",
-    [(text, "not JSON: ") for text in ("", "{", "\x00")]
+    [(text, "not JSON: ") for text in ("", "{", "\x00", "[" * 100_000)]
     + [(text, "must be a grng-rl result of version 1") for text in ("[]", "3", "{}")],
 )
 def test_files_that_are_no_result_at_all(text, message, tmp_path):

@@ -55,7 +55,7 @@ class Schema:
             content = json.loads(file.read_text(encoding="utf-8"))
         except OSError as error:
             raise UsageError(f"{file}: {error.strerror}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"{file}: not JSON: {error}") from error
         if not self.is_head_of(content):
             raise UsageError(f"{file}: must be a {self.name} result of version {self.version}")

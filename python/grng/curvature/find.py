@@ -63,7 +63,7 @@ def find_layers(
 def embedding_weights(model: nn.Module) -> set[nn.Parameter]:
     """Return the tables that are looked up in: the weights of the embeddings of a model."""
     found = [x.weight for x in model.modules() if isinstance(x, (nn.Embedding, nn.EmbeddingBag))]
-    # One that is parametrised is no parameter.
+    # What a parametrisation computes is no parameter.
     return {weight for weight in found if isinstance(weight, nn.Parameter)}
 
 

@@ -86,7 +86,7 @@ class OutputNoise:
         if batch == "sampled":
             self._estimate(_second_moment(error))
             lower, failed = torch.linalg.cholesky_ex(self._current(error))
-            # Of errors that are not finite there is none; the step then skips what is not finite either.
+            # There is none where errors are not finite, or far too large: the step skips what comes of it.
             lower = lower.where(failed == 0, math.nan)
             white = torch.randn(
                 (samples, *error.shape), generator=generator, device=error.device, dtype=error.dtype

@@ -11,7 +11,7 @@ from grng.curvature.find import embedding_weights
 from grng.curvature.fisher import FISHERS
 from grng.curvature.layers import SHARINGS, KroneckerLayer, Record
 from grng.curvature.quadratic import fisher_along, out_of_order
-from grng.optim.base import KroneckerOptimizer
+from grng.optim.base import ADAMW, KroneckerOptimizer
 from grng.optim.checks import check_betas, check_hyperparameter
 from grng.optim.devices import beside, stacked
 from grng.optim.factors import State, new_factors, preconditioned, refresh_inverses, update_factors
@@ -81,8 +81,11 @@ class RING(KroneckerOptimizer):
         stagger: Spread the inversions of a refresh over the ``refresh_every`` steps after it, for a flat
             step time. The statistics are still taken together.
         adamw_lr: Learning rate of the parameters trained by AdamW; None: ``lr`` for ``"graft"``, else 1e-3.
-            With None and ``"graft"`` the step of an embedding is shortened by ``min(1, RMS(W) / 0.1)``, and
-            to a tenth at most: at BERT's 0.02 the default is 1e-3, and at 0.1 and more it is ``lr``.
+            With None and ``"graft"`` the steps of embeddings are shorter: times ``min(1, RMS(W) / 0.1)``, and
+            at least a tenth. At BERT's 0.02 that makes 1e-3 of the default, at 0.1 and more it is ``lr``.
+            It is for the weights of ``nn.Embedding`` and ``nn.EmbeddingBag`` that AdamW trains from the
+            start, tied ones too, whatever the ``lr`` of their group is set to later; the group's key
+            ``"short_embeddings"`` switches it off.
         max_factor_dim: Largest order of a dense factor of a linear layer; of a longer side, as of the long
             side of LoRA's weights, only the diagonal is kept. Larger convolutions are trained by AdamW.
         max_failures: Steps in a row with non-finite gradients, which change nothing, before
@@ -183,8 +186,14 @@ class RING(KroneckerOptimizer):
             fisher=fisher,
         )
         self._embeddings: set[nn.Parameter] = set()
-        if is_shared and isinstance(model, nn.Module):
+        if isinstance(model, nn.Module):
             self._embeddings = embedding_weights(model) & self._reasons.keys()
+        for group in (g for g in self.param_groups if g["kind"] == ADAMW):
+            # In the group, so that a checkpoint goes on as it began.
+            group["short_embeddings"] = is_shared
+        if is_shared:
+            for p in self._embeddings:
+                self._reasons[p] += "; steps times min(1, RMS / 0.1)"
 
     def _after_loading(self) -> None:
         super()._after_loading()
@@ -195,6 +204,10 @@ class RING(KroneckerOptimizer):
             for key in ("updated_at", "stale_since"):
                 state.setdefault(key, self.param_groups[0]["step"])
         self._inputs.recall(states)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As the base class; one of an older version knows no embeddings."""
+        super().__setstate__({"_embeddings": set(), **state})
 
     def _rehearse(self) -> None:
         super()._rehearse()
@@ -227,8 +240,9 @@ class RING(KroneckerOptimizer):
             self._clipped_step(group, layers)
 
     def _adamw_step(self, group: dict[str, Any], candidates: list[nn.Parameter]) -> None:
-        super()._adamw_step(group, [p for p in candidates if p not in self._embeddings])
-        embedding_step(self.state, group, [p for p in candidates if p in self._embeddings])
+        tables = self._embeddings if group.get("short_embeddings") else set()
+        super()._adamw_step(group, [p for p in candidates if p not in tables])
+        embedding_step(self.state, group, [p for p in candidates if p in tables])
 
     def _planned_factors(self, layer: KroneckerLayer) -> dict[str, Any]:
         shared = {"fisher_ratio": torch.empty((), dtype=torch.float64, device="meta")}

@@ -63,7 +63,8 @@ def _label(result: StudyResult, series: str) -> str:
 def _set_scale(axes: Axes, panel: Panel, pairs: list[tuple[float, Mean]]) -> None:
     """The scales of a panel; linear where what is drawn has no place on that of its choice."""
     sizes = [abs(end) for _, value in pairs for end in (value.low, value.high) if end != 0]
-    is_positive = bool(pairs) and all(value.low > 0 for _, value in pairs)
+    low = min((value.low for _, value in pairs), default=0.0)
+    is_positive = low > 0 and low >= _SYMLOG_PART * max(sizes)
     if panel.y_scale == "log" and any(value.high > 0 for _, value in pairs):
         axes.set_yscale("log")
     elif panel.y_scale == "symlog" and is_positive:

@@ -99,7 +99,7 @@ def is_rl_result(path: Path) -> bool:
     """Return whether a file, or that in a folder, is a result of this kind."""
     try:
         content = json.loads(SCHEMA.file(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     # Of another version it still is one, which load() refuses by name.
     return isinstance(content, dict) and content.get("schema") == SCHEMA.name
