@@ -102,6 +102,9 @@ def _finish(axes: Axes, result: StudyResult, panel: Panel, pairs: list[tuple[flo
         names = _names(result, panel)
         longest = max((len(line) for name in names for line in name.split("\n")), default=0)
         slant = 30 if longest * len(names) > _CHARACTERS else 0
+        if slant:
+            # Lines of slanted names run into those of their neighbours.
+            names = [name.replace("\n", " ") for name in names]
         axes.set_xticks(range(len(names)), names, rotation=slant, ha="right" if slant else "center")
         axes.margins(x=0.08)
     _set_scale(axes, panel, pairs)
