@@ -37,8 +37,9 @@ class Model(nn.Module):
 
 def one_step(model: Model, optimizer: torch.optim.Optimizer, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(0, ROWS, (8, 5), generator=generator)
-    labels = torch.randint(0, CLASSES, (8,), generator=generator)
+    device = model.shift.device
+    tokens = torch.randint(0, ROWS, (8, 5), generator=generator).to(device)
+    labels = torch.randint(0, CLASSES, (8,), generator=generator).to(device)
     logits = model(tokens)
     if hasattr(optimizer, "observe"):
         optimizer.observe(logits)
@@ -170,6 +171,34 @@ def test_step_that_fails_leaves_the_embedding_or_moves_it_a_little(
         one_step(model, optimizer)
     changes = [largest_change(model, before, f"{name}.weight") for name in ("table", "bags")]
     assert sorted(changes) == pytest.approx([0.0, 0.2], rel=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_device_that_nobody_waits_for_has_the_same_step(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    model = Model(0.02, dtype)
+    twin = copy.deepcopy(model)
+    optimizer, other = RING(model, lr=LR, weight_decay=0.1), RING(twin, lr=LR, weight_decay=0.1)
+    for seed in range(3):
+        one_step(model, optimizer, seed)
+        with monkeypatch.context() as patch:
+            patch.setattr(fallback, "_can_be_asked", lambda parameter: False)
+            one_step(twin, other, seed)
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.gpu
+def test_step_on_a_gpu_is_that_of_a_cpu() -> None:
+    model = Model(0.02, torch.float64)
+    twin = copy.deepcopy(model).cuda()
+    before = copy.deepcopy(model)
+    optimizer, other = (RING(net, lr=LR, weight_decay=0.0) for net in (model, twin))
+    one_step(model, optimizer)
+    one_step(twin, other)
+    for name in ("table.weight", "bags.weight"):
+        assert largest_change(twin.cpu(), before, name) == pytest.approx(0.2, rel=2e-3)
 
 
 def test_explained() -> None:

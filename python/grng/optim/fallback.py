@@ -63,17 +63,21 @@ def embedding_step(
     """
     params = [p for p in candidates if p.grad is not None and p.numel()]
     parts = {p: (_rms(p) / _USUAL_RMS).clamp(_LEAST, 1.0) for p in params}
-    for p in (p for p in params if p.is_cpu):
+    for p in (p for p in params if _can_be_asked(p)):
         adamw_step(states, {**group, "lr": group["lr"] * float(parts[p])}, [p])
-    others = [p for p in params if not p.is_cpu]
+    others = [p for p in params if not _can_be_asked(p)]
     if not others:
         return
-    # Elsewhere nobody may look at the part without waiting, and torch's AdamW would: the whole step is made
-    # and taken back in part.
+    # A rate that is a tensor, torch's AdamW would wait for: the whole step is made and taken back in part.
     before = [p.detach().clone() for p in others]
     adamw_step(states, group, others)
     for p, old in zip(others, before, strict=True):
         p.copy_(old.lerp_(p.detach(), parts[p].to(p.dtype)))
+
+
+def _can_be_asked(parameter: nn.Parameter) -> bool:
+    """Whether a number made of it can be had without waiting for a device."""
+    return parameter.is_cpu
 
 
 def _rms(parameter: nn.Parameter) -> Tensor:
