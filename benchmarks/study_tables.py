@@ -249,8 +249,11 @@ TABLES: dict[str, Callable[[], str]] = {
         ("optimizer", "trained"),
     ),
     "gradient-norm-mlp": functools.partial(_gradient_norm, "mlp"),
+    "lazy-mlp": functools.partial(lazy, "mlp"),
+    "lazy-vit": functools.partial(lazy, "vit"),
     "lora-parts": functools.partial(ends, "lora-parts", (_VALIDATED, *_END), ("optimizer",)),
     "paper-mode": functools.partial(by_model, "paper-mode", {"ring:mlp": "MLP", "ring:vit": "ViT"}),
     "label-noise": label_noise,
+    "scratch-rates": functools.partial(ends, "scratch-rates", (_VALIDATED, *_END), ("optimizer",)),
     "robustness-mlp": functools.partial(robustness, "mlp", (88.0, 88.4, 88.7)),
 }
