@@ -9,10 +9,9 @@ from studies import (
     gradient_norm,
     label_noise,
     lazy,
-    lora_parts,
     memory,
+    minilm,
     robustness,
-    scratch_rates,
     two_layer,
     variants,
 )
@@ -32,8 +31,8 @@ STUDIES: dict[str, Definition] = {
         robustness.RESNET,
         label_noise.STUDY,
         fine_tuning.STUDY,
-        lora_parts.STUDY,
-        scratch_rates.STUDY,
+        minilm.LORA_PARTS,
+        minilm.SCRATCH_RATES,
         memory.STUDY,
         two_layer.STUDY,
     )
